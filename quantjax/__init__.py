@@ -1,0 +1,93 @@
+"""quantjax: quantization experiments in JAX in which every number that a sweep varies is an array.
+
+The public names, and nothing else. Start with ``qj.sites``, ``qj.plan``, ``qj.observe``,
+``qj.calibrate``, ``qj.fake_quantize``; the README has five lines that use them.
+"""
+
+from quantjax import errors, estimators, formats, ranges, rounding, selectors, statistics
+from quantjax.affine import Fault, QParams
+from quantjax.data_free import dequantize_params, quantize_params
+from quantjax.estimators import Estimator
+from quantjax.fake_quant import fake_quant
+from quantjax.formats import Format, IntegerFormat, integer
+from quantjax.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from quantjax.interpreter import Site
+from quantjax.planning import Plan, SiteTable, plan
+from quantjax.policy import (
+    Policy,
+    Quantizer,
+    RangeMode,
+    Rule,
+    Scheme,
+    activation_quantizer,
+    rule,
+    uniform_policy,
+    weight_quantizer,
+)
+from quantjax.qtensor import QTensor, encode
+from quantjax.ranges import RangeRule
+from quantjax.rounding import Rounding
+from quantjax.selectors import Selector, everything, path, weighted
+from quantjax.statistics import Statistics
+from quantjax.transforms.calibrate import calibrate
+from quantjax.transforms.check import check
+from quantjax.transforms.compare import Report, compare
+from quantjax.transforms.fake_quantize import fake_quantize
+from quantjax.transforms.observe import init, observe
+from quantjax.transforms.sites import sites
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Estimator",
+    "Fault",
+    "Format",
+    "Granularity",
+    "IntegerFormat",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "Plan",
+    "Policy",
+    "QParams",
+    "QTensor",
+    "Quantizer",
+    "RangeMode",
+    "RangeRule",
+    "Report",
+    "Rounding",
+    "Rule",
+    "Scheme",
+    "Selector",
+    "Site",
+    "SiteTable",
+    "Statistics",
+    "activation_quantizer",
+    "calibrate",
+    "check",
+    "compare",
+    "dequantize_params",
+    "encode",
+    "errors",
+    "estimators",
+    "everything",
+    "fake_quant",
+    "fake_quantize",
+    "formats",
+    "init",
+    "integer",
+    "observe",
+    "path",
+    "plan",
+    "quantize_params",
+    "ranges",
+    "rounding",
+    "rule",
+    "selectors",
+    "sites",
+    "statistics",
+    "uniform_policy",
+    "weight_quantizer",
+    "weighted",
+]

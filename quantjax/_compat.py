@@ -1,0 +1,82 @@
+"""The only file that touches private JAX or depends on JAX's version.
+
+Written against JAX 0.10.2 (Python 3.11) and 0.12.0 (Python 3.12 and newer).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import config as _config
+from jax._src import source_info_util as _source_info
+from jax.extend import core as jex_core
+
+JIT_PRIMITIVES = ("jit", "pjit")
+
+
+def bind_equation(eqn: jex_core.JaxprEqn, *operands: Any) -> list[Any]:
+    """Bind ``eqn``'s primitive to ``operands`` as the original trace did; always a list."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    subfuns: tuple[Any, ...] = ()
+    if isinstance(params, tuple):
+        subfuns, params = tuple(params[0]), params[1]
+    with equation_context(eqn):
+        out = eqn.primitive.bind(*subfuns, *operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def equation_context(eqn: jex_core.JaxprEqn) -> Iterator[None]:
+    """The name stack, traceback and configuration under which ``eqn`` was traced."""
+    stack = _source_info.current_name_stack() + eqn.source_info.name_stack
+    with (
+        _source_info.user_context(eqn.source_info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def name_stack(eqn: jex_core.JaxprEqn) -> str:
+    """The module path that the equation was traced under, relative to its own jaxpr."""
+    return str(eqn.source_info.name_stack)
+
+
+def trace_context() -> Hashable:
+    """A key that differs where JAX itself would trace again (x64, promotion, mesh, ...)."""
+    return _config.trace_context()
+
+
+def is_jit(eqn: jex_core.JaxprEqn) -> bool:
+    """Whether the equation is a call of a jitted function."""
+    return eqn.primitive.name in JIT_PRIMITIVES
+
+
+def jit_call(eqn: jex_core.JaxprEqn) -> tuple[jex_core.ClosedJaxpr, dict[str, Any]]:
+    """The inner program of a jit equation, and the public ``jax.jit`` options that rebuild it."""
+    options: dict[str, Any] = {"keep_unused": eqn.params["keep_unused"]}
+    if eqn.params["inline"]:
+        options["inline"] = eqn.params["inline"]
+    if eqn.params.get("compiler_options_kvs"):
+        options["compiler_options"] = dict(eqn.params["compiler_options_kvs"])
+    return eqn.params["jaxpr"], options
+
+
+def jit_shardings(eqn: jex_core.JaxprEqn) -> tuple[list[Any], list[Any]]:
+    """Input and output shardings of a jit equation, None where they are left open."""
+
+    def stated(shardings: Any) -> list[Any]:
+        return [s if isinstance(s, jax.sharding.Sharding) else None for s in shardings]
+
+    return stated(eqn.params["in_shardings"]), stated(eqn.params["out_shardings"])
+
+
+def concrete(value: Any) -> np.ndarray | None:
+    """The value as a NumPy array where it is known now; None for a tracer.
+
+    NumPy on purpose: inside a trace, ``jnp`` would stage even operations on known values.
+    """
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)

@@ -1,0 +1,144 @@
+"""Quantize a parameter tree without a model: ``quantize_params`` and ``dequantize_params``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from quantjax import errors, statistics
+from quantjax._compat import concrete
+from quantjax.affine import Fault, qparams_from_range
+from quantjax.granularity import OperandAxes, PerChannel, PerGroup
+from quantjax.interpreter import Op, Operand, Role, Site
+from quantjax.policy import Policy, Quantizer
+from quantjax.printing import shape_text
+from quantjax.qtensor import QTensor, encode
+
+
+def quantize_params(params: PyTree, policy: Policy) -> PyTree:
+    """Replace kernels by :class:`QTensor`, from their own ranges; no model and no data.
+
+    A kernel is a floating-point leaf of rank 2 or more; biases and normalization vectors stay.
+    Without a model nothing tells which axis is the output channel, so a rule states it:
+    ``qj.PerChannel(axis=-1)``, ``qj.PerGroup(64, axis=-2)``, or ``qj.PerTensor()``.
+
+    Args:
+      params: the tree.
+      policy: its selectors see each kernel as a site named by its path; the first match wins.
+
+    Returns:
+      The same tree with ``QTensor`` leaves. Works under ``jit``.
+
+    Raises:
+      PolicyError: a rule that matches no kernel and is not optional.
+      GranularityError: a channel or group granularity without an axis.
+      DataError: a concrete kernel with NaN or infinity.
+
+    >>> import quantjax as qj
+    >>> weights = qj.weight_quantizer(bits=4, granularity=qj.PerChannel(axis=-1))
+    >>> policy = qj.Policy([qj.rule(qj.path("*kernel"), qj.Scheme(weights=weights))])
+    >>> quantize_params({"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}, policy)
+    {'bias': Array([1., 1.], dtype=float32), 'kernel': QTensor(int4[4x2], scale[1x2], float32)}
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    kernels = {
+        name: _as_site(name, leaf)
+        for name, (_, leaf) in zip(names, flat, strict=True)
+        if jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    }
+    for rule in policy.rules:
+        if not rule.optional and not any(map(rule.selector.matches, kernels.values())):
+            raise errors.PolicyError(
+                f"the rule '{rule}' matches no kernel",
+                where=f"kernels: {', '.join(list(kernels)[:8]) or 'none'}",
+                fix="qj.path('*kernel'), or qj.rule(..., optional=True)",
+            )
+    leaves = []
+    for name, (_, leaf) in zip(names, flat, strict=True):
+        match = policy.first_match(kernels[name]) if name in kernels else None
+        quantizer = match.scheme.weights if match is not None else None
+        leaves.append(leaf if quantizer is None else _quantize(name, leaf, quantizer))
+    return jax.tree.unflatten(structure, leaves)
+
+
+def dequantize_params(qparams: PyTree) -> PyTree:
+    """The same tree with every :class:`QTensor` as floats of its original dtype.
+
+    >>> dequantize_params({"bias": jnp.ones(2)})
+    {'bias': Array([1., 1.], dtype=float32)}
+    """
+
+    def is_quantized(leaf: Any) -> bool:
+        return isinstance(leaf, QTensor)
+
+    return jax.tree.map(
+        lambda leaf: leaf.dequantize() if is_quantized(leaf) else leaf,
+        qparams,
+        is_leaf=is_quantized,
+    )
+
+
+def _as_site(name: str, leaf: Any) -> Site:
+    """A kernel as selectors see it: a weight of unknown axes."""
+    shape = tuple(jnp.shape(leaf))
+    operand = Operand(
+        key="weight",
+        role=Role.WEIGHT,
+        side=1,
+        shape=shape,
+        dtype=str(jnp.result_type(leaf)),
+        free=(),
+        contracted=(),
+        window=(),
+        paths=(name,),
+        storable=True,
+    )
+    return Site(
+        name=name,
+        op=Op.DOT,
+        scope="",
+        operands=(operand,),
+        out_shape=(),
+        contraction_size=0,
+        taps=1,
+        multiply_adds=0,
+    )
+
+
+def _quantize(name: str, leaf: Any, quantizer: Quantizer) -> QTensor:
+    granularity = quantizer.granularity
+    where = f"parameter {name} {shape_text(jnp.shape(leaf))}"
+    if isinstance(granularity, PerChannel | PerGroup) and granularity.axis is None:
+        axis = "axis=-1" if isinstance(granularity, PerChannel) else f"{granularity.size}, axis=-2"
+        raise errors.GranularityError(
+            "no axis is stated, and without a model none can be found",
+            where=where,
+            fix=f"qj.{type(granularity).__name__}({axis})",
+        )
+    leaf = jnp.asarray(leaf)
+    shape = granularity.scale_shape(leaf.shape, OperandAxes((), ()), is_weight=True)
+    stats = statistics.update(statistics.init(shape), leaf)
+    bits = jnp.asarray(quantizer.bits, jnp.float32)
+    low, high, calibrated = quantizer.rule.range(stats, quantizer.format, bits)
+    qparams = qparams_from_range(
+        low,
+        high,
+        bits,
+        format=quantizer.format,
+        symmetric=quantizer.symmetric,
+        calibrated=calibrated,
+    )
+    fault = concrete(qparams.zero_point)
+    scale = concrete(qparams.scale)
+    if scale is not None and fault is not None and (scale != scale).any():
+        kind = Fault(int(fault[scale != scale][0]))
+        raise errors.DataError(
+            f"the kernel has no range ({kind.name.lower().replace('_', ' ')})",
+            where=where,
+            fix="look for NaN or infinity in the kernel",
+        )
+    return encode(leaf, qparams, quantizer.format, rounding=quantizer.rounding)

@@ -1,0 +1,121 @@
+"""Every error that quantjax raises: what happened, where, why, and one edit to try.
+
+All of them derive from :class:`QuantjaxError`, so ``except qj.errors.QuantjaxError`` catches what
+the library says on purpose and nothing else. Each class docstring is a failing example and its fix.
+"""
+
+from __future__ import annotations
+
+
+class QuantjaxError(Exception):
+    """Base of all errors; the message has four parts, each on a line of its own.
+
+    Args:
+      what: the failure, in one sentence.
+      where: site, op, role and shapes; left out where the call has no site.
+      why: the cause, where it is not plain from ``what``.
+      fix: one edit to try.
+    """
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", fix: str) -> None:
+        self.what, self.where, self.why, self.fix = what, where, why, fix
+        parts = [what]
+        parts += [f"  where: {where}"] if where else []
+        parts += [f"  why:   {why}"] if why else []
+        parts += [f"  try:   {fix}"]
+        super().__init__("\n".join(parts))
+
+
+class FormatError(QuantjaxError, ValueError):
+    """A number format that cannot exist.
+
+    ``qj.integer(max_bits=17)`` fails: containers go up to 16 bits. Use ``qj.integer(max_bits=16)``.
+    """
+
+
+class BitsError(QuantjaxError, ValueError):
+    """A width that the format's container cannot hold.
+
+    ``qj.calibrate(plan, state, params, weight_bits=9.0)`` fails for a plan of 8-bit containers.
+    Plan with ``qj.integer(max_bits=16)``, or ask for 0 (bypass) to 8 bits.
+    """
+
+
+class GranularityError(QuantjaxError, ValueError):
+    """Axes that cannot share a scale in the way that was asked for.
+
+    ``qj.PerGroup(48)`` fails on 64 contracted channels: 48 does not divide 64. Use
+    ``qj.PerGroup(32)``.
+    """
+
+
+class QuantizerError(QuantjaxError, ValueError):
+    """A quantizer whose parts contradict one another.
+
+    ``qj.activation_quantizer(granularity=qj.PerToken())`` with a fixed range fails, since the
+    number of tokens changes from call to call. Ask for ``range=qj.RangeMode.LIVE``.
+    """
+
+
+class PolicyError(QuantjaxError, ValueError):
+    """A policy that does not fit the model.
+
+    ``qj.rule(qj.path("*/Densee_0/*"), scheme)`` matches nothing and fails at ``qj.plan``. Correct
+    the pattern, or pass ``optional=True``.
+    """
+
+
+class OpaqueSiteError(PolicyError):
+    """A rule whose every match lies where the interpreter does not rewrite.
+
+    A rule for a product inside a ``custom_vjp`` fails at ``qj.plan``. Exempt the site, or call the
+    product outside the ``custom_vjp``.
+    """
+
+
+class PlanMismatchError(QuantjaxError, ValueError):
+    """Parameters or a program other than those that were planned for.
+
+    ``qj.fake_quantize(f, plan)(qstate, other_params, x)`` fails where a planned weight is missing
+    or has another shape. Plan again: ``qj.plan(policy, qj.sites(f, other_params, x))``.
+    """
+
+
+class CalibrationError(QuantjaxError, ValueError):
+    """QParams that cannot be derived, or were not.
+
+    ``qj.calibrate(plan, qj.init(plan), params)`` fails: nothing was observed. Run
+    ``y, state = qj.observe(f, plan)(state, params, x)`` first.
+    """
+
+
+class DataError(QuantjaxError, ValueError):
+    """Values that no range can be derived from: NaN, infinity, or no value at all.
+
+    ``qj.observe(f, plan)(state, params, x)`` with a NaN in ``x`` fails. Remove the sample, or mask
+    it with ``where=``.
+    """
+
+
+class StatisticsError(QuantjaxError, ValueError):
+    """Statistics combined in a way that has no meaning.
+
+    ``qj.statistics.merge(a, b)`` fails when both hold a moving average, which depends on order.
+    Use ``qj.statistics.merge_unordered(a, b)``, which drops it.
+    """
+
+
+class SiteError(QuantjaxError, ValueError):
+    """A rewritten equation that does not keep its own type.
+
+    A handler that returns bfloat16 where the model has float32 fails. Cast the result to the
+    equation's own dtype.
+    """
+
+
+class SweepError(QuantjaxError, ValueError):
+    """A sweep that cannot run as stated.
+
+    ``run_cells(..., memory_budget_bytes=1)`` fails: one cell alone needs more. Raise the budget or
+    evaluate fewer images per call.
+    """

@@ -1,0 +1,26 @@
+"""The clipped straight-through estimator."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from quantjax.estimators.base import Estimator
+
+
+def _slope(unclipped: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    return ((unclipped >= low) & (unclipped <= high)).astype(jnp.float32)
+
+
+CLIPPED = Estimator("clipped", _slope)
+"""Gradient 1 where the rounded code lies inside the range, 0 where it was clipped.
+
+The scale then gets ``q - z - x/s`` inside and the bound's ``q - z`` outside, which is LSQ's
+gradient; the zero point gets 0 inside and ``-s`` outside. The bound is taken on the *rounded* code,
+as ``torch.fake_quantize_per_tensor_affine`` does, so values up to half a step beyond the last code
+still pass.
+
+Source: Jacob et al., Quantization and training of neural networks for efficient
+integer-arithmetic-only inference, 2018, section 3; Esser et al., Learned step size quantization,
+2020, equation 3.
+"""

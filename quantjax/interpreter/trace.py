@@ -1,0 +1,77 @@
+"""Trace a function of ``(params, *inputs)`` once, and keep what the trace says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.extend import core as jex_core
+
+from quantjax._compat import trace_context
+from quantjax.interpreter.provenance import Origin
+from quantjax.interpreter.sites import Location, Site, discover
+
+Function = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A traced function with its sites.
+
+    Attributes:
+      jaxpr: the closed program.
+      out_tree: the structure of its result.
+      sites: site by location.
+      weights: how to recompute each weight from the parameters, by site name.
+    """
+
+    jaxpr: jex_core.ClosedJaxpr
+    out_tree: jax.tree_util.PyTreeDef
+    sites: Mapping[Location, Site]
+    weights: Mapping[str, Origin]
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Leaves of a tree by path, ``params/Dense_0/kernel``.
+
+    >>> leaves_by_path({"a": {"w": 1}, "b": [2]})
+    {'a/w': 1, 'b/0': 2}
+    """
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): value
+        for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def trace(f: Function, params: Any, *inputs: Any) -> Program:
+    """Trace ``f(params, *inputs)`` abstractly and discover its sites; no arithmetic is done."""
+    jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(params, *inputs)
+    out_tree = jax.tree.structure(shape)
+    paths = list(leaves_by_path(params))
+    sites, weights = discover(jaxpr, paths)
+    return Program(jaxpr, out_tree, sites, weights)
+
+
+class ProgramCache:
+    """Traces of one function by structure, shapes and JAX's trace context.
+
+    Belongs to one transformed function, as ``jax.jit``'s own cache does. A program whose constants
+    hold tracers is never kept.
+    """
+
+    def __init__(self, f: Function) -> None:
+        self._f = f
+        self._programs: dict[Any, Program] = {}
+
+    def __call__(self, params: Any, *inputs: Any) -> Program:
+        """The program for arguments of these shapes."""
+        leaves, structure = jax.tree.flatten((params, inputs))
+        key = (structure, tuple(jax.typeof(leaf) for leaf in leaves), trace_context())
+        program = self._programs.get(key)
+        if program is None:
+            program = trace(self._f, params, *inputs)
+            if not any(isinstance(c, jax.core.Tracer) for c in program.jaxpr.consts):
+                self._programs[key] = program
+        return program

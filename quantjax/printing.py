@@ -1,0 +1,42 @@
+"""Plain-text tables of at most 120 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+WIDTH = 120
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """``3x3x16x32``; ``scalar`` for rank 0.
+
+    >>> shape_text((3, 3, 16, 32)), shape_text(())
+    ('3x3x16x32', 'scalar')
+    """
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns under a head; the last column wraps, the first is shortened if it must be.
+
+    >>> print(columns(["site", "bits"], [["a/kernel", "4"], ["b", "16"]]))
+    site      bits
+    a/kernel  4
+    b         16
+    """
+    table = [list(map(str, row)) for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    room = WIDTH - sum(widths[1:-1]) - 2 * (len(widths) - 1) - min(widths[-1], 24)
+    if len(widths) > 1 and widths[0] > room:
+        widths[0] = max(room, 16)
+    left = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    lines = []
+    for row in table:
+        name = row[0] if len(row[0]) <= widths[0] else "…" + row[0][-(widths[0] - 1) :]
+        cells = [name, *row[1:]]
+        tail = textwrap.wrap(cells[-1], max(WIDTH - left, 16)) or [""]
+        body = "  ".join(c.ljust(w) for c, w in zip(cells[:-1], widths[:-1], strict=True))
+        lines.append(f"{body}  {tail[0]}".rstrip() if len(cells) > 1 else tail[0])
+        lines += [" " * left + part for part in tail[1:]]
+    return "\n".join(lines)

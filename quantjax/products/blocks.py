@@ -1,0 +1,150 @@
+"""Cut a product along its contracted axes into blocks of equal length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from quantjax.interpreter import Op, Product
+
+
+class Blocks(NamedTuple):
+    """The operands of ``n`` smaller products whose results add up to the whole.
+
+    Attributes:
+      lhs, rhs: operands of the blocks, stacked along a new first axis.
+      multiply: float32 product of one block.
+      finish: the sum of the blocks' results, in the equation's output shape.
+    """
+
+    lhs: jax.Array
+    rhs: jax.Array
+    multiply: Callable[[jax.Array, jax.Array], jax.Array]
+    finish: Callable[[jax.Array], jax.Array]
+
+
+class DotAxes(NamedTuple):
+    """Axes of a dot's operand in the order of its canonical form."""
+
+    batch: tuple[int, ...]
+    free: tuple[int, ...]
+    contracted: tuple[int, ...]
+
+
+def dot_axes(product: Product, side: int) -> DotAxes:
+    """Batch, free and contracted axes of one operand of a ``dot_general``."""
+    contracting, batching = product.params["dimension_numbers"]
+    contracted, batch = tuple(contracting[side]), tuple(batching[side])
+    rank = (product.lhs, product.rhs)[side].ndim
+    free = tuple(a for a in range(rank) if a not in contracted + batch)
+    return DotAxes(batch, free, contracted)
+
+
+def _three_axes(product: Product, side: int, x: jax.Array) -> jax.Array:
+    """``(batch, free, contracted)`` with each role flattened into one axis."""
+    axes = dot_axes(product, side)
+    sizes = [math.prod(x.shape[a] for a in role) for role in axes]
+    return x.transpose(axes.batch + axes.free + axes.contracted).reshape(sizes)
+
+
+def _pad_last(x: jax.Array, multiple: int) -> jax.Array:
+    padding = -x.shape[-1] % multiple
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]) if padding else x
+
+
+def _split_last(x: jax.Array, block: int) -> jax.Array:
+    x = _pad_last(x, block)
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, block), -2, 0)
+
+
+def _split_dot(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> Blocks:
+    lhs = _split_last(_three_axes(product, 0, lhs), block)
+    rhs = _split_last(_three_axes(product, 1, rhs), block)
+
+    def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
+        return lax.dot_general(
+            left,
+            right,
+            (((2,), (2,)), ((0,), (0,))),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+
+    return Blocks(lhs, rhs, multiply, lambda total: total.reshape(product.out.shape))
+
+
+def _split_conv(product: Product, lhs: jax.Array, rhs: jax.Array, channels: int) -> Blocks:
+    """Blocks of input channels, the same for each feature group."""
+    numbers = product.params["dimension_numbers"]
+    groups = product.params["feature_group_count"]
+    left_axis, right_axis = numbers.lhs_spec[1], numbers.rhs_spec[1]
+    left = jnp.moveaxis(lhs, left_axis, -1)
+    left = _split_last(left.reshape(*left.shape[:-1], groups, -1), channels)
+    left = left.reshape(*left.shape[:-2], groups * channels)
+    right = _split_last(jnp.moveaxis(rhs, right_axis, -1), channels)
+
+    def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
+        return product.in_float32(
+            jnp.moveaxis(left, -1, left_axis), jnp.moveaxis(right, -1, right_axis)
+        )
+
+    return Blocks(left, right, multiply, lambda total: total)
+
+
+def split(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> Blocks:
+    """Blocks of at most ``block`` products an output; the last is filled up with zeros.
+
+    Args:
+      block: for a dot the length along the flattened contracted axes; a convolution takes as many
+        input channels as fit, at least one.
+    """
+    if product.op is Op.DOT:
+        return _split_dot(product, lhs, rhs, block)
+    return _split_conv(product, lhs, rhs, max(block // product.taps(), 1))
+
+
+def to_output(product: Product, side: int, factor: jax.Array) -> jax.Array:
+    """Bring a factor of operand rank, 1 along summed axes, into the output's layout."""
+    if product.op is Op.CONV:
+        numbers = product.params["dimension_numbers"]
+        source = (numbers.lhs_spec, numbers.rhs_spec)[side][0]
+        shape = [1] * factor.ndim
+        shape[numbers.out_spec[side]] = factor.shape[source]
+        return factor.reshape(shape)
+    axes = dot_axes(product, side)
+    other = len(dot_axes(product, 1 - side).free)
+    batch = [factor.shape[a] for a in axes.batch]
+    free = [factor.shape[a] for a in axes.free]
+    ordered = factor.transpose(axes.batch + axes.free + axes.contracted)
+    if side == 0:
+        return ordered.reshape(batch + free + [1] * other)
+    return ordered.reshape(batch + [1] * other + free)
+
+
+def factors_by_block(
+    product: Product, side: int, factor: jax.Array, shape: Sequence[int], blocks: int
+) -> jax.Array:
+    """Factors of operand rank that vary along contracted axes, one slice a block.
+
+    Returns:
+      ``(blocks, ...)``, each slice broadcastable against a block's result: for a dot
+      ``(batch, lhs free, 1)`` or ``(batch, 1, rhs free)``, for a convolution the output's layout.
+    """
+    if product.op is Op.CONV:
+        axis = product.axes(side)[1][0]
+        by_block = jnp.moveaxis(factor, axis, 0)
+        by_block = jnp.repeat(by_block, blocks // by_block.shape[0], axis=0)
+        return jax.vmap(lambda f: to_output(product, side, jnp.expand_dims(f, axis)))(by_block)
+    axes = dot_axes(product, side)
+    full = list(factor.shape)
+    for a in axes.batch + axes.free + axes.contracted[:-1]:
+        full[a] = shape[a]
+    flat = _three_axes(product, side, jnp.broadcast_to(factor, full))
+    flat = jnp.repeat(flat, blocks // flat.shape[-1], axis=-1)
+    by_block = jnp.moveaxis(flat, -1, 0)
+    return by_block[..., None] if side == 0 else by_block[..., None, :]

@@ -1,0 +1,65 @@
+"""How long a sum of code products may be before float32 rounds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+FLOAT32_EXACT = 1 << 24
+INT32_LIMIT = 1 << 31
+SHORTEST_BLOCK = 16
+"""Below this many products a block, splitting costs more than it is worth."""
+
+
+class Exactness(enum.Enum):
+    """What simulating a site's sums on float32 codes amounts to."""
+
+    EXACT = "exact"
+    CHUNKED = "exact, in chunks"
+    ROUNDED = "float32 sums"
+    FLOAT = "float"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizing:
+    """The block length of a site's sums.
+
+    Attributes:
+      exactness: its name in the plan.
+      block: products per block; the whole contraction where it is not split.
+      reason: why sums are rounded, for the table.
+    """
+
+    exactness: Exactness
+    block: int
+    reason: str = ""
+
+
+def sizing(
+    contraction: int, lhs_bound: int | None, rhs_bound: int | None, *, taps: int = 1
+) -> Sizing:
+    """The sizing for sums of ``contraction`` products of codes within the two bounds.
+
+    Sums of integers below ``2^24`` in magnitude are exact in float32 in any order; longer ones are
+    split into blocks that are, and the blocks added in int32, while the total stays below ``2^31``.
+
+    Args:
+      lhs_bound, rhs_bound: largest ``|code - zero_point|``; None for a float operand.
+      taps: products that cannot be separated (the window of a convolution).
+
+    >>> sizing(512, 255, 128).exactness, sizing(4096, 255, 128).block
+    (<Exactness.EXACT: 'exact'>, 514)
+    """
+    if lhs_bound is None or rhs_bound is None:
+        return Sizing(Exactness.FLOAT, contraction)
+    largest = lhs_bound * rhs_bound
+    if largest * contraction <= FLOAT32_EXACT:
+        return Sizing(Exactness.EXACT, contraction)
+    block = FLOAT32_EXACT // largest
+    if largest * contraction >= INT32_LIMIT:
+        why = f"sums of {contraction} products up to {largest} exceed int32"
+    elif block < max(SHORTEST_BLOCK, taps):
+        why = f"float32 sums {block} products up to {largest} exactly, too few to split by"
+    else:
+        return Sizing(Exactness.CHUNKED, block)
+    return Sizing(Exactness.ROUNDED, contraction, f"{why}: simulated sums are rounded to float32")

@@ -1,0 +1,38 @@
+"""What a range rule is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from quantjax.formats import Format
+from quantjax.statistics import Statistics
+
+
+class Range(NamedTuple):
+    """The interval that codes have to cover, at the shape of the scale.
+
+    Attributes:
+      low, high: the bounds, float32.
+      calibrated: whether the rule had anything to go by.
+    """
+
+    low: Float[Array, "..."]
+    high: Float[Array, "..."]
+    calibrated: Bool[Array, ""]
+
+
+class RangeRule(NamedTuple):
+    """A pure function from statistics to a range, the same under any trace.
+
+    Attributes:
+      name: what it prints as.
+      range: ``(statistics, format, bits) -> Range``; ``bits`` may be traced. Rules that do not
+        look at the width ignore it.
+    """
+
+    name: str
+    range: Callable[[Statistics, Format, jax.Array], Range]

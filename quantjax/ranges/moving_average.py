@@ -1,0 +1,26 @@
+"""The moving average of each batch's range."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from quantjax.formats import Format
+from quantjax.ranges.base import Range, RangeRule
+from quantjax.statistics import Statistics
+from quantjax.statistics.extremes import Extremes, seen
+
+
+def _range(statistics: Statistics, format: Format, bits: jax.Array) -> Range:
+    del format, bits
+    low, high, _ = statistics.moving
+    return Range(low, high, jnp.all(seen(Extremes(low, high))))
+
+
+MOVING_AVERAGE = RangeRule("moving_average", _range)
+"""The exponential moving average of per-batch minima and maxima, constant 0.01 unless chosen.
+
+Source: Jacob et al., Quantization and training of neural networks for efficient
+integer-arithmetic-only inference, 2018, section 3.1; constant and start as in PyTorch's
+``MovingAverageMinMaxObserver``.
+"""

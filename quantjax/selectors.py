@@ -1,0 +1,83 @@
+"""Which sites a rule speaks of."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import fnmatch
+
+from quantjax.interpreter import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Selector(abc.ABC):
+    """A named predicate on the rows of a site table; hashable."""
+
+    @abc.abstractmethod
+    def matches(self, site: Site) -> bool:
+        """Whether the rule speaks of ``site``."""
+
+    @abc.abstractmethod
+    def __str__(self) -> str:
+        """How it prints in a policy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Everything(Selector):
+    """Every site, products of two activations too."""
+
+    def matches(self, site: Site) -> bool:
+        """True."""
+        del site
+        return True
+
+    def __str__(self) -> str:
+        return "everything"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(Selector):
+    """Sites that multiply an activation with a weight."""
+
+    def matches(self, site: Site) -> bool:
+        """Whether one operand is a weight."""
+        return site.weight is not None
+
+    def __str__(self) -> str:
+        return "weighted"
+
+
+@dataclasses.dataclass(frozen=True)
+class Path(Selector):
+    """Sites whose name fits a shell pattern; ``*`` crosses slashes."""
+
+    pattern: str
+
+    def matches(self, site: Site) -> bool:
+        """Whether the whole name fits, case counting."""
+        return fnmatch.fnmatchcase(site.name, self.pattern)
+
+    def __str__(self) -> str:
+        return self.pattern
+
+
+def everything() -> Everything:
+    """Every site, products of two activations (attention) included."""
+    return Everything()
+
+
+def weighted() -> Weighted:
+    """Every site with a weight; what :func:`quantjax.uniform_policy` quantizes."""
+    return Weighted()
+
+
+def path(pattern: str) -> Path:
+    """Sites by name, as the site table prints it.
+
+    Args:
+      pattern: shell wildcards ``*``, ``?``, ``[...]`` over the whole name.
+
+    >>> str(path("params/Conv_*/kernel"))
+    'params/Conv_*/kernel'
+    """
+    return Path(pattern)

@@ -1,0 +1,54 @@
+"""Exponential moving average of each batch's extremes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from quantjax.statistics.extremes import Extremes, seen
+
+TORCH_AVERAGING_CONSTANT = 0.01
+"""The constant of ``torch.ao.quantization.MovingAverageMinMaxObserver``."""
+
+
+class MovingExtremes(NamedTuple):
+    """``m ← m + c · (m_batch - m)``, the first batch as it is; depends on the order of batches.
+
+    Attributes:
+      low, high: the averages, at the shape of the scale.
+      constant: ``c``, an array, so that a sweep can vary it.
+    """
+
+    low: Float[Array, "..."]
+    high: Float[Array, "..."]
+    constant: Float[Array, ""]
+
+
+def init(scale_shape: Sequence[int], constant: float | jax.Array) -> MovingExtremes:
+    """Nothing seen."""
+    shape = tuple(scale_shape)
+    return MovingExtremes(
+        jnp.full(shape, jnp.inf, jnp.float32),
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.asarray(constant, jnp.float32),
+    )
+
+
+def update(moving: MovingExtremes, batch: Extremes) -> MovingExtremes:
+    """One batch later; a batch without values changes nothing.
+
+    Source: Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, 2018,
+    section 3; the constant and the first batch as in PyTorch's observer.
+    """
+    first = ~seen(Extremes(moving.low, moving.high))
+    empty = ~seen(batch)
+
+    def step(average: jax.Array, value: jax.Array) -> jax.Array:
+        moved = average + moving.constant * (value - average)
+        return jnp.where(empty, average, jnp.where(first, value, moved))
+
+    return moving._replace(low=step(moving.low, batch.low), high=step(moving.high, batch.high))

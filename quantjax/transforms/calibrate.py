@@ -1,0 +1,184 @@
+"""``qj.calibrate``: statistics to quantization parameters, at any width, by any rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from quantjax import errors, statistics
+from quantjax._compat import concrete
+from quantjax.affine import QParams, qparams_from_range
+from quantjax.interpreter import evaluate_origin, leaves_by_path
+from quantjax.planning import OperandPlan, Plan
+from quantjax.policy import RangeMode
+from quantjax.ranges import IndexedRule, RangeRule
+from quantjax.statistics import Statistics
+from quantjax.transforms.check import check
+from quantjax.transforms.observe import State
+
+QState = dict[str, dict[str, QParams]]
+Bits = Float[Array, ""] | int | float | Mapping[str, Any]
+
+
+def calibrate(
+    plan: Plan,
+    state: State,
+    params: Any,
+    *,
+    weight_bits: Bits | None = None,
+    activation_bits: Bits | None = None,
+    rule: RangeRule | IndexedRule | None = None,
+) -> QState:
+    """Derive ``{site: {operand: QParams}}`` from what was observed; runs no model.
+
+    The cost does not depend on the data set: statistics were collected once. Weights are taken from
+    ``params``.
+
+    Args:
+      plan: what to derive for.
+      state: from ``qj.observe``.
+      params: the tree that was planned for.
+      weight_bits, activation_bits: one width for all, or ``{site: width}`` for some; arrays may be
+        traced, and are under ``vmap`` or ``lax.map`` of a sweep. Default: the quantizer's own.
+        0 passes the operand through.
+      rule: one range rule for all, in place of each quantizer's own; ``qj.ranges.stack(...)[i]``
+        makes the rule itself a traced axis. Live ranges keep their own.
+
+    Raises:
+      CalibrationError: a site was never observed.
+      BitsError: a width that the container cannot hold.
+      PlanMismatchError: a parameter tree that is not the one planned for.
+      DataError: a concrete weight that holds NaN or infinity.
+
+    Sharp edges: under a trace nothing can be raised for values; the scale is NaN instead, and
+    ``qj.check(qstate)`` says why.
+    """
+    plan.check_params(params)
+    leaves = leaves_by_path(params)
+    _check_sites(plan, weight_bits, "weight_bits")
+    _check_sites(plan, activation_bits, "activation_bits")
+    qstate: QState = {}
+    for entry in plan.quantized:
+        name = entry.site.name
+        qstate[name] = {}
+        for operand in entry.quantized:
+            assert operand.quantizer is not None
+            chosen = weight_bits if operand.is_weight else activation_bits
+            bits = _width(name, operand, chosen)
+            if operand.quantizer.range is RangeMode.LIVE:
+                qstate[name][operand.key] = QParams(jnp.ones(()), jnp.zeros(()), bits)
+                continue
+            if operand.is_weight and plan.weights[name].derivable:
+                weight = evaluate_origin(plan.weights[name], leaves)
+                stats = statistics.update(statistics.init(operand.scale_shape or ()), weight)
+            else:
+                stats = _observed(name, operand, state, bits)
+            qstate[name][operand.key] = _qparams(operand, stats, bits, rule)
+    _raise_problems(qstate)
+    return qstate
+
+
+def range_qparams(
+    operand: OperandPlan, stats: Statistics, bits: jax.Array, rule: RangeRule | IndexedRule
+) -> QParams:
+    """QParams of one operand by one rule."""
+    quantizer = operand.quantizer
+    assert quantizer is not None
+    low, high, calibrated = rule.range(stats, quantizer.format, bits)
+    return qparams_from_range(
+        low,
+        high,
+        bits,
+        format=quantizer.format,
+        symmetric=quantizer.symmetric,
+        calibrated=calibrated,
+    )
+
+
+def _qparams(
+    operand: OperandPlan,
+    stats: Statistics,
+    bits: jax.Array,
+    rule: RangeRule | IndexedRule | None,
+) -> QParams:
+    assert operand.quantizer is not None
+    return range_qparams(operand, stats, bits, rule or operand.quantizer.rule)
+
+
+def _observed(name: str, operand: OperandPlan, state: State, bits: jax.Array) -> Statistics:
+    fix = "run y, state = qj.observe(f, plan)(state, params, x) on calibration data first"
+    stats = state.get(name, {}).get(operand.key)
+    if stats is None:
+        raise errors.CalibrationError(
+            "the state has no statistics for a planned operand",
+            where=f"site {name}, {operand.key}",
+            fix="start from state = qj.init(plan), with the same plan",
+        )
+    if stats.scale_shape != operand.scale_shape:
+        raise errors.CalibrationError(
+            f"statistics of shape {stats.scale_shape} do not fit scales of {operand.scale_shape}",
+            where=f"site {name}, {operand.key}",
+            why="the granularity is fixed when the state is made",
+            fix="observe again from state = qj.init(plan)",
+        )
+    batches, width = concrete(stats.batches), concrete(bits)
+    if batches is not None and not batches.all() and not (width is not None and (width == 0).all()):
+        raise errors.CalibrationError(
+            "calibration was never run", where=f"site {name}, {operand.key}", fix=fix
+        )
+    return stats
+
+
+def _check_sites(plan: Plan, bits: Bits | None, what: str) -> None:
+    if not isinstance(bits, Mapping):
+        return
+    known = {entry.site.name for entry in plan.quantized}
+    for name in bits:
+        if name not in known:
+            raise errors.PolicyError(
+                f"{what} names a site that is not quantized",
+                where=f"site {name}",
+                fix=f"one of {', '.join(sorted(known)[:6])}",
+            )
+
+
+def _width(name: str, operand: OperandPlan, chosen: Bits | None) -> jax.Array:
+    assert operand.quantizer is not None
+    if isinstance(chosen, Mapping):
+        chosen = chosen.get(name)
+    value = operand.quantizer.bits if chosen is None else chosen
+    where = f"site {name}, {operand.key}"
+    if jnp.ndim(value) != 0:
+        raise errors.BitsError(
+            f"a width of shape {jnp.shape(value)} where a scalar is needed",
+            where=where,
+            fix="jax.vmap or jax.lax.map over the widths",
+        )
+    known = concrete(value)
+    limit = operand.quantizer.format.max_bits
+    if known is not None and not (0 <= known <= limit and known == np.floor(known)):
+        raise errors.BitsError(
+            f"{known:g} bits are outside the format {operand.quantizer.format.name}",
+            where=where,
+            why=f"its container holds whole widths from 1 to {limit}, and 0 for bypass",
+            fix=f"a width of at most {limit}, or plan with qj.integer(max_bits=16)",
+        )
+    return jnp.asarray(value, jnp.float32)
+
+
+def _raise_problems(qstate: QState) -> None:
+    known = all(concrete(leaf) is not None for leaf in jax.tree.leaves(qstate))
+    problems = check(qstate) if known else []
+    if problems:
+        first = problems[0]
+        raise errors.DataError(
+            first.what,
+            where=f"site {first.site}, {first.operand}"
+            + (f", and {len(problems) - 1} more" if len(problems) > 1 else ""),
+            fix=first.fix,
+        )

@@ -1,0 +1,101 @@
+"""``qj.check``: why QParams are not usable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from quantjax import errors
+from quantjax._compat import concrete
+from quantjax.affine import Fault, QParams
+
+REASONS: Mapping[Fault, tuple[str, str]] = {
+    Fault.NEVER_CALIBRATED: (
+        "calibration was never run",
+        "run qj.observe on calibration data before qj.calibrate",
+    ),
+    Fault.NOT_FINITE: (
+        "the range holds NaN or infinity, or nothing was seen of some channel",
+        "look for NaN in the calibration data and in the weights",
+    ),
+    Fault.BITS_OUTSIDE_FORMAT: (
+        "the width is outside the format",
+        "whole widths up to the container's, or plan with qj.integer(max_bits=16)",
+    ),
+}
+UNUSABLE = (
+    "a scale is not a positive finite number",
+    "keep learned scales positive, for instance by optimizing their logarithm",
+)
+
+
+class Problem(NamedTuple):
+    """One operand whose parameters cannot be used.
+
+    Attributes:
+      site, operand: where.
+      lanes: indices of the leading batch axis (cells of a sweep) that are affected; empty where
+        there is none.
+      what, fix: the reason, and one edit to try.
+    """
+
+    site: str
+    operand: str
+    lanes: tuple[int, ...]
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        lanes = f", lanes {list(self.lanes)}" if self.lanes else ""
+        return f"site {self.site}, {self.operand}{lanes}: {self.what}; try: {self.fix}"
+
+
+def check(qstate: Mapping[str, Mapping[str, QParams]]) -> list[Problem]:
+    """Problems of concrete QParams; empty where all is well.
+
+    Under a trace, bad values cannot raise: the scale becomes NaN, and so does what is computed with
+    it. Call this on the QParams that the traced function returns. A batch of them, the result of
+    ``vmap``, is checked lane by lane.
+
+    Raises:
+      CalibrationError: the QParams are tracers.
+
+    >>> import jax.numpy as jnp
+    >>> broken = QParams(jnp.full((1, 1), jnp.nan), jnp.ones((1, 1)), jnp.float32(8))
+    >>> print(check({"dense/kernel": {"activation": broken}})[0].what)
+    calibration was never run
+    """
+    problems: list[Problem] = []
+    for site, operands in qstate.items():
+        for name, qparams in operands.items():
+            problems += _problems(site, name, qparams)
+    return problems
+
+
+def _problems(site: str, operand: str, qparams: QParams) -> list[Problem]:
+    scale, zero_point = concrete(qparams.scale), concrete(qparams.zero_point)
+    bits = concrete(qparams.bits)
+    if scale is None or zero_point is None or bits is None:
+        raise errors.CalibrationError(
+            "qj.check needs values, and these are tracers",
+            where=f"site {site}, {operand}",
+            fix="return the qstate from the jitted function and check it outside",
+        )
+    batch = bits.ndim
+    axes = tuple(range(batch, scale.ndim))
+    faults = np.where(np.isnan(scale), zero_point, 0.0)
+    found: list[Problem] = []
+    for fault, (what, fix) in REASONS.items():
+        hit = np.any(faults == float(fault), axis=axes)
+        if hit.any():
+            found.append(Problem(site, operand, _lanes(hit, batch), what, fix))
+    unusable = np.any(~(scale > 0) | np.isinf(scale), axis=axes) & ~np.any(faults > 0, axis=axes)
+    if unusable.any():
+        found.append(Problem(site, operand, _lanes(unusable, batch), *UNUSABLE))
+    return found
+
+
+def _lanes(hit: np.ndarray, batch: int) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.flatnonzero(hit)) if batch else ()

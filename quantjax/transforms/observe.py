@@ -1,0 +1,184 @@
+"""``qj.init`` and ``qj.observe``: run in float and collect statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from quantjax import errors, statistics
+from quantjax._compat import concrete
+from quantjax.interpreter import Product, ProgramCache, Site, evaluate
+from quantjax.interpreter.trace import Function
+from quantjax.planning import OperandPlan, Plan, SitePlan
+from quantjax.printing import shape_text
+from quantjax.statistics import TORCH_AVERAGING_CONSTANT, Statistics
+from quantjax.transforms.sites import check_program
+
+State = dict[str, dict[str, Statistics]]
+
+
+def observed_operands(plan: Plan, entry: SitePlan) -> tuple[OperandPlan, ...]:
+    """Operands whose statistics come from running the model, not from its parameters."""
+
+    def derivable(operand: OperandPlan) -> bool:
+        return operand.is_weight and plan.weights[entry.site.name].derivable
+
+    return tuple(o for o in entry.quantized if o.scale_shape is not None and not derivable(o))
+
+
+def init(plan: Plan, *, averaging_constant: float | jax.Array = TORCH_AVERAGING_CONSTANT) -> State:
+    """Empty statistics, ``{site: {operand: Statistics}}``, for all that has to be observed.
+
+    Weights are not among them: ``qj.calibrate`` reads them from the parameters. Nor are live
+    ranges.
+
+    Args:
+      averaging_constant: of the moving average; an array may be traced.
+    """
+    state: State = {}
+    for entry in plan.quantized:
+        operands = observed_operands(plan, entry)
+        if operands:
+            state[entry.site.name] = {
+                o.key: statistics.init(o.scale_shape or (), averaging_constant=averaging_constant)
+                for o in operands
+            }
+    return state
+
+
+def observe(f: Function, plan: Plan) -> Callable[..., tuple[Any, State]]:
+    """``observe(f, plan)(state, params, *inputs, where=None) -> (f(params, *inputs), state)``.
+
+    Runs the model in float, bit for bit as it is, and updates the statistics of every operand whose
+    range is fixed. Works under ``jit``, ``scan`` and ``vmap``.
+
+    Args (of the returned function):
+      state: from ``qj.init`` or an earlier call.
+      where: True for entries that count; its shape is a prefix of every observed activation's
+        (usually the batch axis alone).
+
+    Raises:
+      PlanMismatchError: other parameters or another program than those planned.
+      DataError: NaN, infinity or nothing at all in concrete inputs, or in what they lead to. Under
+        a trace the QParams become NaN, and ``qj.check`` says why.
+    """
+    programs = ProgramCache(f)
+    planned = {entry.site.name: observed_operands(plan, entry) for entry in plan.quantized}
+    handled = frozenset(name for name, operands in planned.items() if operands)
+
+    def observing(
+        state: State, params: Any, *inputs: Any, where: Bool[Array, "..."] | None = None
+    ) -> tuple[Any, State]:
+        plan.check_params(params)
+        _check_inputs(inputs, where)
+        program = programs(params, *inputs)
+        check_program(plan, program)
+
+        def handler(
+            site: Site, product: Product, lhs: jax.Array, rhs: jax.Array, value: Any
+        ) -> tuple[jax.Array, Any]:
+            before, mask = value
+            after = {
+                operand.key: _update(site, operand, before, (lhs, rhs), mask)
+                for operand in planned[site.name]
+            }
+            return product.bind(lhs, rhs), after
+
+        values = {name: (_of_site(state, name), where) for name in handled}
+        result, records = evaluate(program, handler, handled, values, params, *inputs)
+        _check_records(records)
+        return result, records
+
+    return observing
+
+
+def _of_site(state: Mapping[str, Any], name: str) -> Any:
+    if name not in state:
+        raise errors.CalibrationError(
+            "the state has no statistics for a planned site",
+            where=f"site {name}",
+            fix="start from state = qj.init(plan), with the same plan",
+        )
+    return state[name]
+
+
+def _update(
+    site: Site,
+    operand: OperandPlan,
+    before: Mapping[str, Statistics],
+    operands: tuple[jax.Array, jax.Array],
+    mask: jax.Array | None,
+) -> Statistics:
+    x = operands[operand.operand.side]
+    where = f"site {site.name} ({site.op.value}), {operand.key} {shape_text(x.shape)}"
+    if x.size == 0:
+        raise errors.DataError(
+            "an empty tensor has no range", where=where, fix="observe a batch of one or more"
+        )
+    if mask is not None:
+        if operand.is_weight:
+            mask = None
+        elif x.shape[: mask.ndim] != mask.shape:
+            raise errors.DataError(
+                f"the mask of shape {shape_text(mask.shape)} does not fit",
+                where=where,
+                why="a mask has the leading axes of every observed activation",
+                fix="pass where= of shape (batch,), and keep the batch axis first in the model",
+            )
+        else:
+            mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+    return statistics.update(before[operand.key], x, where=mask)
+
+
+def _check_inputs(inputs: Any, where: Any) -> None:
+    """Concrete inputs only; ahead of any work."""
+    mask = None if where is None else concrete(where)
+    if mask is not None and not mask.any():
+        raise errors.DataError(
+            "the mask leaves no sample",
+            where=f"where= of shape {shape_text(mask.shape)}",
+            fix="skip this batch",
+        )
+    for index, leaf in enumerate(jax.tree.leaves(inputs)):
+        values = concrete(leaf)
+        if values is None or not jnp.issubdtype(values.dtype, jnp.floating):
+            continue
+        where_text = f"input leaf {index} of shape {shape_text(values.shape)}"
+        if values.size == 0:
+            raise errors.DataError(
+                "an empty calibration batch", where=where_text, fix="observe one sample or more"
+            )
+        kept = values
+        if mask is not None and values.shape[: mask.ndim] == mask.shape:
+            kept = values[mask.astype(bool)]
+        bad = ~np.isfinite(kept.astype(np.float32))
+        if bad.any():
+            raise errors.DataError(
+                f"{int(bad.sum())} values of the calibration batch are NaN or infinite",
+                where=where_text,
+                why="a range that has to hold them does not exist",
+                fix="drop those samples, or mask them with where=",
+            )
+
+
+def _check_records(records: State) -> None:
+    """Concrete statistics only: a NaN that arose inside the model."""
+    for name, operands in records.items():
+        for key, stats in operands.items():
+            low = concrete(stats.extremes.low)
+            high = concrete(stats.extremes.high)
+            if low is None or high is None:
+                continue
+            bounds = np.stack([low, -high])  # nothing seen is +inf in both
+            if np.any(np.isnan(bounds) | np.isneginf(bounds)):
+                raise errors.DataError(
+                    "an observed activation is NaN or infinite",
+                    where=f"site {name}, {key}",
+                    why="the inputs are finite, so the model itself produced it",
+                    fix="run the float model under jax.config.update('jax_debug_nans', True)",
+                )

@@ -1,0 +1,1 @@
+"""Models, data and studies for quantjax; registered by entry points."""

@@ -1,0 +1,212 @@
+"""The sweep: every cell of a grid, for every seed of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from quantjax import errors
+from quantjax.planning import Plan, plan
+from quantjax.ranges import RangeRule, stack
+from quantjax.sweep.grid import FLOAT_CELL, Cell, Grid
+from quantjax.sweep.progress import Progress, Silent
+from quantjax.sweep.runner import CellProgram, Execution, compile_cells
+from quantjax.sweep.store import ResultStore, Row
+from quantjax.sweep.study import Study
+from quantjax.transforms.calibrate import calibrate
+from quantjax.transforms.fake_quantize import fake_quantize
+from quantjax.transforms.observe import init, observe
+from quantjax.transforms.sites import sites
+
+
+class SweepResult(NamedTuple):
+    """What a sweep returns.
+
+    Attributes:
+      rows: one for each cell and seed of the grid, computed now or before.
+      computed: how many of them were computed now.
+      trained: how many models were trained now.
+      program: the compiled program; None where nothing had to be computed.
+    """
+
+    rows: list[Row]
+    computed: int
+    trained: int
+    program: CellProgram | None
+
+
+def run_sweep(
+    study: Study,
+    grid: Grid,
+    output: Path,
+    *,
+    memory_budget_bytes: int = 1 << 30,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Evaluate every cell of ``grid`` for every seed, and file the results under ``output``.
+
+    Trains and calibrates one model a seed, then evaluates all its cells as one compiled program,
+    which all seeds share. Cells that ``output/results.csv`` already has are not computed, nor are
+    models trained that ``output/checkpoints`` has; an interrupted sweep goes on where it stopped.
+
+    Raises:
+      SweepError: an inconsistent grid, an unreadable result file, or too small a budget.
+      BitsError: widths beyond the policy's containers, before anything is computed.
+    """
+    _check_widths(study, grid)
+    progress = progress or Silent()
+    store = ResultStore(output / "results.csv")
+    fingerprint = study.fingerprint()
+    wanted = grid.cells()
+    missing = {
+        seed: [cell for cell in wanted if cell not in known]
+        for seed in grid.seeds
+        for known in [store.known(fingerprint, seed)]
+    }
+    todo = {seed: cells for seed, cells in missing.items() if cells}
+    checkpoints = output.absolute() / "checkpoints" / fingerprint
+    trained = 0
+    program: CellProgram | None = None
+    if todo:
+        inputs, labels = study.test()
+        batches = study.calibration()
+    with progress:
+        for seed in todo:
+            fresh = not (checkpoints / f"seed_{seed}").exists()
+            trained += fresh
+            params = _trained(study, seed, checkpoints / f"seed_{seed}", progress)
+            planned = plan(study.policy, sites(study.apply, params, batches[0]))
+            state = _observed(study, planned, params, batches, progress)
+            shared = (state, params, inputs, labels)
+            values = _values(todo[seed], grid.rules)
+            if program is None:
+                cell = _cell(study, planned, grid.rules)
+                longest = max(todo.values(), key=len)
+                progress.note("compiling one program for all cells")
+                program = compile_cells(
+                    cell,
+                    _values(longest, grid.rules),
+                    *shared,
+                    memory_budget_bytes=memory_budget_bytes,
+                    execution=execution,
+                )
+            with progress.task(f"evaluating seed {seed}", len(todo[seed])) as advance:
+                done = 0
+                for counts in program.calls(values, *shared):
+                    cells = todo[seed][done : done + len(counts)]
+                    store.add(_rows(study, fingerprint, seed, cells, counts, len(labels)))
+                    done += len(counts)
+                    advance(len(counts))
+    rows = {seed: store.known(fingerprint, seed) for seed in grid.seeds}
+    return SweepResult(
+        [rows[seed][cell] for seed in grid.seeds for cell in wanted],
+        sum(map(len, todo.values())),
+        trained,
+        program,
+    )
+
+
+def _trained(study: Study, seed: int, folder: Path, progress: Progress) -> Any:
+    """The model of one seed, from its checkpoint where there is one."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        if folder.exists():
+            return checkpointer.restore(folder)
+        with progress.task(f"training seed {seed}", study.train_steps) as advance:
+            params = study.train(seed, advance)
+        checkpointer.save(folder, params)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder)
+
+
+def _observed(
+    study: Study, planned: Plan, params: Any, batches: Sequence[jax.Array], progress: Progress
+) -> Any:
+    """Statistics of the calibration batches: one pass, for every rule and width."""
+    observing = jax.jit(observe(study.apply, planned))
+    state = init(planned)
+    with progress.task("calibrating", len(batches)) as advance:
+        for batch in batches:
+            _, state = observing(state, params, batch)
+            advance(1)
+    return state
+
+
+def _cell(study: Study, planned: Plan, rules: Sequence[RangeRule]) -> Callable[..., Any]:
+    """Correct predictions at one point of the grid; every argument an array."""
+    rule_stack = stack(rules)
+    quantized = fake_quantize(study.apply, planned)
+
+    def cell(values: Any, state: Any, params: Any, inputs: Any, labels: Any) -> jax.Array:
+        qstate = calibrate(
+            planned,
+            state,
+            params,
+            weight_bits=values["weight_bits"],
+            activation_bits=values["activation_bits"],
+            rule=rule_stack[values["rule"]],
+        )
+        logits = quantized(qstate, params, inputs)
+        valid = jnp.all(jnp.isfinite(logits))
+        correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
+        return jnp.where(valid, correct, -1)
+
+    return cell
+
+
+def _values(cells: Sequence[Cell], rules: Sequence[RangeRule]) -> dict[str, np.ndarray]:
+    names = [rule.name for rule in rules]
+    index = [0 if cell == FLOAT_CELL else names.index(cell.rule) for cell in cells]
+    return {
+        "weight_bits": np.array([cell.weight_bits for cell in cells], np.float32),
+        "activation_bits": np.array([cell.activation_bits for cell in cells], np.float32),
+        "rule": np.array(index, np.int32),
+    }
+
+
+def _rows(
+    study: Study,
+    fingerprint: str,
+    seed: int,
+    cells: Sequence[Cell],
+    counts: np.ndarray,
+    total: int,
+) -> list[Row]:
+    rows = []
+    for cell, count in zip(cells, counts.tolist(), strict=True):
+        if count < 0:
+            raise errors.SweepError(
+                "the logits are not finite",
+                where=f"{study.name}, seed {seed}, W{cell.weight_bits} A{cell.activation_bits}, "
+                f"{cell.rule}",
+                fix="calibrate outside the sweep and print qj.check(qstate)",
+            )
+        rows.append(
+            Row(fingerprint, study.name, seed, *cell, count / total, correct=count, total=total)
+        )
+    return rows
+
+
+def _check_widths(study: Study, grid: Grid) -> None:
+    """Widths beyond the containers, before any work."""
+    for rule in study.policy.rules:
+        for what, quantizer, widths in (
+            ("weight", rule.scheme.weights, grid.weight_bits),
+            ("activation", rule.scheme.activations, grid.activation_bits),
+        ):
+            if quantizer is None:
+                continue
+            beyond = [bits for bits in widths if not 0 <= bits <= quantizer.format.max_bits]
+            if beyond:
+                raise errors.BitsError(
+                    f"{what} widths {beyond} are outside the format {quantizer.format.name}",
+                    where=f"study {study.name}, rule '{rule}'",
+                    why=f"its container holds 1 to {quantizer.format.max_bits} bits, 0 is float",
+                    fix=f"widths from 0 to {quantizer.format.max_bits}",
+                )

@@ -1,0 +1,218 @@
+"""Run many cells of one computation as one compiled program.
+
+A cell is a function of arrays; cells differ in values, never in shapes, so they share a program. It
+runs them under ``vmap`` or one after another under ``lax.map``: a short trial decides, because on
+CPU convolutions with batched weights are several times slower under ``vmap``, while small dense
+products gain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from quantjax import errors
+
+CellFunction = Callable[..., Any]
+"""``cell(values, *shared) -> pytree``; ``values`` holds one scalar for each axis of the grid."""
+
+Values = Mapping[str, np.ndarray]
+CELLS_PER_CALL = 14
+TRIAL_ROUNDS = 2
+
+
+class Execution(enum.Enum):
+    """How a call runs its cells."""
+
+    MAP = "map"
+    VMAP = "vmap"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One candidate program.
+
+    Attributes:
+      execution: how it runs its cells.
+      cells_per_call: the compiled shape.
+      bytes_per_call: temporaries, arguments and results, as XLA's memory analysis states them.
+      seconds_per_cell: the best of a few rounds.
+    """
+
+    execution: Execution
+    cells_per_call: int
+    bytes_per_call: int
+    seconds_per_cell: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CellProgram:
+    """The compiled program of a grid; serves any number of cells of the same shapes.
+
+    Attributes:
+      chosen: the candidate that is run.
+      trials: all candidates that were tried.
+    """
+
+    chosen: Trial
+    trials: tuple[Trial, ...]
+    _compiled: Any = dataclasses.field(repr=False)
+
+    def calls(self, values: Values, *shared: Any) -> Iterator[Any]:
+        """Results call by call, stacked on a first axis, as NumPy arrays.
+
+        Args:
+          values: one array an axis, all of the same length.
+          shared: what all cells have in common (parameters, statistics, data).
+        """
+        count = _count(values)
+        size = self.chosen.cells_per_call
+        for start in range(0, count, size):
+            result = jax.device_get(self._compiled(_chunk(values, start, size), *shared))
+            kept = min(size, count - start)
+            yield jax.tree.map(lambda leaf, kept=kept: leaf[:kept], result)
+
+    def run(self, values: Values, *shared: Any) -> Any:
+        """Results of all cells, stacked on a first axis, as NumPy arrays."""
+        parts = list(self.calls(values, *shared))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def compile_cells(
+    cell: CellFunction,
+    values: Values,
+    *shared: Any,
+    memory_budget_bytes: int,
+    execution: Execution | None = None,
+    cells_per_call: int = CELLS_PER_CALL,
+) -> CellProgram:
+    """Compile ``cell`` for a grid, choosing between ``vmap`` and ``lax.map`` by a short trial.
+
+    Args:
+      cell: ``(values, *shared) -> pytree``, each value a scalar array.
+      values: the grid, one array an axis, all of the same length.
+      shared: arguments that all cells have in common; arguments and not constants, or XLA would
+        fold them.
+      memory_budget_bytes: bound of temporaries, arguments and results of one call. ``vmap`` halves
+        its cells per call until it fits.
+      execution: skip the trial.
+      cells_per_call: upper bound; smaller calls report progress more often.
+
+    Raises:
+      SweepError: an empty grid, axes of unequal length, or one cell alone over the budget.
+
+    >>> import jax.numpy as jnp
+    >>> grid = {"bits": np.arange(5, dtype=np.float32)}
+    >>> double = compile_cells(
+    ...     lambda v, x: v["bits"] * x, grid, jnp.float32(2), memory_budget_bytes=1 << 20
+    ... )
+    >>> double.run(grid, jnp.float32(2)).tolist()
+    [0.0, 2.0, 4.0, 6.0, 8.0]
+    """
+    count = _count(values)
+    calls = math.ceil(count / max(1, min(cells_per_call, count)))
+    size = math.ceil(count / calls)
+    candidates = list(Execution) if execution is None else [execution]
+    trials: list[tuple[Trial, Any]] = []
+    smallest = 0
+    for candidate in candidates:
+        fitted, needed = _fit(cell, values, shared, candidate, size, memory_budget_bytes)
+        smallest = max(smallest, needed)
+        if fitted is not None:
+            trials.append(fitted)
+    if not trials:
+        raise errors.SweepError(
+            f"one cell needs {smallest / 2**20:.1f} MiB, the budget is "
+            f"{memory_budget_bytes / 2**20:.1f} MiB",
+            where=f"{count} cells, {', '.join(c.value for c in candidates)}",
+            fix="raise memory_budget_bytes, or evaluate fewer samples in a cell",
+        )
+    if len(trials) > 1:
+        trials = _timed(trials, values, shared)
+    chosen, compiled = min(trials, key=lambda trial: trial[0].seconds_per_cell)
+    return CellProgram(chosen, tuple(trial for trial, _ in trials), compiled)
+
+
+def _fit(
+    cell: CellFunction,
+    values: Values,
+    shared: tuple[Any, ...],
+    execution: Execution,
+    size: int,
+    budget: int,
+) -> tuple[tuple[Trial, Any] | None, int]:
+    """The candidate at the largest size within the budget, and the bytes of the last one tried."""
+    while True:
+        compiled = _program(cell, execution).lower(_chunk(values, 0, size), *shared).compile()
+        needed = _bytes(compiled)
+        if needed <= budget:
+            return (Trial(execution, size, needed, 0.0), compiled), needed
+        if size == 1 or execution is Execution.MAP:
+            return None, needed
+        size = size // 2
+
+
+def _program(cell: CellFunction, execution: Execution) -> Any:
+    def cells_in_turn(values: Any, *shared: Any) -> Any:
+        return lax.map(lambda one: cell(one, *shared), values)
+
+    def cells_at_once(values: Any, *shared: Any) -> Any:
+        return jax.vmap(lambda one: cell(one, *shared))(values)
+
+    return jax.jit(cells_in_turn if execution is Execution.MAP else cells_at_once)
+
+
+def _timed(
+    trials: list[tuple[Trial, Any]], values: Values, shared: tuple[Any, ...]
+) -> list[tuple[Trial, Any]]:
+    """The candidates with their times, rounds interleaved, the first of each not counted."""
+    times: dict[int, list[float]] = {index: [] for index in range(len(trials))}
+    for _ in range(1 + TRIAL_ROUNDS):
+        for index, (trial, compiled) in enumerate(trials):
+            chunk = _chunk(values, 0, trial.cells_per_call)
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(chunk, *shared))
+            times[index].append((time.perf_counter() - start) / trial.cells_per_call)
+    return [
+        (dataclasses.replace(trial, seconds_per_cell=min(times[index][1:])), compiled)
+        for index, (trial, compiled) in enumerate(trials)
+    ]
+
+
+def _bytes(compiled: Any) -> int:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise errors.SweepError(
+            "this backend states no memory use", fix="evaluate the cells without a budget"
+        )
+    return int(
+        analysis.temp_size_in_bytes
+        + analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+    )
+
+
+def _count(values: Values) -> int:
+    lengths = {name: len(array) for name, array in values.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise errors.SweepError(
+            "the axes of the grid have no common length of one or more",
+            where=f"lengths {lengths}",
+            fix="give every cell a value on every axis (numpy.meshgrid, then ravel)",
+        )
+    return next(iter(lengths.values()))
+
+
+def _chunk(values: Values, start: int, size: int) -> dict[str, np.ndarray]:
+    """``size`` cells from ``start`` on; past the end the last cell is repeated."""
+    count = _count(values)
+    index = np.minimum(np.arange(start, start + size), count - 1)
+    return {name: np.asarray(array)[index] for name, array in values.items()}

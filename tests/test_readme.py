@@ -1,0 +1,64 @@
+"""The README's code runs as it stands, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def namespace():
+    """Names of the long example, which the short ones build on."""
+    complete = next(block for block in BLOCKS if "class MLP" in block)
+    names: dict = {"__name__": "readme"}
+    exec(compile(complete, "README.md", "exec"), names)
+    return names
+
+
+def test_the_grid_of_the_example_is_one_compilation_of_98_cells(namespace):
+    assert namespace["errors"].shape == (98,)
+    assert namespace["grid"]._cache_size() == 1
+    assert np.all(np.isfinite(namespace["errors"]))
+
+
+def test_more_bits_mean_less_error(namespace):
+    error = {
+        (int(w), int(a), int(r)): float(e)
+        for w, a, r, e in zip(
+            namespace["wb"], namespace["ab"], namespace["rule"], namespace["errors"], strict=True
+        )
+    }
+    assert error[2, 2, 0] > 10 * error[4, 4, 0] > 100 * error[8, 8, 0]
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_every_block_runs(namespace, index):
+    names = dict(namespace)
+    exec(compile(BLOCKS[index], "README.md", "exec"), names)
+    if "y" in names:
+        assert names["y"].shape == (32, 10)
+    if "first_and_last_in_8_bits" in names:
+        plan = names["qj"].plan(names["first_and_last_in_8_bits"], names["table"])
+        assert "int4/group16" in str(plan)
+
+
+def test_the_first_example_has_at_most_five_lines():
+    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 5
+
+
+def test_the_commands_and_files_that_it_names_exist():
+    for script in re.findall(r"\./(scripts/\w+)", README):
+        assert (ROOT / script).stat().st_mode & 0o111, script
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_options_that_it_names_exist():
+    source = (ROOT / "quantjax" / "cli.py").read_text()
+    for option in re.findall(r"--([a-z-]+)", "".join(re.findall(r"```sh\n(.*?)```", README, re.S))):
+        assert option == "help" or f"    {option.replace('-', '_')}:" in source, option

@@ -6,6 +6,7 @@ Written against JAX 0.10.2 (Python 3.11) and 0.12.0 (Python 3.12 and newer).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -25,8 +26,32 @@ def bind_equation(eqn: jex_core.JaxprEqn, *operands: Any) -> list[Any]:
     if isinstance(params, tuple):
         subfuns, params = tuple(params[0]), params[1]
     with equation_context(eqn):
+        if not subfuns and _broadcasts(eqn):
+            return [_jitted(eqn.primitive, tuple(params.items()))(*operands)]
         out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _broadcasts(eqn: jex_core.JaxprEqn) -> bool:
+    """Whether the equation broadcasts axes of size 1, as elementwise ones do in newer JAX."""
+    if len(eqn.invars) < 2 or eqn.primitive.multiple_results:
+        return False
+    out, *shapes = [getattr(a.aval, "shape", ()) for a in (eqn.outvars[0], *eqn.invars)]
+    return any(shape != out for shape in shapes) and all(
+        len(shape) == len(out) and all(n in (1, m) for n, m in zip(shape, out, strict=True))
+        for shape in shapes
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _jitted(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Any:
+    """The primitive as ``jax.numpy`` calls it: a jitted function that traces inline.
+
+    The trace of a model has lost those small ``jit`` calls, but eager differentiation sees them:
+    the gradient of ``x * scale`` is then one compiled program, product and sum over the batch in
+    one, and differs in the last place from the two taken one after the other.
+    """
+    return jax.jit(lambda *operands: primitive.bind(*operands, **dict(params)), inline=True)
 
 
 @contextlib.contextmanager

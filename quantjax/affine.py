@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from quantjax.formats import Format
 
 SMALLEST_SCALE = float(jnp.finfo(jnp.float32).smallest_normal)
+LARGEST_SCALE = float(jnp.finfo(jnp.float32).max)
 
 
 class QParams(NamedTuple):
@@ -47,8 +49,9 @@ def divide_by_scale(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float
     """``x / scale`` with a true IEEE division, elementwise, in float32.
 
     XLA rewrites a division by a broadcast value into a product with its reciprocal, which moves
-    12 % of exact ties to the other code. A divisor that depends on ``x`` keeps the division; where
-    ``x`` is NaN the quotient is NaN whatever the divisor.
+    12 % of exact ties to the other code. A divisor that depends on ``x`` keeps the division. It
+    depends by a comparison with NaN, which is never true; the barrier keeps XLA from knowing so,
+    and from evaluating the comparison where ``x`` is a constant of the program.
 
     Args:
       x: float32 values.
@@ -57,7 +60,8 @@ def divide_by_scale(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float
     >>> float(divide_by_scale(jnp.float32(0.0825), jnp.float32(0.033)))
     2.5
     """
-    return x / jnp.where(jnp.isnan(x), jnp.ones_like(x), scale)
+    never = lax.optimization_barrier(jnp.full((), jnp.nan, x.dtype))
+    return x / jnp.where(x == never, jnp.ones_like(x), scale)
 
 
 def is_bypassed(bits: Float[Array, ""]) -> Bool[Array, ""]:
@@ -81,8 +85,9 @@ def qparams_from_range(
     Asymmetric: the range is widened to hold 0, then ``scale = (high - low) / (q_max - q_min)`` and
     ``zero_point = clip(q_min - round(low / scale), q_min, q_max)``.
 
-    All arithmetic is float32. An empty span (all zeros) has scale 1; a span below the normal
-    numbers has the smallest normal scale; bypass has scale 1 and zero point 0.
+    All arithmetic is float32. An empty span (all zeros) has scale 1; where the quotient would be
+    subnormal or infinite, the scale is the nearest normal number; bypass has scale 1 and zero
+    point 0. A subnormal span is empty to a backend that flushes subnormals, as CPU does.
 
     Args:
       low, high: the range, the shape of the scale.
@@ -101,15 +106,15 @@ def qparams_from_range(
     bits = jnp.asarray(bits, jnp.float32)
     steps = format.steps(bits, symmetric=symmetric)
     if symmetric:
-        scale = divide_by_scale(jnp.maximum(jnp.abs(low), jnp.abs(high)), steps)
-        scale = _usable(scale)
+        span = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        scale = _usable(divide_by_scale(span, steps), span)
         zero_point = jnp.zeros_like(scale)
     else:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
         span = high - low
         halves = divide_by_scale(high, steps) - divide_by_scale(low, steps)
         scale = jnp.where(jnp.isinf(span), halves, divide_by_scale(span, steps))
-        scale = _usable(scale)
+        scale = _usable(scale, span)
         q_min, q_max = format.code_range(bits)
         zero_point = jnp.clip(q_min - jnp.round(divide_by_scale(low, scale)), q_min, q_max)
     return _mark_faults(
@@ -120,9 +125,9 @@ def qparams_from_range(
     )
 
 
-def _usable(scale: jax.Array) -> jax.Array:
-    clamped = jnp.maximum(scale, SMALLEST_SCALE)
-    return jnp.where(scale == 0.0, 1.0, clamped)
+def _usable(scale: jax.Array, span: jax.Array) -> jax.Array:
+    """A normal number. The span decides on 1: a quotient of a tiny one is flushed to 0 on CPU."""
+    return jnp.where(span == 0.0, 1.0, jnp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE))
 
 
 def _mark_faults(

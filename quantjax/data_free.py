@@ -21,7 +21,8 @@ from quantjax.qtensor import QTensor, encode
 def quantize_params(params: PyTree, policy: Policy) -> PyTree:
     """Replace kernels by :class:`QTensor`, from their own ranges; no model and no data.
 
-    A kernel is a floating-point leaf of rank 2 or more; biases and normalization vectors stay.
+    A kernel is a floating-point leaf of rank 2 or more; biases, normalization vectors and what is
+    quantized already stay.
     Without a model nothing tells which axis is the output channel, so a rule states it:
     ``qj.PerChannel(axis=-1)``, ``qj.PerGroup(64, axis=-2)``, or ``qj.PerTensor()``.
 
@@ -43,12 +44,12 @@ def quantize_params(params: PyTree, policy: Policy) -> PyTree:
     >>> quantize_params({"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}, policy)
     {'bias': Array([1., 1.], dtype=float32), 'kernel': QTensor(int4[4x2], scale[1x2], float32)}
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
     kernels = {
         name: _as_site(name, leaf)
         for name, (_, leaf) in zip(names, flat, strict=True)
-        if jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        if _is_kernel(leaf)
     }
     for rule in policy.rules:
         if not rule.optional and not any(map(rule.selector.matches, kernels.values())):
@@ -71,15 +72,20 @@ def dequantize_params(qparams: PyTree) -> PyTree:
     >>> dequantize_params({"bias": jnp.ones(2)})
     {'bias': Array([1., 1.], dtype=float32)}
     """
-
-    def is_quantized(leaf: Any) -> bool:
-        return isinstance(leaf, QTensor)
-
     return jax.tree.map(
-        lambda leaf: leaf.dequantize() if is_quantized(leaf) else leaf,
+        lambda leaf: leaf.dequantize() if _is_quantized(leaf) else leaf,
         qparams,
-        is_leaf=is_quantized,
+        is_leaf=_is_quantized,
     )
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor)
+
+
+def _is_kernel(leaf: Any) -> bool:
+    is_array = not _is_quantized(leaf)
+    return is_array and jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def _as_site(name: str, leaf: Any) -> Site:
@@ -139,6 +145,6 @@ def _quantize(name: str, leaf: Any, quantizer: Quantizer) -> QTensor:
         raise errors.DataError(
             f"the kernel has no range ({kind.name.lower().replace('_', ' ')})",
             where=where,
-            fix="look for NaN or infinity in the kernel",
+            fix=f"look for NaN or infinity, or exempt it: qj.rule(qj.path('{name}'), qj.Scheme())",
         )
     return encode(leaf, qparams, quantizer.format, rounding=quantizer.rounding)

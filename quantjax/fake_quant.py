@@ -32,21 +32,24 @@ class Arithmetic(NamedTuple):
 
 
 class _Local(NamedTuple):
-    scaled: jax.Array
     centered: jax.Array
     slope: jax.Array
+    passed: jax.Array
 
 
 def _local(
     arithmetic: Arithmetic, x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: jax.Array
 ) -> _Local:
-    """Codes minus zero point, and the estimator's slope, elementwise in float32."""
+    """Codes minus zero point, the estimator's slope, and ``slope · x/s``; all float32."""
     format, rounding, estimator = arithmetic
     zero = jnp.round(zero_point)
     scaled = divide_by_scale(x, scale)
     centered = format.snap(scaled, zero, bits, rounding) - zero
     low, high = format.code_range(bits)
-    return _Local(scaled, centered, estimator.slope(rounding.apply(scaled) + zero, low, high))
+    slope = estimator.slope(rounding.apply(scaled) + zero, low, high)
+    # Not a plain product: where the quotient is infinite and clipped, 0 · ∞ would be NaN.
+    passed = jnp.where(slope == 0.0, 0.0, slope * scaled)
+    return _Local(centered, slope, passed)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -60,9 +63,9 @@ def _centered(
 def _centered_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
     x, scale, zero_point, bits = primals
     dx, dscale, dzero, _ = tangents
-    scaled, centered, slope = _local(arithmetic, x, scale, zero_point, bits)
-    per_step = divide_by_scale(slope, scale)
-    return centered, per_step * dx - per_step * scaled * dscale + (slope - 1.0) * dzero
+    centered, slope, passed = _local(arithmetic, x, scale, zero_point, bits)
+    to_x, to_scale = divide_by_scale(slope, scale), -divide_by_scale(passed, scale)
+    return centered, to_x * dx + to_scale * dscale + (slope - 1.0) * dzero
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -77,10 +80,10 @@ def _fake_quant(
 def _fake_quant_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
     x, scale, zero_point, bits = primals
     dx, dscale, dzero, _ = tangents
-    scaled, centered, slope = _local(arithmetic, x, scale, zero_point, bits)
+    centered, slope, passed = _local(arithmetic, x, scale, zero_point, bits)
     bypass = is_bypassed(bits)
     slope = jnp.where(bypass, 1.0, slope)
-    to_scale = jnp.where(bypass, 0.0, centered - slope * scaled)
+    to_scale = jnp.where(bypass, 0.0, centered - passed)
     to_zero = jnp.where(bypass, 0.0, (slope - 1.0) * scale)
     value = jnp.where(bypass, x, centered * scale)
     return value, slope * dx + to_scale * dscale + to_zero * dzero
@@ -107,7 +110,10 @@ def centered_codes(
 def apply(x: Float[Array, "..."], qparams: QParams, arithmetic: Arithmetic) -> Float[Array, "..."]:
     """:func:`fake_quant` for QParams and an :class:`Arithmetic`; the dtype of ``x``."""
     x = jnp.asarray(x)
-    return _fake_quant(arithmetic, *_prepared(x, qparams)).astype(x.dtype)
+    y = _fake_quant(arithmetic, *_prepared(x, qparams)).astype(x.dtype)
+    if x.dtype == jnp.float64:  # float32 would round what passes through
+        y = jnp.where(is_bypassed(jnp.asarray(qparams.bits, jnp.float32)), x, y)
+    return y
 
 
 def fake_quant(

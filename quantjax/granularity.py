@@ -153,10 +153,11 @@ class PerGroup(Granularity):
         if self.size < 1 or shape[grouped] % self.size:
             divisors = [d for d in range(1, shape[grouped] + 1) if shape[grouped] % d == 0]
             nearest = min(divisors, key=lambda d: abs(d - self.size), default=1)
+            stated = "" if self.axis is None else f", axis={self.axis}"
             raise errors.GranularityError(
                 f"groups of {self.size} do not divide axis {grouped} of size {shape[grouped]}",
                 where=f"operand of shape {tuple(shape)}",
-                fix=f"qj.PerGroup({nearest})",
+                fix=f"qj.PerGroup({nearest}{stated})",
             )
         kept_shape = list(_keep(shape, kept))
         kept_shape[grouped] = shape[grouped] // self.size

@@ -8,6 +8,8 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from quantjax import errors
 from quantjax.granularity import OperandAxes
 from quantjax.interpreter import Operand, Origin, Role, Site, SiteStatus, leaves_by_path
@@ -125,7 +127,7 @@ class Plan:
 
     def check_params(self, params: Any) -> None:
         """Raise ``PlanMismatchError`` unless every planned weight is there in its shape."""
-        shapes = {path: tuple(leaf.shape) for path, leaf in leaves_by_path(params).items()}
+        shapes = {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items()}
         planned = dict(self.shapes)
         for entry in self.quantized:
             weight = entry.site.weight
@@ -260,7 +262,9 @@ def _sizing(site: Site, operands: list[OperandPlan]) -> Sizing:
         shape = quantizer.granularity.scale_shape(
             operand.shape, planned.axes, is_weight=planned.is_weight
         )
-        length = group_length(operand.shape, shape, operand.contracted)
+        length = group_length(
+            operand.shape, shape, operand.contracted, site.contraction_size // site.taps
+        )
         folded = length == 1 or any(shape[axis] != 1 for axis in operand.window)
         bound = quantizer.format.largest_centered_code(symmetric=quantizer.symmetric)
         bounds.append(None if folded else bound)

@@ -64,20 +64,25 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and parameters together."""
-        return sum(int(leaf.nbytes) for leaf in jax.tree.leaves((self.codes, self.qparams)))
+        leaves = jax.tree.leaves((self.codes, self.qparams))
+        return sum(int(leaf.size) * int(leaf.dtype.itemsize) for leaf in leaves)
 
     def dequantize(self) -> Float[Array, "..."]:
         """``scale · (codes - round(zero_point))``, in float32, cast to ``dtype``."""
-        scale = expand(self.qparams.scale, self.codes.shape)
-        zero_point = expand(self.qparams.zero_point, self.codes.shape)
+        scale = expand(jnp.asarray(self.qparams.scale, jnp.float32), self.codes.shape)
+        zero_point = expand(jnp.asarray(self.qparams.zero_point, jnp.float32), self.codes.shape)
         centered = self.codes.astype(jnp.float32) - jnp.round(zero_point)
         return (centered * scale).astype(self.dtype)
 
     def __repr__(self) -> str:
-        shape = "x".join(map(str, jnp.shape(self.codes))) or "scalar"
-        scales = "x".join(map(str, jnp.shape(self.qparams.scale))) or "scalar"
+        # Leaves need not be arrays: trees of shapes, of None, of booleans are printed as well.
+        shape = "x".join(map(str, getattr(self.codes, "shape", ()))) or "scalar"
+        scales = "x".join(map(str, getattr(self.qparams.scale, "shape", ()))) or "scalar"
         bits = concrete(self.qparams.bits)
-        width = "traced" if bits is None else ",".join(f"{b:g}" for b in np.ravel(bits)[:4])
+        if bits is None or not np.issubdtype(bits.dtype, np.number):  # a tracer or a spec
+            width = "?"
+        else:
+            width = ",".join(f"{b:g}" for b in np.ravel(bits)[:4])
         return f"QTensor({self.format.name}{width}[{shape}], scale[{scales}], {self.dtype})"
 
 
@@ -93,7 +98,8 @@ def encode(
       qparams: its parameters; ``bits`` may be traced but must not be 0.
 
     Raises:
-      BitsError: a concrete width of 0: a tensor that passes through has no codes.
+      BitsError: a concrete width of 0: a tensor that passes through has no codes; or one that the
+        container does not hold.
       DataError: a concrete tensor with NaN, for which no integer code stands. Under a trace, check
         beforehand: an integer array cannot carry NaN.
 
@@ -110,8 +116,15 @@ def encode(
             where=f"qj.encode of shape {jnp.shape(x)}",
             fix="give a width of 1 or more, or keep the float tensor",
         )
+    if bits is not None and not np.all(np.isin(bits, np.arange(1, format.max_bits + 1))):
+        raise errors.BitsError(
+            f"bits = {bits} is no width of a container of {format.max_bits} bits",
+            where=f"qj.encode of shape {jnp.shape(x)}",
+            why="codes that the container does not hold would be stored as others",
+            fix=f"a whole number from 1 to {format.max_bits}, or qj.integer(max_bits=16)",
+        )
     known = concrete(x)
-    if known is not None and np.any(np.isnan(known.astype(np.float32))):
+    if known is not None and np.any(np.isnan(known)):
         raise errors.DataError(
             "the tensor holds NaN, for which no code stands",
             where=f"qj.encode of shape {known.shape}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,7 @@ def study(training: Training = Training(), model: DigitsCNN = DigitsCNN()) -> St
     data = load()
 
     def apply(variables: Any, images: jax.Array) -> jax.Array:
-        logits: jax.Array = model.apply(variables, images)
-        return logits
+        return cast(jax.Array, model.apply(variables, images))
 
     def trained(seed: int, on_step: Callable[[int], None]) -> Any:
         return train(model, data, training, seed, on_step)

@@ -86,15 +86,15 @@ class Product:
 
     def multiply_adds(self) -> int:
         """Multiply-accumulates of one call; taps that fall on padding are counted."""
-        if self.op is Op.DOT:
-            (contracted, _), _ = self.params["dimension_numbers"]
-            return math.prod(self.out.shape) * math.prod(self.lhs.shape[a] for a in contracted)
-        out_channels = self.rhs.shape[self.params["dimension_numbers"].rhs_spec[0]]
-        return math.prod(self.out.shape) * math.prod(self.rhs.shape) // max(out_channels, 1)
+        return math.prod(self.out.shape) * self.contraction_size()
 
     def contraction_size(self) -> int:
-        """How many products each output sums."""
-        return self.multiply_adds() // max(math.prod(self.out.shape), 1)
+        """How many products each output sums; does not depend on the batch, empty or not."""
+        if self.op is Op.DOT:
+            (contracted, _), _ = self.params["dimension_numbers"]
+            return math.prod(self.lhs.shape[a] for a in contracted)
+        out_channels = self.rhs.shape[self.params["dimension_numbers"].rhs_spec[0]]
+        return math.prod(self.rhs.shape) // max(out_channels, 1)
 
     def axes(self, side: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """``(free, contracted, window)`` axes of operand ``side`` (0 left, 1 right).

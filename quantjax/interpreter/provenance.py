@@ -84,7 +84,8 @@ def constant(value: Any) -> Origin:
     """The origin of a literal or of an array that the function closed over."""
     if isinstance(value, jax.core.Tracer):
         return Origin(OriginKind.CONSTANT, signature="tracer")
-    array = np.asarray(value)
+    is_key = jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key)
+    array = np.asarray(jax.random.key_data(value) if is_key else value)
     digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
     return Origin(OriginKind.CONSTANT, signature=f"{array.dtype}{array.shape}{digest}", value=value)
 

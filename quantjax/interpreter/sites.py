@@ -17,7 +17,8 @@ from quantjax.interpreter.product import Op, Product, product_of
 from quantjax.interpreter.provenance import Origin, OriginKind
 
 Location = tuple[int, ...]
-"""Index of an equation, preceded by those of the containers around it."""
+"""Index of an equation, preceded by those of the containers around it; programs of a container that
+is not rewritten have a number of their own in between."""
 
 
 class Role(enum.Enum):
@@ -150,16 +151,18 @@ def _walk(
         elif is_jit(eqn):
             outputs = _walk(jit_call(eqn)[0], operands, here, where, loops, opaque, found)
         else:
-            for inner in jex_core.jaxprs_in_params(eqn.params):
+            # A branch of cond does not see the first operand, which chooses it.
+            passed = operands[1:] if eqn.primitive.name == "cond" else operands
+            for number, inner in enumerate(jex_core.jaxprs_in_params(eqn.params)):
                 unknown = [provenance.DATA] * len(inner.invars)
                 closed_inner = jex_core.ClosedJaxpr(inner, ())
                 if inner.constvars:
                     closed_inner = _without_constants(inner)
                     unknown = [provenance.DATA] * len(closed_inner.jaxpr.invars)
-                known = operands if len(operands) == len(unknown) else unknown
+                known = passed if len(passed) == len(unknown) else unknown
                 reason = opaque or f"inside {eqn.primitive.name}, which is not rewritten"
                 nested = (*loops, eqn.primitive.name)
-                _walk(closed_inner, known, here, where, nested, reason, found)
+                _walk(closed_inner, known, (*here, number), where, nested, reason, found)
         origins.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 

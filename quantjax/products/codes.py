@@ -23,7 +23,7 @@ from quantjax.fake_quant import Arithmetic, centered_codes
 from quantjax.granularity import expand
 from quantjax.interpreter import Product
 from quantjax.products import blocks
-from quantjax.products.exactness import Exactness, Sizing
+from quantjax.products.exactness import FLOAT32_EXACT, Exactness, Sizing
 
 
 class Coded(NamedTuple):
@@ -54,11 +54,17 @@ def in_float(x: Float[Array, "..."]) -> Coded:
 
 
 def group_length(
-    shape: Sequence[int], scale_shape: Sequence[int], contracted: Sequence[int]
+    shape: Sequence[int], scale_shape: Sequence[int], contracted: Sequence[int], channels: int
 ) -> int | None:
-    """Entries of the last contracted axis that share a scale; None where all do."""
+    """Entries of the last contracted axis that share a scale; None where all do.
+
+    1 where an output sums only ``channels`` of the entries: the channels of a grouped convolution,
+    whose scales differ from one feature group to the next, have no common sum.
+    """
     if all(scale_shape[axis] == 1 for axis in contracted):
         return None
+    if math.prod(shape[axis] for axis in contracted) != channels:
+        return 1
     last = contracted[-1]
     return shape[last] // scale_shape[last]
 
@@ -88,26 +94,26 @@ def multiply(
 
     ungrouped = lhs_groups is None and rhs_groups is None
     if ungrouped and _float32_is_native(product):
-        return _fence_gradient(quantized())
+        return _fence(quantized())
     out = lax.cond(jnp.all(jnp.stack(flags)), lambda: product.bind(*raw), quantized)
-    return _fence_gradient(out)
+    return _fence(out)
 
 
 @jax.custom_jvp
-def _fence_gradient(x: jax.Array) -> jax.Array:
-    """The identity, whose cotangent XLA does not fuse across.
+def _fence(x: jax.Array) -> jax.Array:
+    """The identity, which XLA does not fuse across, neither its value nor its cotangent.
 
-    XLA picks the order of a batch reduction (the gradient of a bias) by what it fuses into it. With
-    the fence those sums see the cotangent as the float program has it, and bypass is bit-exact in
-    the gradient under ``jit`` as well; without it single sums differ in the last place. (JAX 0.10.2
-    drops a barrier when it transposes it; there such sums may differ by one ulp.)
+    XLA picks the order of a batch reduction (batch norm's statistics, the gradient of a bias) by
+    what it fuses into it. With the fence those sums see the product and the cotangent as the float
+    program has them, and bypass is bit-exact under ``jit`` as well; without it single sums differ
+    in the last place, as they still do on JAX 0.10.2, whose XLA removes fences before it fuses.
     """
-    return x
+    return lax.optimization_barrier(x)
 
 
-@_fence_gradient.defjvp
-def _fence_gradient_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return primals[0], lax.optimization_barrier(tangents[0])
+@_fence.defjvp
+def _fence_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return lax.optimization_barrier(primals[0]), lax.optimization_barrier(tangents[0])
 
 
 def _float32_is_native(product: Product) -> bool:
@@ -128,7 +134,24 @@ def _scaled(
         for side, factor in enumerate((lhs, rhs))
         if factor is not None
     ]
-    return sums * functools.reduce(operator.mul, factors) if factors else sums
+    return _times(sums, functools.reduce(operator.mul, factors)) if factors else sums
+
+
+@jax.custom_jvp
+def _times(sums: jax.Array, factor: jax.Array) -> jax.Array:
+    """``sums · factor``, rounded before anything is added to it.
+
+    XLA would contract this product and a bias into one multiply-add in some programs and not in
+    others, so that a cell of a sweep differs from that cell alone. It does not look through a
+    choice that depends on the data.
+    """
+    return jnp.where(jnp.isnan(sums), sums, sums * factor)
+
+
+@_times.defjvp
+def _times_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (sums, factor), (dsums, dfactor) = primals, tangents
+    return _times(sums, factor), dsums * factor + sums * dfactor
 
 
 def _grouped_or_folded(product: Product, side: int, operand: Coded) -> tuple[Coded, int | None]:
@@ -141,7 +164,8 @@ def _grouped_or_folded(product: Product, side: int, operand: Coded) -> tuple[Cod
         return operand, None
     shape, factor = operand.values.shape, operand.factor
     free, contracted, _ = product.axes(side)
-    length = group_length(shape, factor.shape, contracted)
+    channels = product.contraction_size() // product.taps()
+    length = group_length(shape, factor.shape, contracted, channels)
     spread = [a for a in range(len(shape)) if factor.shape[a] != 1 and a not in free]
     if not spread:
         return operand, None
@@ -170,7 +194,8 @@ def _sums(
 
     @jax.custom_jvp
     def total(lhs: jax.Array, rhs: jax.Array, any_bypass: jax.Array) -> jax.Array:
-        return lax.cond(any_bypass, product.in_float32, chunked, lhs, rhs)
+        plain = any_bypass | _sums_fit(product, sizing, lhs, rhs)
+        return lax.cond(plain, product.in_float32, chunked, lhs, rhs)
 
     @total.defjvp
     def total_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -179,6 +204,18 @@ def _sums(
         return total(lhs, rhs, flag), tangent
 
     return total(lhs, rhs, any_bypass)
+
+
+def _sums_fit(product: Product, sizing: Sizing, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Whether no sum can leave float32's exact integers, judged by the codes of one operand.
+
+    ``max Σ |code|`` of the smaller operand, usually the weight, times the other's bound. Weights
+    are far from their bound on the whole, so sums several times longer than the worst case fit.
+    """
+    side = 0 if lhs.size < rhs.size else 1
+    _, contracted, window = product.axes(side)
+    longest = jnp.max(jnp.sum(jnp.abs((lhs, rhs)[side]), axis=contracted + window))
+    return longest * float(sizing.bounds[1 - side]) <= 0.999 * FLOAT32_EXACT
 
 
 def _sum_of_groups(
@@ -195,7 +232,7 @@ def _sum_of_groups(
 
     def add(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         left, right, left_factor, right_factor = part
-        return total + parts.multiply(left, right) * (left_factor * right_factor), None
+        return total + _times(parts.multiply(left, right), left_factor * right_factor), None
 
     shape = jax.eval_shape(parts.multiply, parts.lhs[0], parts.rhs[0]).shape
     start = jnp.zeros(shape, jnp.float32)

@@ -27,11 +27,13 @@ class Sizing:
     Attributes:
       exactness: its name in the plan.
       block: products per block; the whole contraction where it is not split.
+      bounds: largest ``|code - zero_point|`` of the left and right operand; 0 for a float one.
       reason: why sums are rounded, for the table.
     """
 
     exactness: Exactness
     block: int
+    bounds: tuple[int, int] = (0, 0)
     reason: str = ""
 
 
@@ -42,6 +44,8 @@ def sizing(
 
     Sums of integers below ``2^24`` in magnitude are exact in float32 in any order; longer ones are
     split into blocks that are, and the blocks added in int32, while the total stays below ``2^31``.
+    Where the codes at hand cannot reach ``2^24`` whatever the other operand holds, the product is
+    not split after all; that is decided when it runs.
 
     Args:
       lhs_bound, rhs_bound: largest ``|code - zero_point|``; None for a float operand.
@@ -52,14 +56,15 @@ def sizing(
     """
     if lhs_bound is None or rhs_bound is None:
         return Sizing(Exactness.FLOAT, contraction)
-    largest = lhs_bound * rhs_bound
+    largest, bounds = lhs_bound * rhs_bound, (lhs_bound, rhs_bound)
     if largest * contraction <= FLOAT32_EXACT:
-        return Sizing(Exactness.EXACT, contraction)
+        return Sizing(Exactness.EXACT, contraction, bounds)
     block = FLOAT32_EXACT // largest
     if largest * contraction >= INT32_LIMIT:
         why = f"sums of {contraction} products up to {largest} exceed int32"
     elif block < max(SHORTEST_BLOCK, taps):
         why = f"float32 sums {block} products up to {largest} exactly, too few to split by"
     else:
-        return Sizing(Exactness.CHUNKED, block)
-    return Sizing(Exactness.ROUNDED, contraction, f"{why}: simulated sums are rounded to float32")
+        return Sizing(Exactness.CHUNKED, block, bounds)
+    reason = f"{why}: simulated sums are rounded to float32"
+    return Sizing(Exactness.ROUNDED, contraction, bounds, reason)

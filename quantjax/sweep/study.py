@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -42,6 +43,6 @@ class Study:
 
     def fingerprint(self) -> str:
         """Short digest of the identity, the policy and the JAX that computes."""
-        text = "\n".join([self.name, self.identity, repr(self.policy.rules), jax.__version__])
+        text = "\n".join([self.name, self.identity, repr(self.policy.rules), version("jax")])
         without_addresses = re.sub(r" at 0x[0-9a-f]+", "", text)
         return hashlib.sha256(without_addresses.encode()).hexdigest()[:12]

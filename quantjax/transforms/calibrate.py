@@ -12,14 +12,15 @@ from jaxtyping import Array, Float
 
 from quantjax import errors, statistics
 from quantjax._compat import concrete
-from quantjax.affine import QParams, qparams_from_range
+from quantjax.affine import Fault, QParams, qparams_from_range
+from quantjax.formats import Format
 from quantjax.interpreter import evaluate_origin, leaves_by_path
 from quantjax.planning import OperandPlan, Plan
 from quantjax.policy import RangeMode
 from quantjax.ranges import IndexedRule, RangeRule
 from quantjax.statistics import Statistics
 from quantjax.transforms.check import check
-from quantjax.transforms.observe import State
+from quantjax.transforms.observe import State, statistics_of
 
 QState = dict[str, dict[str, QParams]]
 Bits = Float[Array, ""] | int | float | Mapping[str, Any]
@@ -71,7 +72,7 @@ def calibrate(
             chosen = weight_bits if operand.is_weight else activation_bits
             bits = _width(name, operand, chosen)
             if operand.quantizer.range is RangeMode.LIVE:
-                qstate[name][operand.key] = QParams(jnp.ones(()), jnp.zeros(()), bits)
+                qstate[name][operand.key] = _live(operand.quantizer.format, bits)
                 continue
             if operand.is_weight and plan.weights[name].derivable:
                 weight = evaluate_origin(plan.weights[name], leaves)
@@ -100,6 +101,13 @@ def range_qparams(
     )
 
 
+def _live(format: Format, bits: jax.Array) -> QParams:
+    """The width alone; scale and zero point are read only by ``qj.check``."""
+    valid = format.valid_bits(bits)
+    scale = jnp.where(valid, jnp.ones(()), jnp.nan)
+    return QParams(scale, jnp.where(valid, jnp.zeros(()), Fault.BITS_OUTSIDE_FORMAT), bits)
+
+
 def _qparams(
     operand: OperandPlan,
     stats: Statistics,
@@ -111,25 +119,13 @@ def _qparams(
 
 
 def _observed(name: str, operand: OperandPlan, state: State, bits: jax.Array) -> Statistics:
-    fix = "run y, state = qj.observe(f, plan)(state, params, x) on calibration data first"
-    stats = state.get(name, {}).get(operand.key)
-    if stats is None:
-        raise errors.CalibrationError(
-            "the state has no statistics for a planned operand",
-            where=f"site {name}, {operand.key}",
-            fix="start from state = qj.init(plan), with the same plan",
-        )
-    if stats.scale_shape != operand.scale_shape:
-        raise errors.CalibrationError(
-            f"statistics of shape {stats.scale_shape} do not fit scales of {operand.scale_shape}",
-            where=f"site {name}, {operand.key}",
-            why="the granularity is fixed when the state is made",
-            fix="observe again from state = qj.init(plan)",
-        )
+    stats = statistics_of(name, operand, state)
     batches, width = concrete(stats.batches), concrete(bits)
     if batches is not None and not batches.all() and not (width is not None and (width == 0).all()):
         raise errors.CalibrationError(
-            "calibration was never run", where=f"site {name}, {operand.key}", fix=fix
+            "calibration was never run",
+            where=f"site {name}, {operand.key}",
+            fix="run y, state = qj.observe(f, plan)(state, params, x) on calibration data first",
         )
     return stats
 
@@ -153,9 +149,9 @@ def _width(name: str, operand: OperandPlan, chosen: Bits | None) -> jax.Array:
         chosen = chosen.get(name)
     value = operand.quantizer.bits if chosen is None else chosen
     where = f"site {name}, {operand.key}"
-    if jnp.ndim(value) != 0:
+    if np.ndim(value) != 0:
         raise errors.BitsError(
-            f"a width of shape {jnp.shape(value)} where a scalar is needed",
+            f"a width of shape {np.shape(value)} where a scalar is needed",
             where=where,
             fix="jax.vmap or jax.lax.map over the widths",
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from quantjax import errors, statistics
 from quantjax.affine import QParams
@@ -110,6 +111,13 @@ def check_qstate(plan: Plan, qstate: Mapping[str, Mapping[str, QParams]]) -> Non
                     where=where,
                     why="it was not derived with this plan",
                     fix="qstate = qj.calibrate(plan, state, params)",
+                )
+            if jnp.ndim(qparams.bits) != 0:
+                raise errors.CalibrationError(
+                    f"a width of shape {jnp.shape(qparams.bits)} where a scalar is needed",
+                    where=where,
+                    why="a leading axis is a batch of cells",
+                    fix="map over the cells with jax.vmap or jax.lax.map",
                 )
             if operand.scale_shape is None:
                 continue

@@ -89,7 +89,11 @@ def observe(f: Function, plan: Plan) -> Callable[..., tuple[Any, State]]:
             }
             return product.bind(lhs, rhs), after
 
-        values = {name: (_of_site(state, name), where) for name in handled}
+        values = {
+            name: ({o.key: statistics_of(name, o, state) for o in planned[name]}, where)
+            for name in planned
+            if name in handled
+        }
         result, records = evaluate(program, handler, handled, values, params, *inputs)
         _check_records(records)
         return result, records
@@ -97,14 +101,23 @@ def observe(f: Function, plan: Plan) -> Callable[..., tuple[Any, State]]:
     return observing
 
 
-def _of_site(state: Mapping[str, Any], name: str) -> Any:
-    if name not in state:
+def statistics_of(name: str, operand: OperandPlan, state: State) -> Statistics:
+    """The statistics of one operand; raises ``CalibrationError`` where they are another plan's."""
+    stats = state.get(name, {}).get(operand.key)
+    if stats is None:
         raise errors.CalibrationError(
-            "the state has no statistics for a planned site",
-            where=f"site {name}",
+            "the state has no statistics for a planned operand",
+            where=f"site {name}, {operand.key}",
             fix="start from state = qj.init(plan), with the same plan",
         )
-    return state[name]
+    if stats.scale_shape != operand.scale_shape:
+        raise errors.CalibrationError(
+            f"statistics of shape {stats.scale_shape} do not fit scales of {operand.scale_shape}",
+            where=f"site {name}, {operand.key}",
+            why="the granularity is fixed when the state is made",
+            fix="observe again from state = qj.init(plan)",
+        )
+    return stats
 
 
 def _update(
@@ -145,8 +158,10 @@ def _check_inputs(inputs: Any, where: Any) -> None:
             fix="skip this batch",
         )
     for index, leaf in enumerate(jax.tree.leaves(inputs)):
+        if not jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating):
+            continue
         values = concrete(leaf)
-        if values is None or not jnp.issubdtype(values.dtype, jnp.floating):
+        if values is None:
             continue
         where_text = f"input leaf {index} of shape {shape_text(values.shape)}"
         if values.size == 0:

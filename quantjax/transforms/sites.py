@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from quantjax import errors
 from quantjax.interpreter import Program, leaves_by_path, trace
 from quantjax.interpreter.trace import Function
@@ -29,7 +31,7 @@ def sites(f: Function, params: Any, *inputs: Any) -> SiteTable:
     [('dense/kernel', 'dot_general', 24)]
     """
     program = trace(f, params, *inputs)
-    shapes = tuple((path, tuple(leaf.shape)) for path, leaf in leaves_by_path(params).items())
+    shapes = tuple((path, np.shape(leaf)) for path, leaf in leaves_by_path(params).items())
     return SiteTable(tuple(program.sites.values()), program.weights, shapes)
 
 

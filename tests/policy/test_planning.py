@@ -1,0 +1,159 @@
+"""Plans: what is decided where, how it prints, and what does not fit."""
+
+import jax
+import pytest
+
+import quantjax as qj
+from quantjax import errors
+from quantjax.planning import PlanStatus
+from quantjax.products import Exactness
+from tests.models import cnn, dense, mlp, normal, planned, policy
+
+W, A = qj.weight_quantizer, qj.activation_quantizer
+
+
+def test_the_site_table_prints():
+    case = mlp()
+    lines = str(qj.sites(case.f, case.params, case.x)).splitlines()
+    rows = [" ".join(line.split()) for line in lines]
+    assert rows == [
+        "site op left right output multiply-adds status",
+        "params/Dense_0/kernel dot_general 6x8 activation 8x16 weight 6x16 768 rewritable",
+        "params/Dense_1/kernel dot_general 6x16 activation 16x4 weight 6x4 384 rewritable",
+    ]
+    assert len({line.rindex(line.split()[-1]) for line in lines}) == 1
+
+
+def test_the_plan_prints():
+    plan = planned(mlp(), qj.uniform_policy(weight_bits=4))
+    assert str(plan).splitlines() == [
+        "site                   weight | left  activation | right  sums   status",
+        "params/Dense_0/kernel  int4/channel   uint8/tensor        exact  quantized",
+        "params/Dense_1/kernel  int4/channel   uint8/tensor        exact  quantized",
+    ]
+
+
+@pytest.mark.parametrize("depth", [1, 12])
+def test_nothing_prints_beyond_120_columns(depth):
+    params: dict = {"w": normal(0, 6, 6)}
+    for _ in range(depth):
+        params = {"a_rather_long_name_of_a_module": params}
+
+    def f(params, x):
+        return (
+            jax.lax.scan(lambda c, _: (c @ jax.tree.leaves(params)[0], None), x, None, 2)[0]
+            @ (jax.tree.leaves(params)[0])
+        )
+
+    table = qj.sites(f, params, normal(1, 4, 6))
+    plan = qj.plan(qj.uniform_policy(), table)
+    for text in (str(table), str(plan)):
+        assert max(map(len, text.splitlines())) <= 120
+        assert "scan" in text
+
+
+def test_equal_plans_are_equal_and_serve_as_static_arguments():
+    case = mlp()
+    first, second = (planned(case, qj.uniform_policy(weight_bits=4)) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != planned(case, qj.uniform_policy(weight_bits=3))
+    traces = []
+
+    def f(plan, x):
+        traces.append(plan)
+        return x
+
+    static = jax.jit(f, static_argnums=0)
+    static(first, 1.0)
+    static(second, 1.0)
+    assert len(traces) == 1
+
+
+def test_scale_shapes_follow_roles():
+    case = cnn()
+    channel = planned(case, policy(W(), A()))
+    shapes = [tuple(o.scale_shape for o in site.operands) for site in channel.sites]
+    assert shapes == [
+        ((1, 1, 1, 1), (1, 1, 1, 6)),
+        ((1, 1, 1, 1), (1, 1, 1, 8)),
+        ((1, 1), (1, 4)),
+    ]
+    grouped = qj.Scheme(weights=W(granularity=qj.PerGroup(2)))
+    groups = planned(case, qj.Policy([qj.rule(qj.path("*Conv_1*"), grouped)]))
+    assert groups.sites[1].operands[1].scale_shape == (1, 1, 3, 8)
+
+
+def test_a_weight_on_the_left_has_its_channels_there():
+    plan = qj.plan(
+        qj.uniform_policy(),
+        qj.sites(lambda p, x: p["w"] @ x, {"w": normal(0, 5, 6)}, normal(1, 6, 4)),
+    )
+    weight = next(o for o in plan.sites[0].operands if o.is_weight)
+    assert (weight.operand.side, weight.scale_shape) == (0, (5, 1))
+
+
+@pytest.mark.parametrize(
+    ("features", "weights", "activations", "exactness"),
+    [
+        (514, W(bits=8), A(bits=8), Exactness.EXACT),
+        (515, W(bits=8), A(bits=8), Exactness.CHUNKED),
+        (1029, W(bits=7, format=qj.integer(max_bits=7)), A(bits=8), Exactness.CHUNKED),
+        (1028, W(bits=7, format=qj.integer(max_bits=7)), A(bits=8), Exactness.EXACT),
+        (515, W(bits=8, granularity=qj.PerGroup(5)), A(bits=8), Exactness.EXACT),
+        (64, W(bits=16), A(bits=16), Exactness.ROUNDED),
+        (64, W(bits=8), None, Exactness.FLOAT),
+        (64, None, A(bits=8), Exactness.FLOAT),
+    ],
+)
+def test_the_plan_says_how_exact_sums_are(features, weights, activations, exactness):
+    plan = planned(dense(features=features), policy(weights, activations))
+    (site,) = plan.sites
+    assert site.sizing is not None
+    assert site.sizing.exactness is exactness
+    assert (exactness is Exactness.ROUNDED) == ("rounded to float32" in site.reason)
+    assert exactness.value in str(plan)
+
+
+def test_a_plan_fits_other_batch_sizes():
+    case = dense()
+    plan = planned(case, qj.uniform_policy())
+    _, state = qj.observe(case.f, plan)(qj.init(plan), case.params, case.x)
+    qstate = qj.calibrate(plan, state, case.params)
+    assert qj.fake_quantize(case.f, plan)(qstate, case.params, normal(9, 11, 6)).shape == (11, 5)
+
+
+def test_the_identity_quantizes_nothing_and_says_so():
+    plan = planned(mlp(), qj.Policy([]))
+    assert plan.quantized == ()
+    assert {site.status for site in plan.sites} == {PlanStatus.FLOAT}
+    assert "no rule matches" in str(plan)
+    assert qj.init(plan) == {}
+
+
+def test_groups_that_do_not_divide_name_the_site_and_a_size_that_does():
+    with pytest.raises(errors.GranularityError, match=r"site w \(dot_general\), weight 6x5") as e:
+        planned(dense(), policy(W(granularity=qj.PerGroup(4))))
+    assert e.value.fix == "qj.PerGroup(3)"
+    planned(dense(), policy(W(granularity=qj.PerGroup(3))))
+
+
+def test_fixed_activation_groups_are_refused_since_rows_are_the_batch():
+    grouped = A(granularity=qj.PerGroup(3))
+    with pytest.raises(errors.GranularityError, match=r"activation 4x6[\s\S]*RangeMode\.LIVE"):
+        planned(dense(), policy(None, grouped))
+
+
+def test_weights_have_no_tokens():
+    with pytest.raises(errors.GranularityError, match="no tokens"):
+        planned(
+            dense(),
+            qj.Policy(
+                [
+                    qj.rule(
+                        qj.weighted(),
+                        qj.Scheme(weights=A(granularity=qj.PerToken(), range=qj.RangeMode.LIVE)),
+                    )
+                ]
+            ),
+        )

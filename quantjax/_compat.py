@@ -21,14 +21,19 @@ JIT_PRIMITIVES = ("jit", "pjit")
 
 def bind_equation(eqn: jex_core.JaxprEqn, *operands: Any) -> list[Any]:
     """Bind ``eqn``'s primitive to ``operands`` as the original trace did; always a list."""
+    with equation_context(eqn):
+        return bind_in_context(eqn, *operands)
+
+
+def bind_in_context(eqn: jex_core.JaxprEqn, *operands: Any) -> list[Any]:
+    """:func:`bind_equation` where :func:`equation_context` is entered already."""
     params = eqn.primitive.get_bind_params(eqn.params)
     subfuns: tuple[Any, ...] = ()
     if isinstance(params, tuple):
         subfuns, params = tuple(params[0]), params[1]
-    with equation_context(eqn):
-        if not subfuns and _broadcasts(eqn):
-            return [_jitted(eqn.primitive, tuple(params.items()))(*operands)]
-        out = eqn.primitive.bind(*subfuns, *operands, **params)
+    if not subfuns and _broadcasts(eqn):
+        return [_jitted(eqn.primitive, tuple(params.items()))(*operands)]
+    out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 

@@ -270,4 +270,5 @@ def _sizing(site: Site, operands: list[OperandPlan]) -> Sizing:
         bounds.append(None if folded else bound)
         lengths.append(None if folded else length)
     length = sum_length(site.contraction_size, site.taps, lengths)
-    return sizing(length, bounds[0], bounds[1], taps=site.taps)
+    grouped = any(n is not None for n in lengths)
+    return sizing(length, bounds[0], bounds[1], taps=site.taps, grouped=grouped)

@@ -102,7 +102,8 @@ class Ready(NamedTuple):
 def ready(case: Case, policy: qj.Policy) -> Ready:
     """Planned, observed once and calibrated at the policy's own widths."""
     plan = planned(case, policy)
-    _, state = qj.observe(case.f, plan)(qj.init(plan), case.params, case.x)
+    observe = jax.jit(qj.observe(case.f, plan))
+    _, state = observe(qj.init(plan), case.params, case.x)
     return Ready(plan, state, qj.calibrate(plan, state, case.params))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex_core
 
-from quantjax._compat import bind_equation
+from quantjax._compat import bind_in_context
 
 
 class Op(enum.Enum):
@@ -67,8 +67,8 @@ class Product:
         return cast(jax.core.ShapedArray, self.eqn.outvars[0].aval)
 
     def bind(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        """The equation as the model has it."""
-        return bind_equation(self.eqn, lhs, rhs)[0]
+        """The equation as the model has it; for handlers, which run in its context."""
+        return bind_in_context(self.eqn, lhs, rhs)[0]
 
     def in_float32(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         """The same product of float32 operands at the highest precision, in float32.

@@ -38,7 +38,12 @@ class Sizing:
 
 
 def sizing(
-    contraction: int, lhs_bound: int | None, rhs_bound: int | None, *, taps: int = 1
+    contraction: int,
+    lhs_bound: int | None,
+    rhs_bound: int | None,
+    *,
+    taps: int = 1,
+    grouped: bool = False,
 ) -> Sizing:
     """The sizing for sums of ``contraction`` products of codes within the two bounds.
 
@@ -50,6 +55,7 @@ def sizing(
     Args:
       lhs_bound, rhs_bound: largest ``|code - zero_point|``; None for a float operand.
       taps: products that cannot be separated (the window of a convolution).
+      grouped: whether the sum is one group's; groups are not split further.
 
     >>> sizing(512, 255, 128).exactness, sizing(4096, 255, 128).block
     (<Exactness.EXACT: 'exact'>, 514)
@@ -64,6 +70,8 @@ def sizing(
         why = f"sums of {contraction} products up to {largest} exceed int32"
     elif block < max(SHORTEST_BLOCK, taps):
         why = f"float32 sums {block} products up to {largest} exactly, too few to split by"
+    elif grouped:
+        why = f"float32 sums {block} products up to {largest} exactly, groups have {contraction}"
     else:
         return Sizing(Exactness.CHUNKED, block, bounds)
     reason = f"{why}: simulated sums are rounded to float32"

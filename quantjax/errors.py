@@ -106,8 +106,9 @@ class StatisticsError(QuantjaxError, ValueError):
 
 
 class SiteError(QuantjaxError, ValueError):
-    """A rewritten equation that does not keep its own type.
+    """Sites that cannot be told apart, or a rewritten equation that does not keep its own type.
 
+    ``{"a": {"b": w}, "a/b": v}`` fails: both leaves have the path ``a/b``. Rename one.
     A handler that returns bfloat16 where the model has float32 fails. Cast the result to the
     equation's own dtype.
     """

@@ -149,6 +149,7 @@ def fake_quant(
       BitsError: a concrete width outside 0..16 or not whole. Traced: the result is NaN.
       GranularityError: shapes that do not fit.
       QuantizerError: a concrete scale that is not positive and finite.
+      DataError: ``x`` is not of a floating-point dtype.
 
     Sharp edges: with full signed codes and ``s = max|x| / 2^(b-1)``, the largest value itself lies
     one step beyond the last code and is clipped, in value and gradient.
@@ -165,6 +166,7 @@ def fake_quant(
     """
     container = integer(max_bits=16, signed=signed, narrow=narrow)
     x = jnp.asarray(x)
+    check_floating(x, "qj.fake_quant")
     width = jnp.asarray(bits, jnp.float32)
     _check_concrete(scale, bits)
     for shaped in (scale, zero_point):
@@ -175,6 +177,17 @@ def fake_quant(
     scale = jnp.where(jnp.isnan(width), jnp.nan, scale)
     qparams = QParams(scale, jnp.asarray(zero_point, jnp.float32), width)
     return apply(x, qparams, Arithmetic(container, rounding, estimator))
+
+
+def check_floating(x: jax.Array, where: str) -> None:
+    """Raise ``DataError`` for integers: casting the result back would truncate it."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise errors.DataError(
+            f"a tensor of {x.dtype} cannot be quantized",
+            where=f"{where} of shape {x.shape}",
+            why="values between the integers could not be returned in its dtype",
+            fix="x.astype(jnp.float32)",
+        )
 
 
 def _check_concrete(scale: Any, bits: Any) -> None:

@@ -9,7 +9,6 @@ index has its own, and the number of groups where a group shares one.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -226,14 +225,3 @@ def reduce_to(
     if where is not None:
         options["where"] = jnp.broadcast_to(jnp.asarray(where), x.shape).reshape(split)
     return reduce(x.reshape(split), axis=tuple(reduced), **options).reshape(tuple(scale_shape))
-
-
-def group_sizes(shape: Sequence[int], scale_shape: Sequence[int]) -> tuple[int, ...]:
-    """How many entries share a scale along each axis."""
-    check_scale_shape(shape, scale_shape)
-    return tuple(n // s for n, s in zip(shape, scale_shape, strict=True))
-
-
-def shared_count(shape: Sequence[int], scale_shape: Sequence[int]) -> int:
-    """How many entries share one scale in all."""
-    return math.prod(group_sizes(shape, scale_shape))

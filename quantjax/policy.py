@@ -89,11 +89,21 @@ def weight_quantizer(
 ) -> Quantizer:
     """Signed symmetric full-range codes, one scale an output channel, unless told otherwise.
 
+    Raises:
+      QuantizerError: an unsigned format with a symmetric range, which has no negative codes.
+
     >>> str(weight_quantizer(bits=4))
     'int4/channel'
     """
+    format = format or integer(max_bits=max(bits, 8))
+    if symmetric and not format.signed:
+        raise errors.QuantizerError(
+            "unsigned codes about zero would clip every negative weight to 0",
+            where=f"format {format.name}",
+            fix="a signed format, or symmetric=False",
+        )
     return Quantizer(
-        format=format or integer(max_bits=max(bits, 8)),
+        format=format,
         bits=bits,
         symmetric=symmetric,
         granularity=granularity or PerChannel(),

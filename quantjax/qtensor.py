@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams
-from quantjax.fake_quant import Arithmetic, centered_codes
+from quantjax.fake_quant import Arithmetic, centered_codes, check_floating
 from quantjax.formats import Format
 from quantjax.granularity import expand
 from quantjax.rounding import HALF_EVEN, Rounding
@@ -131,6 +131,7 @@ def encode(
             fix="find its source with jax.config.update('jax_debug_nans', True)",
         )
     x = jnp.asarray(x)
+    check_floating(x, "qj.encode")
     arithmetic = Arithmetic(format, rounding)
     zero_point = jnp.round(expand(jnp.asarray(qparams.zero_point, jnp.float32), x.shape))
     codes = centered_codes(x, qparams, arithmetic) + zero_point

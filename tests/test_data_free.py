@@ -25,6 +25,7 @@ from quantjax import (
     rule,
     weight_quantizer,
 )
+from quantjax.rounding import HALF_AWAY, HALF_EVEN
 from tests.oracles import affine as oracle
 from tests.oracles import integers
 from tests.oracles.extremes import group_extremes
@@ -96,6 +97,13 @@ def test_codes_are_those_of_the_kernels_own_range(granularity, groups, options):
     assert_array_equal(tensor.qparams.zero_point, want.zero_point)
     assert_array_equal(tensor.codes, integers.codes(x, *want, family))
     assert_array_equal(dequantize_params(tensor), integers.fake_quant(x, *want, family))
+
+
+def test_the_rounding_is_the_quantizers():
+    kernel = jnp.array([[-8.0, 0.5], [2.5, -1.5]])  # at four bits, a scale of 1
+    for rounding, codes in ((HALF_EVEN, [[-8, 0], [2, -2]]), (HALF_AWAY, [[-8, 1], [3, -2]])):
+        policy = whole(4, PerTensor(), rounding=rounding)
+        assert quantize_params({"kernel": kernel}, policy)["kernel"].codes.tolist() == codes
 
 
 def test_the_first_rule_that_matches_decides():

@@ -18,9 +18,15 @@ from quantjax.rounding import Rounding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format(abc.ABC):
-    """A family of codes; ``max_bits`` is the storage container, the limit of the traced width."""
+    """A family of codes.
+
+    Attributes:
+      max_bits: the storage container, the limit of the traced width.
+      signed: whether codes go below zero.
+    """
 
     max_bits: int = 8
+    signed: bool = True
 
     @property
     @abc.abstractmethod

@@ -35,7 +35,6 @@ class IntegerFormat(Format):
     ones ``{0, 1}``, narrow or not. Construct with :func:`integer`.
     """
 
-    signed: bool = True
     narrow: bool = False
 
     def __post_init__(self) -> None:

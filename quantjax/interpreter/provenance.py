@@ -26,7 +26,6 @@ STRUCTURAL = frozenset(
         "copy_p",
         "dynamic_slice",
         "expand_dims",
-        "optimization_barrier",
         "reshape",
         "rev",
         "sharding_constraint",
@@ -57,6 +56,7 @@ class Origin:
       signature: text that is equal for equal derivations (the identity of the recipe).
       eqn, operands, output: the equation it comes from and which of its outputs it is.
       value: the constant itself; None for all others and for a constant that is a tracer.
+      derivable: whether the value can be recomputed from the parameters.
     """
 
     kind: OriginKind
@@ -66,24 +66,16 @@ class Origin:
     operands: tuple[Origin, ...] = ()
     output: int = 0
     value: Any = None
-
-    @property
-    def derivable(self) -> bool:
-        """Whether the value can be recomputed from the parameters."""
-        if self.kind is OriginKind.DATA:
-            return False
-        if self.kind is OriginKind.CONSTANT and self.eqn is None:
-            return self.value is not None
-        return all(operand.derivable for operand in self.operands)
+    derivable: bool = True
 
 
-DATA = Origin(OriginKind.DATA, signature="data")
+DATA = Origin(OriginKind.DATA, signature="data", derivable=False)
 
 
 def constant(value: Any) -> Origin:
     """The origin of a literal or of an array that the function closed over."""
     if isinstance(value, jax.core.Tracer):
-        return Origin(OriginKind.CONSTANT, signature="tracer")
+        return Origin(OriginKind.CONSTANT, signature="tracer", derivable=False)
     is_key = jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key)
     array = np.asarray(jax.random.key_data(value) if is_key else value)
     digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
@@ -97,6 +89,8 @@ def leaf(path: str) -> Origin:
 
 def results(eqn: jex_core.JaxprEqn, operands: Sequence[Origin]) -> list[Origin]:
     """The origins of an equation's outputs."""
+    if eqn.primitive.name == "optimization_barrier":
+        return list(operands)
     kind = max((operand.kind for operand in operands), default=OriginKind.CONSTANT)
     if eqn.primitive.name in STRUCTURAL and operands:
         kind = operands[0].kind
@@ -113,8 +107,9 @@ def results(eqn: jex_core.JaxprEqn, operands: Sequence[Origin]) -> list[Origin]:
     recipe = f"{eqn.primitive.name}[{params}]({inner})"
     if len(recipe) > 256:
         recipe = f"{eqn.primitive.name}[{hashlib.sha256(recipe.encode()).hexdigest()[:24]}]"
+    derivable = all(operand.derivable for operand in operands)
     return [
-        Origin(kind, paths, f"{recipe}.{index}", eqn, tuple(operands), index)
+        Origin(kind, paths, f"{recipe}.{index}", eqn, tuple(operands), index, derivable=derivable)
         for index in range(len(eqn.outvars))
     ]
 

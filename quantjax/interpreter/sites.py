@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -241,8 +241,3 @@ def _weight_note(origin: Origin) -> str:
     if origin.kind is OriginKind.CONSTANT:
         return "the weight is a constant of the function: pass it in params to name and store it"
     return ""
-
-
-def sites_by_name(sites: Mapping[Location, Site]) -> dict[str, Site]:
-    """Sites by name, in program order."""
-    return {site.name: site for site in sites.values()}

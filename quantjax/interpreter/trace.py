@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.extend import core as jex_core
 
+from quantjax import errors
 from quantjax._compat import trace_context
 from quantjax.interpreter.provenance import Origin
 from quantjax.interpreter.sites import Location, Site, discover
@@ -39,10 +40,18 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     >>> leaves_by_path({"a": {"w": 1}, "b": [2]})
     {'a/w': 1, 'b/0': 2}
     """
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): value
-        for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named: dict[str, Any] = {}
+    for path, value in flat:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in named:
+            raise errors.SiteError(
+                f"two leaves of the tree have the path {name}",
+                why="a key holds a slash, or is equal to another one as text",
+                fix="rename one of the keys",
+            )
+        named[name] = value
+    return named
 
 
 def trace(f: Function, params: Any, *inputs: Any) -> Program:

@@ -38,12 +38,12 @@ class Grid:
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        axes = {
+        axes: dict[str, tuple[object, ...]] = {
             "weight_bits": self.weight_bits,
             "activation_bits": self.activation_bits,
-            "rules": self.rules,
             "seeds": self.seeds,
         }
+        axes["rules"] = tuple(rule.name for rule in self.rules)
         for name, values in axes.items():
             if not values:
                 raise errors.SweepError(f"the axis {name} is empty", fix=f"give {name} a value")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from quantjax import errors
 from quantjax.planning import Plan, plan
+from quantjax.policy import Quantizer, Rule
 from quantjax.ranges import RangeRule, stack
 from quantjax.sweep.grid import FLOAT_CELL, Cell, Grid
 from quantjax.sweep.progress import Progress, Silent
@@ -122,7 +124,16 @@ def _trained(study: Study, seed: int, folder: Path, progress: Progress) -> Any:
             params = study.train(seed, advance)
         checkpointer.save(folder, params)
         checkpointer.wait_until_finished()
-        return checkpointer.restore(folder)
+        restored = checkpointer.restore(folder)
+    if str(jax.tree.structure(restored)) != str(jax.tree.structure(params)):
+        shutil.rmtree(folder)
+        raise errors.SweepError(
+            "the parameters do not come back from a checkpoint as they are",
+            where=f"study {study.name}, {jax.tree.structure(params)}"[:200],
+            why="checkpoints hold dicts with string keys, and lists",
+            fix="return such a tree from train; flax.serialization.to_state_dict makes one",
+        )
+    return restored
 
 
 def _observed(
@@ -142,14 +153,17 @@ def _cell(study: Study, planned: Plan, rules: Sequence[RangeRule]) -> Callable[.
     """Correct predictions at one point of the grid; every argument an array."""
     rule_stack = stack(rules)
     quantized = fake_quantize(study.apply, planned)
+    operands = [operand for entry in planned.quantized for operand in entry.quantized]
+    weights = any(operand.is_weight for operand in operands)
+    activations = any(not operand.is_weight for operand in operands)
 
     def cell(values: Any, state: Any, params: Any, inputs: Any, labels: Any) -> jax.Array:
         qstate = calibrate(
             planned,
             state,
             params,
-            weight_bits=values["weight_bits"],
-            activation_bits=values["activation_bits"],
+            weight_bits=values["weight_bits"] if weights else None,
+            activation_bits=values["activation_bits"] if activations else None,
             rule=rule_stack[values["rule"]],
         )
         logits = quantized(qstate, params, inputs)
@@ -193,14 +207,25 @@ def _rows(
     return rows
 
 
+def _quantizer(rule: Rule, what: str) -> Quantizer | None:
+    return rule.scheme.weights if what == "weight" else rule.scheme.activations
+
+
 def _check_widths(study: Study, grid: Grid) -> None:
     """Widths beyond the containers, before any work."""
     for rule in study.policy.rules:
-        for what, quantizer, widths in (
-            ("weight", rule.scheme.weights, grid.weight_bits),
-            ("activation", rule.scheme.activations, grid.activation_bits),
+        for what, widths in (
+            ("weight", grid.weight_bits),
+            ("activation", grid.activation_bits),
         ):
+            quantizer = _quantizer(rule, what)
             if quantizer is None:
+                if any(widths) and all(_quantizer(r, what) is None for r in study.policy.rules):
+                    raise errors.SweepError(
+                        f"the grid has {what} widths, and the policy quantizes no {what}s",
+                        where=f"study {study.name}, {what}_bits {list(widths)}",
+                        fix=f"{what}_bits=(0,), which is float, or a policy that quantizes them",
+                    )
                 continue
             beyond = [bits for bits in widths if not 0 <= bits <= quantizer.format.max_bits]
             if beyond:

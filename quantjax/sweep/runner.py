@@ -101,8 +101,8 @@ def compile_cells(
       values: the grid, one array an axis, all of the same length.
       shared: arguments that all cells have in common; arguments and not constants, or XLA would
         fold them.
-      memory_budget_bytes: bound of temporaries, arguments and results of one call. ``vmap`` halves
-        its cells per call until it fits.
+      memory_budget_bytes: bound of temporaries, arguments and results of one call. Cells
+        per call are halved until it fits.
       execution: skip the trial.
       cells_per_call: upper bound; smaller calls report progress more often.
 
@@ -122,10 +122,10 @@ def compile_cells(
     size = math.ceil(count / calls)
     candidates = list(Execution) if execution is None else [execution]
     trials: list[tuple[Trial, Any]] = []
-    smallest = 0
+    smallest = 1 << 62
     for candidate in candidates:
         fitted, needed = _fit(cell, values, shared, candidate, size, memory_budget_bytes)
-        smallest = max(smallest, needed)
+        smallest = min(smallest, needed)
         if fitted is not None:
             trials.append(fitted)
     if not trials:
@@ -155,7 +155,7 @@ def _fit(
         needed = _bytes(compiled)
         if needed <= budget:
             return (Trial(execution, size, needed, 0.0), compiled), needed
-        if size == 1 or execution is Execution.MAP:
+        if size == 1:
             return None, needed
         size = size // 2
 
@@ -191,7 +191,8 @@ def _bytes(compiled: Any) -> int:
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise errors.SweepError(
-            "this backend states no memory use", fix="evaluate the cells without a budget"
+            "this backend states no memory use",
+            fix="use JAX on CPU, GPU or TPU",
         )
     return int(
         analysis.temp_size_in_bytes

@@ -42,7 +42,8 @@ class Study:
     identity: str
 
     def fingerprint(self) -> str:
-        """Short digest of the identity, the policy and the JAX that computes."""
-        text = "\n".join([self.name, self.identity, repr(self.policy.rules), version("jax")])
+        """Short digest of the identity, the policy, and the versions and backend that compute."""
+        computed_by = [version("jax"), version("quantjax"), jax.default_backend()]
+        text = "\n".join([self.name, self.identity, repr(self.policy.rules), *computed_by])
         without_addresses = re.sub(r" at 0x[0-9a-f]+", "", text)
         return hashlib.sha256(without_addresses.encode()).hexdigest()[:12]

@@ -14,7 +14,7 @@ from quantjax import errors, statistics
 from quantjax._compat import concrete
 from quantjax.affine import Fault, QParams, qparams_from_range
 from quantjax.formats import Format
-from quantjax.interpreter import evaluate_origin, leaves_by_path
+from quantjax.interpreter import Role, evaluate_origin, leaves_by_path
 from quantjax.planning import OperandPlan, Plan
 from quantjax.policy import RangeMode
 from quantjax.ranges import IndexedRule, RangeRule
@@ -53,6 +53,7 @@ def calibrate(
     Raises:
       CalibrationError: a site was never observed.
       BitsError: a width that the container cannot hold.
+      PolicyError: a width for operands that are not quantized.
       PlanMismatchError: a parameter tree that is not the one planned for.
       DataError: a concrete weight that holds NaN or infinity.
 
@@ -61,8 +62,8 @@ def calibrate(
     """
     plan.check_params(params)
     leaves = leaves_by_path(params)
-    _check_sites(plan, weight_bits, "weight_bits")
-    _check_sites(plan, activation_bits, "activation_bits")
+    _check_used(plan, weight_bits, Role.WEIGHT)
+    _check_used(plan, activation_bits, Role.ACTIVATION)
     qstate: QState = {}
     for entry in plan.quantized:
         name = entry.site.name
@@ -130,17 +131,24 @@ def _observed(name: str, operand: OperandPlan, state: State, bits: jax.Array) ->
     return stats
 
 
-def _check_sites(plan: Plan, bits: Bits | None, what: str) -> None:
-    if not isinstance(bits, Mapping):
+def _check_used(plan: Plan, bits: Bits | None, role: Role) -> None:
+    """Widths for operands that no quantizer touches would be ignored."""
+    if bits is None:
         return
-    known = {entry.site.name for entry in plan.quantized}
-    for name in bits:
-        if name not in known:
-            raise errors.PolicyError(
-                f"{what} names a site that is not quantized",
-                where=f"site {name}",
-                fix=f"one of {', '.join(sorted(known)[:6])}",
-            )
+    known = {
+        entry.site.name: None
+        for entry in plan.quantized
+        if any(operand.operand.role is role for operand in entry.quantized)
+    }
+    asked = list(bits) if isinstance(bits, Mapping) else ["all"] * (not known)
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise errors.PolicyError(
+            f"a width is given where no {role.value} is quantized",
+            where=f"{role.value}_bits, site {unknown[0]}",
+            why=f"sites with a quantized {role.value}: {', '.join(list(known)[:6]) or 'none'}",
+            fix=f"leave {role.value}_bits out, or plan with a quantizer for it",
+        )
 
 
 def _width(name: str, operand: OperandPlan, chosen: Bits | None) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from quantjax import errors
-from quantjax.interpreter import Program, leaves_by_path, trace
+from quantjax.interpreter import Program, Role, Site, leaves_by_path, trace
 from quantjax.interpreter.trace import Function
 from quantjax.planning import Plan, SiteTable
 from quantjax.printing import shape_text
@@ -49,15 +49,11 @@ def check_program(plan: Plan, program: Program) -> None:
                 why="the function takes another path than the one that was planned",
                 fix=again,
             )
-        before, after = planned.weight, site.weight
-        shapes = [None if w is None else w.shape for w in (before, after)]
-        if shapes[0] != shapes[1] or planned.status is not site.status:
-            texts = ["no weight" if s is None else shape_text(s) for s in shapes]
+        if _outline(planned) != _outline(site):
             raise errors.PlanMismatchError(
                 "the site is not the one that was planned",
                 where=f"site {planned.name} ({planned.op.value})",
-                why=f"planned with weight {texts[0]} ({planned.status.value}), "
-                f"found {texts[1]} ({site.status.value})",
+                why=f"planned with {_text(planned)}, found {_text(site)}",
                 fix=again,
             )
     if found:
@@ -68,3 +64,17 @@ def check_program(plan: Plan, program: Program) -> None:
             why="a site without a plan would stay in float unnoticed",
             fix=again,
         )
+
+
+def _outline(site: Site) -> tuple[Any, ...]:
+    """What a plan relies on: all but the sizes of activations."""
+    operands = [
+        (o.key, o.side, o.free, o.contracted, o.window, o.shape if o.role is Role.WEIGHT else None)
+        for o in site.operands
+    ]
+    return site.op, site.status, *operands
+
+
+def _text(site: Site) -> str:
+    operands = ", ".join(f"{o.key} {shape_text(o.shape)}" for o in site.operands)
+    return f"{site.op.value} of {operands} ({site.status.value})"

@@ -65,6 +65,21 @@ def test_bypass_has_the_gradient_of_the_identity(dtype):
         assert others == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("scale", [jnp.nan, 0.0, jnp.inf])
+def test_bypass_does_not_look_at_its_parameters(scale):
+    x, width = jnp.array([1.0, -2.0]), jnp.float32(0)
+
+    def bypassed(x, scale, zero_point):
+        return apply(x, QParams(scale, zero_point, width), Arithmetic(integer()))
+
+    primals = x, jnp.float32(scale), jnp.float32(jnp.nan)
+    value, back = jax.vjp(bypassed, *primals)
+    assert_array_equal(value, x)
+    to_x, *others = back(jnp.array([3.0, 4.0]))
+    assert to_x.tolist() == [3, 4]
+    assert others == [0, 0]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("signed", "narrow"), FAMILIES)
 @pytest.mark.parametrize("bits", [1, 2, 8])

@@ -32,9 +32,12 @@ from quantjax.statistics import Statistics
 from quantjax.transforms.calibrate import calibrate
 from quantjax.transforms.check import check
 from quantjax.transforms.compare import Report, compare
+from quantjax.transforms.execute import execute
 from quantjax.transforms.fake_quantize import fake_quantize
+from quantjax.transforms.freeze import freeze
 from quantjax.transforms.observe import init, observe
 from quantjax.transforms.sites import sites
+from quantjax.transforms.tap import tap
 
 __version__ = "0.1.0"
 
@@ -72,9 +75,11 @@ __all__ = [
     "errors",
     "estimators",
     "everything",
+    "execute",
     "fake_quant",
     "fake_quantize",
     "formats",
+    "freeze",
     "init",
     "integer",
     "observe",
@@ -87,6 +92,7 @@ __all__ = [
     "selectors",
     "sites",
     "statistics",
+    "tap",
     "uniform_policy",
     "weight_quantizer",
     "weighted",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import config as _config
+from jax._src import core as _core
 from jax._src import source_info_util as _source_info
 from jax.extend import core as jex_core
 
@@ -31,10 +32,20 @@ def bind_in_context(eqn: jex_core.JaxprEqn, *operands: Any) -> list[Any]:
     subfuns: tuple[Any, ...] = ()
     if isinstance(params, tuple):
         subfuns, params = tuple(params[0]), params[1]
-    if not subfuns and _broadcasts(eqn):
+    if not subfuns and _is_eager() and (_broadcasts(eqn) or _is_inlined_product(eqn)):
         return [_jitted(eqn.primitive, tuple(params.items()))(*operands)]
     out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _is_eager() -> bool:
+    """Whether operations run now, differentiated or batched perhaps, and none is being staged."""
+    trace = _core.trace_ctx.trace
+    while trace is not None:
+        if type(trace).__name__ == "DynamicJaxprTrace":
+            return False
+        trace = getattr(trace, "parent_trace", None)
+    return True
 
 
 def _broadcasts(eqn: jex_core.JaxprEqn) -> bool:
@@ -46,6 +57,20 @@ def _broadcasts(eqn: jex_core.JaxprEqn) -> bool:
         len(shape) == len(out) and all(n in (1, m) for n, m in zip(shape, out, strict=True))
         for shape in shapes
     )
+
+
+def _is_inlined_product(eqn: jex_core.JaxprEqn) -> bool:
+    """Whether the equation is a product that ``jax.numpy`` called through a small jitted function.
+
+    ``x @ w`` and ``jnp.einsum`` do, ``lax.dot_general`` and so ``flax.linen`` do not. The trace has
+    inlined those functions; the call stack at the equation still shows which it was.
+    """
+    traceback = eqn.source_info.traceback
+    if eqn.primitive.name != "dot_general" or traceback is None:
+        return False
+    names = [getattr(f, "function_name", None) or f.name for f in traceback.frames[:8]]
+    callers = [name for name in names if "rimitive" not in name and name != "current"]
+    return bool(callers) and callers[0] == "_run_python_pjit"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -102,6 +127,56 @@ def jit_shardings(eqn: jex_core.JaxprEqn) -> tuple[list[Any], list[Any]]:
         return [s if isinstance(s, jax.sharding.Sharding) else None for s in shardings]
 
     return stated(eqn.params["in_shardings"]), stated(eqn.params["out_shardings"])
+
+
+def as_closed(jaxpr: Any) -> jex_core.ClosedJaxpr:
+    """A program with its constants, of which an open one must have none."""
+    if isinstance(jaxpr, jex_core.ClosedJaxpr):
+        return jaxpr
+    return jex_core.ClosedJaxpr(jaxpr, ())
+
+
+def scan_operands(eqn: jex_core.JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many its carry."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def remat_call(
+    eqn: jex_core.JaxprEqn, function: Callable[..., Any], *arguments: Any
+) -> tuple[Any, ...]:
+    """``function(*arguments)`` rematerialized as ``eqn`` is: its policy, its barrier against CSE.
+
+    Where ``eqn`` stems from a gradient that was traced, what it computes is computed for the second
+    time already; public ``jax.checkpoint`` cannot say so, and without it XLA would merge the two.
+    """
+    checkpointed = jax.checkpoint(
+        function, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+    )
+    if not eqn.params["differentiated"]:
+        return checkpointed(*arguments)
+    closed, shape = jax.make_jaxpr(checkpointed, return_shape=True)(*arguments)
+    flat, tree = jax.tree.leaves(arguments), jax.tree.structure(shape)
+    env: dict[Any, Any] = dict(zip(closed.jaxpr.invars, flat, strict=True))
+    env.update(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
+
+    for inner in closed.jaxpr.eqns:
+        marked = inner.primitive is eqn.primitive
+        params = {**inner.params, "differentiated": True} if marked else inner.params
+        outputs = inner.primitive.bind(*map(read, inner.invars), **params)
+        env.update(
+            zip(
+                inner.outvars,
+                outputs if inner.primitive.multiple_results else [outputs],
+                strict=True,
+            )
+        )
+    return jax.tree.unflatten(tree, [read(atom) for atom in closed.jaxpr.outvars])
 
 
 def concrete(value: Any) -> np.ndarray | None:

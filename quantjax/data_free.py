@@ -10,12 +10,12 @@ from jaxtyping import PyTree
 
 from quantjax import errors, statistics
 from quantjax._compat import concrete
-from quantjax.affine import Fault, qparams_from_range
+from quantjax.affine import Fault
 from quantjax.granularity import OperandAxes, PerChannel, PerGroup
-from quantjax.interpreter import Op, Operand, Role, Site
+from quantjax.interpreter import Op, Operand, Role, Site, leaves_by_path
 from quantjax.policy import Policy, Quantizer
 from quantjax.printing import shape_text
-from quantjax.qtensor import QTensor, encode
+from quantjax.qtensor import QTensor, encode, is_quantized
 
 
 def quantize_params(params: PyTree, policy: Policy) -> PyTree:
@@ -44,13 +44,8 @@ def quantize_params(params: PyTree, policy: Policy) -> PyTree:
     >>> quantize_params({"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}, policy)
     {'bias': Array([1., 1.], dtype=float32), 'kernel': QTensor(int4[4x2], scale[1x2], float32)}
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    kernels = {
-        name: _as_site(name, leaf)
-        for name, (_, leaf) in zip(names, flat, strict=True)
-        if _is_kernel(leaf)
-    }
+    named = leaves_by_path(params, is_leaf=is_quantized)
+    kernels = {name: _as_site(name, leaf) for name, leaf in named.items() if _is_kernel(leaf)}
     for rule in policy.rules:
         if not rule.optional and not any(map(rule.selector.matches, kernels.values())):
             raise errors.PolicyError(
@@ -59,11 +54,11 @@ def quantize_params(params: PyTree, policy: Policy) -> PyTree:
                 fix="qj.path('*kernel'), or qj.rule(..., optional=True)",
             )
     leaves = []
-    for name, (_, leaf) in zip(names, flat, strict=True):
+    for name, leaf in named.items():
         match = policy.first_match(kernels[name]) if name in kernels else None
         quantizer = match.scheme.weights if match is not None else None
         leaves.append(leaf if quantizer is None else _quantize(name, leaf, quantizer))
-    return jax.tree.unflatten(structure, leaves)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), leaves)
 
 
 def dequantize_params(qparams: PyTree) -> PyTree:
@@ -73,18 +68,14 @@ def dequantize_params(qparams: PyTree) -> PyTree:
     {'bias': Array([1., 1.], dtype=float32)}
     """
     return jax.tree.map(
-        lambda leaf: leaf.dequantize() if _is_quantized(leaf) else leaf,
+        lambda leaf: leaf.dequantize() if is_quantized(leaf) else leaf,
         qparams,
-        is_leaf=_is_quantized,
+        is_leaf=is_quantized,
     )
 
 
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QTensor)
-
-
 def _is_kernel(leaf: Any) -> bool:
-    is_array = not _is_quantized(leaf)
+    is_array = not is_quantized(leaf)
     return is_array and jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
@@ -129,15 +120,7 @@ def _quantize(name: str, leaf: Any, quantizer: Quantizer) -> QTensor:
     shape = granularity.scale_shape(leaf.shape, OperandAxes((), ()), is_weight=True)
     stats = statistics.update(statistics.init(shape), leaf)
     bits = jnp.asarray(quantizer.bits, jnp.float32)
-    low, high, calibrated = quantizer.rule.range(stats, quantizer.format, bits)
-    qparams = qparams_from_range(
-        low,
-        high,
-        bits,
-        format=quantizer.format,
-        symmetric=quantizer.symmetric,
-        calibrated=calibrated,
-    )
+    qparams = quantizer.qparams(stats, bits)
     fault = concrete(qparams.zero_point)
     scale = concrete(qparams.scale)
     if scale is not None and fault is not None and (scale != scale).any():

@@ -97,6 +97,14 @@ class DataError(QuantjaxError, ValueError):
     """
 
 
+class FreezeError(QuantjaxError, ValueError):
+    """Weights that cannot be stored as codes, or codes that cannot be executed.
+
+    ``qj.freeze(plan, qstate, params)`` fails where two sites have one parameter in different codes.
+    Plan both with one quantizer, or keep one of them in float.
+    """
+
+
 class StatisticsError(QuantjaxError, ValueError):
     """Statistics combined in a way that has no meaning.
 
@@ -119,4 +127,20 @@ class SweepError(QuantjaxError, ValueError):
 
     ``run_cells(..., memory_budget_bytes=1)`` fails: one cell alone needs more. Raise the budget or
     evaluate fewer images per call.
+    """
+
+
+class StorageError(QuantjaxError, ValueError):
+    """A file that is not what it should be, or a value that cannot be written to one.
+
+    ``qj.load_quantization("plan.json")`` fails where the file was written by a newer version, or
+    names a rounding of the user's own. Upgrade quantjax, or pass ``extra=(my_rounding,)``.
+    """
+
+
+class AdapterError(QuantjaxError, ValueError):
+    """A model of another library that is no pure function of its arrays.
+
+    ``f(params, state, x)`` of ``adapters.nnx.functional(module)`` fails where the module creates
+    its cache in the first call. Call ``module(x)`` once before ``functional``.
     """

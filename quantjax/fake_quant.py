@@ -63,8 +63,10 @@ def _centered(
 def _centered_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
     x, scale, zero_point, bits = primals
     dx, dscale, dzero, _ = tangents
-    centered, slope, passed = _local(arithmetic, x, scale, zero_point, bits)
+    _, slope, passed = _local(arithmetic, x, scale, zero_point, bits)
     to_x, to_scale = divide_by_scale(slope, scale), -divide_by_scale(passed, scale)
+    # The function itself, not its body: else its derivative would be differentiated as rounding.
+    centered = _centered(arithmetic, x, scale, zero_point, bits)
     return centered, to_x * dx + to_scale * dscale + (slope - 1.0) * dzero
 
 
@@ -80,12 +82,13 @@ def _fake_quant(
 def _fake_quant_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
     x, scale, zero_point, bits = primals
     dx, dscale, dzero, _ = tangents
-    centered, slope, passed = _local(arithmetic, x, scale, zero_point, bits)
+    _, slope, passed = _local(arithmetic, x, scale, zero_point, bits)
+    centered = _centered(arithmetic, x, scale, zero_point, bits)
     bypass = is_bypassed(bits)
     slope = jnp.where(bypass, 1.0, slope)
     to_scale = jnp.where(bypass, 0.0, centered - passed)
     to_zero = jnp.where(bypass, 0.0, (slope - 1.0) * scale)
-    value = jnp.where(bypass, x, centered * scale)
+    value = _fake_quant(arithmetic, x, scale, zero_point, bits)
     return value, slope * dx + to_scale * dscale + to_zero * dzero
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from quantjax import errors
 from quantjax.granularity import OperandAxes
-from quantjax.interpreter import Operand, Origin, Role, Site, SiteStatus, leaves_by_path
+from quantjax.interpreter import Op, Operand, Origin, Role, Site, SiteStatus, leaves_by_path
 from quantjax.policy import Policy, Quantizer, RangeMode, Rule
 from quantjax.printing import columns, shape_text
-from quantjax.products import Sizing, group_length, sizing, sum_length
+from quantjax.products import Form, Sizing, execution_form, group_length, sizing, sum_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +25,13 @@ class SiteTable:
     Attributes:
       sites: one row a product.
       weights: how each weight is recomputed from the parameters.
+      others: where a parameter goes besides the weights of sites: a primitive, by path.
       shapes: of all parameters, by path.
     """
 
     sites: tuple[Site, ...]
     weights: Mapping[str, Origin] = dataclasses.field(compare=False, repr=False)
+    others: Mapping[str, str] = dataclasses.field(compare=False, repr=False)
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(repr=False)
 
     def __iter__(self) -> Any:
@@ -52,11 +54,12 @@ class SiteTable:
                 *(f"{shape_text(o.shape)} {o.role.value}" for o in site.operands),
                 shape_text(site.out_shape),
                 f"{site.multiply_adds:,}",
+                " ".join(site.loops),
                 site.reason or site.status.value,
             ]
             for site in self.sites
         ]
-        head = ["site", "op", "left", "right", "output", "multiply-adds", "status"]
+        head = ["site", "op", "left", "right", "output", "multiply-adds", "inside", "status"]
         return columns(head, rows)
 
 
@@ -94,11 +97,12 @@ class OperandPlan:
 
 @dataclasses.dataclass(frozen=True)
 class SitePlan:
-    """What happens at one site, and why."""
+    """What happens at one site, and why; ``sizing`` and ``form`` are None in float."""
 
     site: Site
     operands: tuple[OperandPlan, ...]
     sizing: Sizing | None
+    form: Form | None
     status: PlanStatus
     reason: str
 
@@ -118,6 +122,7 @@ class Plan:
     policy: Policy
     sites: tuple[SitePlan, ...]
     weights: Mapping[str, Origin] = dataclasses.field(compare=False, repr=False)
+    others: Mapping[str, str] = dataclasses.field(compare=False, repr=False)
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(repr=False)
 
     @property
@@ -156,8 +161,11 @@ class Plan:
             first = texts.get("weight", texts.get("lhs", ""))
             second = texts.get("activation", texts.get("rhs", ""))
             sums = entry.sizing.exactness.value if entry.sizing is not None else ""
-            rows.append([entry.site.name, first, second, sums, entry.reason or entry.status.value])
-        return columns(["site", "weight | left", "activation | right", "sums", "status"], rows)
+            executed = entry.form.execution.value if entry.form is not None else ""
+            status = entry.reason or entry.status.value
+            rows.append([entry.site.name, first, second, sums, executed, status])
+        head = ["site", "weight | left", "activation | right", "sums", "executed", "status"]
+        return columns(head, rows)
 
 
 def plan(policy: Policy, table: SiteTable) -> Plan:
@@ -168,14 +176,53 @@ def plan(policy: Policy, table: SiteTable) -> Plan:
       table: from ``qj.sites(f, params, x)``.
 
     Raises:
-      PolicyError: a rule that matches no site and is not optional.
+      PolicyError: a rule that matches no site, or none that an earlier rule does not match, and is
+        not optional.
       OpaqueSiteError: a rule that matches only sites that the interpreter does not rewrite.
       GranularityError: groups that do not divide, or a fixed range per token.
     """
     chosen = {site.name: policy.first_match(site) for site in table.sites}
     _check_rules(policy, table)
     entries = tuple(_plan_site(site, chosen[site.name]) for site in table.sites)
-    return Plan(policy, entries, table.weights, table.shapes)
+    return Plan(policy, entries, table.weights, table.others, table.shapes)
+
+
+def first_difference(
+    planned: Iterable[Site], found: Iterable[Site]
+) -> tuple[Site | None, Site | None] | None:
+    """The first row in which a program is not the one that was planned, and what stands there.
+
+    Rows are compared in what a plan relies on: all but the sizes of activations.
+
+    Returns:
+      ``(planned, found)``, the second None where there is no such site, the first where it was not
+      planned; None where nothing differs.
+    """
+    others = {site.name: site for site in found}
+    for row in planned:
+        site = others.pop(row.name, None)
+        if site is None or _outline(site) != _outline(row):
+            return row, site
+    return next(((None, site) for site in others.values()), None)
+
+
+def _outline(site: Site) -> tuple[Any, ...]:
+    operands = [
+        (o.key, o.side, o.free, o.contracted, o.window, o.shape if o.role is Role.WEIGHT else None)
+        for o in site.operands
+    ]
+    return site.op, site.status, site.steps, *operands
+
+
+def site_text(site: Site) -> str:
+    """All that a plan relies on; axes stand behind shapes as ``free|contracted|window``."""
+    operands = [
+        f"{o.key} {shape_text(o.shape)} "
+        f"[{'|'.join(','.join(map(str, axes)) for axes in (o.free, o.contracted, o.window))}]"
+        for o in sorted(site.operands, key=lambda operand: operand.side)
+    ]
+    steps = f" in {shape_text(site.steps)} layers" if site.steps else ""
+    return f"{site.op.value} of {', '.join(operands)}{steps} ({site.status.value})"
 
 
 def _check_rules(policy: Policy, table: SiteTable) -> None:
@@ -193,6 +240,14 @@ def _check_rules(policy: Policy, table: SiteTable) -> None:
                 where=f"sites: {shown or 'none: the function has no product'}",
                 fix=f"{hint}, or qj.rule(..., optional=True)",
             )
+        if all(policy.first_match(site) is not rule for site in matched):
+            earlier = policy.first_match(matched[0])
+            raise errors.PolicyError(
+                f"the rule '{rule}' decides on no site",
+                where=", ".join(site.name for site in matched[:4]),
+                why=f"the earlier rule '{earlier}' matches all that it matches",
+                fix="move it ahead of that rule, or qj.rule(..., optional=True)",
+            )
         wants = rule.scheme.weights is not None or rule.scheme.activations is not None
         if wants and all(site.status is SiteStatus.OPAQUE for site in matched):
             raise errors.OpaqueSiteError(
@@ -206,7 +261,7 @@ def _check_rules(policy: Policy, table: SiteTable) -> None:
 def _plan_site(site: Site, rule: Rule | None) -> SitePlan:
     if site.status is SiteStatus.OPAQUE:
         floats = tuple(OperandPlan(operand, None, None) for operand in site.operands)
-        return SitePlan(site, floats, None, PlanStatus.OPAQUE, site.reason)
+        return SitePlan(site, floats, None, None, PlanStatus.OPAQUE, site.reason)
     scheme = rule.scheme if rule is not None else None
     operands = []
     for operand in site.operands:
@@ -217,10 +272,11 @@ def _plan_site(site: Site, rule: Rule | None) -> SitePlan:
         operands.append(_plan_operand(site, operand, quantizer))
     if all(operand.quantizer is None for operand in operands):
         reason = "no rule matches" if rule is None else "float by rule"
-        return SitePlan(site, tuple(operands), None, PlanStatus.FLOAT, f"float: {reason}")
-    size = _sizing(site, operands)
-    notes = [text for text in (size.reason, site.reason) if text]
-    return SitePlan(site, tuple(operands), size, PlanStatus.QUANTIZED, "; ".join(notes))
+        return SitePlan(site, tuple(operands), None, None, PlanStatus.FLOAT, f"float: {reason}")
+    size, form = _sizing(site, operands)
+    notes = [size.reason, form.reason if form.reason != size.reason else "", site.reason]
+    status = "; ".join(note for note in notes if note)
+    return SitePlan(site, tuple(operands), size, form, PlanStatus.QUANTIZED, status)
 
 
 def _plan_operand(site: Site, operand: Operand, quantizer: Quantizer | None) -> OperandPlan:
@@ -250,7 +306,20 @@ def _plan_operand(site: Site, operand: Operand, quantizer: Quantizer | None) -> 
     return dataclasses.replace(planned, scale_shape=shape)
 
 
-def _sizing(site: Site, operands: list[OperandPlan]) -> Sizing:
+def resized(entry: SitePlan, site: Site) -> SitePlan:
+    """The plan of a site for a program in which its sums have another length.
+
+    Products without a weight sum over tokens or the batch; how their sums are held follows them.
+    """
+    if site.contraction_size == entry.site.contraction_size or site.weight is not None:
+        return entry
+    found = {operand.key: operand for operand in site.operands}
+    operands = tuple(dataclasses.replace(p, operand=found[p.key]) for p in entry.operands)
+    size, form = _sizing(site, operands)
+    return dataclasses.replace(entry, operands=operands, sizing=size, form=form)
+
+
+def _sizing(site: Site, operands: Sequence[OperandPlan]) -> tuple[Sizing, Form]:
     bounds: list[int | None] = []
     lengths: list[int | None] = []
     for planned in operands:
@@ -271,4 +340,10 @@ def _sizing(site: Site, operands: list[OperandPlan]) -> Sizing:
         lengths.append(None if folded else length)
     length = sum_length(site.contraction_size, site.taps, lengths)
     grouped = any(n is not None for n in lengths)
-    return sizing(length, bounds[0], bounds[1], taps=site.taps, grouped=grouped)
+    size = sizing(length, bounds[0], bounds[1], taps=site.taps, grouped=grouped)
+    containers = [p.quantizer.format.max_bits if p.quantizer else None for p in operands]
+    batch_groups = site.op is Op.CONV and not site.operands[0].free
+    form = execution_form(
+        size, (containers[0], containers[1]), grouped=grouped, batch_groups=batch_groups
+    )
+    return size, form

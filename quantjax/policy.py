@@ -6,15 +6,19 @@ import dataclasses
 import enum
 from collections.abc import Iterable
 
+import jax
+
 from quantjax import errors
+from quantjax.affine import QParams, qparams_from_range
 from quantjax.estimators import CLIPPED, Estimator
 from quantjax.fake_quant import Arithmetic
 from quantjax.formats import Format, integer
 from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken
 from quantjax.interpreter import Site
-from quantjax.ranges import MIN_MAX, RangeRule
+from quantjax.ranges import MIN_MAX, IndexedRule, RangeRule
 from quantjax.rounding import HALF_EVEN, Rounding
 from quantjax.selectors import Selector, weighted
+from quantjax.statistics import Statistics
 
 
 class RangeMode(enum.Enum):
@@ -68,6 +72,20 @@ class Quantizer:
     def arithmetic(self) -> Arithmetic:
         """The part that the arithmetic of one tensor needs."""
         return Arithmetic(self.format, self.rounding, self.estimator)
+
+    def qparams(
+        self, stats: Statistics, bits: jax.Array, rule: RangeRule | IndexedRule | None = None
+    ) -> QParams:
+        """QParams from statistics at a width, by another rule than the quantizer's own if given."""
+        low, high, calibrated = (rule or self.rule).range(stats, self.format, bits)
+        return qparams_from_range(
+            low,
+            high,
+            bits,
+            format=self.format,
+            symmetric=self.symmetric,
+            calibrated=calibrated,
+        )
 
     def __str__(self) -> str:
         """``int4/channel``, ``uint8/tensor``, ``int8/token/live``."""

@@ -18,7 +18,8 @@ def shape_text(shape: Sequence[int]) -> str:
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns under a head; the last column wraps, the first is shortened if it must be.
+    """Aligned columns under a head; the last column wraps, and a name that leaves it no room has a
+    line of its own.
 
     >>> print(columns(["site", "bits"], [["a/kernel", "4"], ["b", "16"]]))
     site      bits
@@ -29,12 +30,14 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     room = WIDTH - sum(widths[1:-1]) - 2 * (len(widths) - 1) - min(widths[-1], 24)
     if len(widths) > 1 and widths[0] > room:
-        widths[0] = max(room, 16)
+        widths[0] = max(len(row[0]) for row in table if len(row[0]) <= max(room, len(head[0])))
     left = sum(widths[:-1]) + 2 * (len(widths) - 1)
     lines = []
     for row in table:
-        name = row[0] if len(row[0]) <= widths[0] else "…" + row[0][-(widths[0] - 1) :]
-        cells = [name, *row[1:]]
+        cells = list(row)
+        if len(widths) > 1 and len(row[0]) > widths[0]:
+            lines += textwrap.wrap(row[0], WIDTH)
+            cells[0] = ""
         tail = textwrap.wrap(cells[-1], max(WIDTH - left, 16)) or [""]
         body = "  ".join(c.ljust(w) for c, w in zip(cells[:-1], widths[:-1], strict=True))
         lines.append(f"{body}  {tail[0]}".rstrip() if len(cells) > 1 else tail[0])

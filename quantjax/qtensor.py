@@ -86,6 +86,11 @@ class QTensor:
         return f"QTensor({self.format.name}{width}[{shape}], scale[{scales}], {self.dtype})"
 
 
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf is a :class:`QTensor`; for the ``is_leaf`` of tree functions."""
+    return isinstance(leaf, QTensor)
+
+
 def encode(
     x: Float[Array, "..."], qparams: QParams, format: Format, *, rounding: Rounding = HALF_EVEN
 ) -> QTensor:

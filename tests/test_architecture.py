@@ -26,9 +26,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"qtensor", "fake_quant", "estimators"}),
     frozenset({"statistics", "ranges"}),
     frozenset({"policy", "selectors", "presets", "data_free", "interpreter"}),
-    frozenset({"products"}),
-    frozenset({"planning"}),
-    frozenset({"transforms"}),
+    frozenset({"products", "layout"}),
+    frozenset({"planning", "integers"}),
+    frozenset({"adapters", "storage", "transforms"}),
     frozenset({"sweep"}),
     frozenset({"cli"}),
 )

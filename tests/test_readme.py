@@ -20,9 +20,22 @@ def namespace():
     return names
 
 
-def test_the_grid_of_the_example_is_one_compilation_of_98_cells(namespace):
+def test_another_grid_of_the_same_size_is_not_traced_again(namespace):
+    names = dict(namespace)
+    traces, error = [], names["error"]
+    names["error"] = lambda *cell: traces.append(1) or error(*cell)
+    complete = next(block for block in BLOCKS if "class MLP" in block)
+    call = complete[complete.index("grid = ") :]
+    exec(compile(call, "README.md", "exec"), names)
+    more = [names[axis] for axis in ("wb", "ab", "rule", "state", "params", "x")]
+    np.testing.assert_array_equal(
+        names["grid"](more[0][::-1], more[1][::-1], more[2][::-1], *more[3:]), names["errors"][::-1]
+    )
+    assert len(traces) == 1
+
+
+def test_the_grid_of_the_example_has_98_cells(namespace):
     assert namespace["errors"].shape == (98,)
-    assert namespace["grid"]._cache_size() == 1
     assert np.all(np.isfinite(namespace["errors"]))
 
 
@@ -38,10 +51,15 @@ def test_more_bits_mean_less_error(namespace):
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
 def test_every_block_runs(namespace, index):
+    """After the long example, and the blocks between the two that it may build on."""
     names = dict(namespace)
-    exec(compile(BLOCKS[index], "README.md", "exec"), names)
+    complete = next(i for i, block in enumerate(BLOCKS) if "class MLP" in block)
+    for block in [*BLOCKS[complete + 1 : index], BLOCKS[index]]:
+        exec(compile(block, "README.md", "exec"), names)
     if "y" in names:
         assert names["y"].shape == (32, 10)
+    if "out" in names:
+        assert names["out"].shape == (32, 32)
     if "last_in_8_bits" in names:
         plan = names["qj"].plan(names["last_in_8_bits"], names["table"])
         assert "int4/group16" in str(plan)

@@ -3,17 +3,37 @@
 Knows nothing of quantization.
 """
 
-from quantjax.interpreter.evaluate import Handler, evaluate
+from quantjax.interpreter.containers import Carried
+from quantjax.interpreter.discover import discover
+from quantjax.interpreter.evaluate import (
+    NOTHING,
+    Evaluated,
+    Handler,
+    Outcome,
+    Visit,
+    evaluate,
+)
 from quantjax.interpreter.product import Op, Product
-from quantjax.interpreter.provenance import Origin, OriginKind, evaluate_origin
-from quantjax.interpreter.sites import Operand, Role, Site, SiteStatus, discover
+from quantjax.interpreter.provenance import (
+    NEUTRAL_MOVES,
+    Origin,
+    OriginKind,
+    eqn_shapes,
+    evaluate_origin,
+)
+from quantjax.interpreter.sites import Operand, Role, Site, SiteStatus
 from quantjax.interpreter.trace import Program, ProgramCache, leaves_by_path, trace
 
 __all__ = [
+    "NEUTRAL_MOVES",
+    "NOTHING",
+    "Carried",
+    "Evaluated",
     "Handler",
     "Op",
     "Operand",
     "Origin",
+    "Outcome",
     "OriginKind",
     "Product",
     "Program",
@@ -21,7 +41,9 @@ __all__ = [
     "Role",
     "Site",
     "SiteStatus",
+    "Visit",
     "discover",
+    "eqn_shapes",
     "evaluate",
     "evaluate_origin",
     "leaves_by_path",

@@ -2,141 +2,191 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 from jax.extend import core as jex_core
 
 from quantjax import errors
-from quantjax._compat import (
-    bind_equation,
-    equation_context,
-    is_jit,
-    jit_call,
-    jit_shardings,
-)
+from quantjax._compat import bind_equation, equation_context
+from quantjax.interpreter.containers import Carried, Outputs, container_of, rebuild
 from quantjax.interpreter.product import Product, product_of
 from quantjax.interpreter.sites import Location, Site
 from quantjax.interpreter.trace import Program
 
-Handler = Callable[[Site, Product, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-"""``(site, product, lhs, rhs, value) -> (result, record)``.
 
-``value`` is the site's entry of ``values`` (None where it has none), ``record`` any pytree or None.
-"""
+class Visit(NamedTuple):
+    """One product as the handler meets it.
 
-Values = Mapping[str, Any]
-Records = dict[str, Any]
+    Attributes:
+      site: its row.
+      product: the equation.
+      lhs, rhs: its operands.
+      value: the site's entry of ``values``, that of this step where it is stacked; None without.
+      state: the site's entry of ``states`` as its last visit left it; None without.
+      shared: as given, the same at all sites.
+    """
+
+    site: Site
+    product: Product
+    lhs: jax.Array
+    rhs: jax.Array
+    value: Any
+    state: Any
+    shared: Any
+
+
+class Outcome(NamedTuple):
+    """What a handler returns: the product, the site's next state, and a record or None."""
+
+    out: jax.Array
+    state: Any = None
+    record: Any = None
+
+
+Handler = Callable[[Visit], Outcome]
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation returns.
+
+    Attributes:
+      result: that of the traced function.
+      states: of all sites that came with one.
+      records: of the sites that have one, with a leading axis for each scan around the site.
+    """
+
+    result: Any
+    states: dict[str, Any]
+    records: dict[str, Any]
+
+
+NOTHING = Carried({}, {})
 
 
 def evaluate(
-    program: Program, handler: Handler, handled: frozenset[str], values: Values, *arguments: Any
-) -> tuple[Any, Records]:
+    program: Program,
+    handler: Handler,
+    handled: frozenset[str],
+    carried: Carried,
+    *arguments: Any,
+    collect: bool = False,
+) -> Evaluated:
     """Run ``program`` with the products named in ``handled`` computed by ``handler``.
 
     All else is bound as it was traced; a container that holds no handled site is bound whole.
-    ``values`` and records travel through containers as pytrees.
 
     Args:
+      carried: values, states and what is shared. A stacked site (``Site.steps``) has a leading axis
+        for each of its scans in value and state.
       arguments: those of the traced function, ``(params, *inputs)``.
-
-    Returns:
-      The function's result and ``{site: record}`` for records that are not None.
+      collect: whether the handler returns records.
     """
     active = {loc: site for loc, site in program.sites.items() if site.name in handled}
-    containers = {loc[:depth] for loc in active for depth in range(1, len(loc))}
-    flat = jax.tree.leaves(arguments)
-    walk = _Walk(handler, active, containers)
-    outputs, records = walk.run(program.jaxpr, (), values, flat)
-    return jax.tree.unflatten(program.out_tree, outputs), records
+    walk = _Walk(handler, active, program.stacked, collect=collect)
+    outputs = walk.run(program.jaxpr, (), carried.only(handled), jax.tree.leaves(arguments))
+    result = jax.tree.unflatten(program.out_tree, outputs.arrays)
+    return Evaluated(result, {**carried.states, **outputs.states}, dict(outputs.records))
 
 
 class _Walk:
     """The sites of one evaluation, and the loop over equations."""
 
     def __init__(
-        self, handler: Handler, sites: Mapping[Location, Site], containers: set[Location]
+        self,
+        handler: Handler,
+        sites: Mapping[Location, Site],
+        stacked: Mapping[str, tuple[Location, ...]],
+        *,
+        collect: bool,
     ) -> None:
-        self._handler, self._sites, self._containers = handler, sites, containers
+        self._handler, self._sites, self._collect = handler, sites, collect
+        inside: dict[Location, set[str]] = collections.defaultdict(set)
+        for location, site in sites.items():
+            for depth in range(1, len(location)):
+                inside[location[:depth]].add(site.name)
+        self._inside = {location: frozenset(names) for location, names in inside.items()}
+        self._stacked = {
+            location: frozenset(name for name in names if location in stacked[name])
+            for location, names in self._inside.items()
+        }
 
     def run(
         self,
         closed: jex_core.ClosedJaxpr,
         location: Location,
-        values: Values,
+        carried: Carried,
         arguments: Sequence[Any],
-    ) -> tuple[list[Any], Records]:
+    ) -> Outputs:
+        """One program; the states returned are those of the sites in it."""
         jaxpr = closed.jaxpr
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
         env.update(zip(jaxpr.invars, arguments, strict=True))
         last_use = _last_uses(jaxpr)
-        records: Records = {}
+        states: dict[str, Any] = {}
+        records: dict[str, Any] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*location, index)
             operands = [a.val if isinstance(a, jex_core.Literal) else env[a] for a in eqn.invars]
             site = self._sites.get(here)
             if site is not None:
-                outputs, record = self._handle(site, eqn, operands, values.get(site.name))
-                if record is not None:
-                    records[site.name] = record
-            elif here in self._containers:
-                outputs, inner = self._rebuild(eqn, here, values, operands)
-                records.update(inner)
+                outcome = self._handle(site, eqn, operands, carried)
+                outputs = [outcome.out]
+                if site.name in carried.states:
+                    states[site.name] = outcome.state
+                if self._collect and outcome.record is not None:
+                    records[site.name] = outcome.record
+            elif here in self._inside:
+                inner = self._rebuild(eqn, here, carried, operands)
+                outputs = list(inner.arrays)
+                states.update(inner.states)
+                records.update(inner.records)
             else:
                 outputs = bind_equation(eqn, *operands)
             env.update(zip(eqn.outvars, outputs, strict=True))
             for var in last_use.get(index, ()):
                 env.pop(var, None)
         result = [a.val if isinstance(a, jex_core.Literal) else env[a] for a in jaxpr.outvars]
-        return result, records
+        return Outputs(result, states, records)
 
     def _handle(
-        self, site: Site, eqn: jex_core.JaxprEqn, operands: Sequence[Any], value: Any
-    ) -> tuple[list[Any], Any]:
+        self, site: Site, eqn: jex_core.JaxprEqn, operands: Sequence[Any], carried: Carried
+    ) -> Outcome:
         product = product_of(eqn)
         assert product is not None
+        value, state = carried.values.get(site.name), carried.states.get(site.name)
+        visit = Visit(site, product, operands[0], operands[1], value, state, carried.shared)
         with equation_context(eqn):
-            out, record = self._handler(site, product, operands[0], operands[1], value)
-        expected = product.out
+            outcome = self._handler(visit)
+        out, expected = outcome.out, product.out
         if tuple(out.shape) != tuple(expected.shape) or out.dtype != expected.dtype:
             raise errors.SiteError(
                 f"the handler returned {out.dtype}{tuple(out.shape)}",
                 where=f"site {site.name} ({site.op.value}), which has {expected.str_short()}",
                 fix="return the equation's own shape and dtype",
             )
-        return [out], record
+        return outcome
 
     def _rebuild(
-        self,
-        eqn: jex_core.JaxprEqn,
-        location: Location,
-        values: Values,
-        operands: Sequence[Any],
-    ) -> tuple[list[Any], Records]:
-        """Re-issue a jit call around the rewritten program; values and records ride along."""
-        assert is_jit(eqn), eqn.primitive.name
-        closed, options = jit_call(eqn)
-        in_shardings, out_shardings = jit_shardings(eqn)
-        inside = {
-            site.name for loc, site in self._sites.items() if loc[: len(location)] == location
-        }
-        carried = {name: value for name, value in values.items() if name in inside}
+        self, eqn: jex_core.JaxprEqn, location: Location, carried: Carried, operands: Sequence[Any]
+    ) -> Outputs:
+        container = container_of(eqn)
+        assert container is not None, eqn.primitive.name
 
-        def inner(values: Values, arguments: Sequence[Any]) -> tuple[list[Any], Records]:
-            arguments = _constrain(arguments, in_shardings)
-            outputs, records = self.run(closed, location, values, arguments)
-            return _constrain(outputs, out_shardings), records
+        def run(number: int, carried: Carried, arguments: Sequence[Any]) -> Outputs:
+            return self.run(container.programs[number], (*location, number), carried, arguments)
 
-        inner.__name__ = inner.__qualname__ = str(eqn.params["name"])
         with equation_context(eqn):
-            return jax.jit(inner, **options)(carried, list(operands))
-
-
-def _constrain(arrays: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
-    pairs = zip(arrays, shardings, strict=True)
-    return [a if s is None else lax.with_sharding_constraint(a, s) for a, s in pairs]
+            return rebuild(
+                container,
+                run,
+                carried.only(self._inside[location]),
+                operands,
+                self._stacked[location],
+                collect=self._collect,
+            )
 
 
 def _last_uses(jaxpr: jex_core.Jaxpr) -> dict[int, list[Any]]:

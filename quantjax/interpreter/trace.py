@@ -11,8 +11,9 @@ from jax.extend import core as jex_core
 
 from quantjax import errors
 from quantjax._compat import trace_context
+from quantjax.interpreter.discover import discover
 from quantjax.interpreter.provenance import Origin
-from quantjax.interpreter.sites import Location, Site, discover
+from quantjax.interpreter.sites import Location, Site
 
 Function = Callable[..., Any]
 
@@ -26,21 +27,29 @@ class Program:
       out_tree: the structure of its result.
       sites: site by location.
       weights: how to recompute each weight from the parameters, by site name.
+      scans: locations of the scans around a site, outermost first, by site name.
+      stacked: those of which each step is a layer of its own.
+      repeated: weighted sites in a loop whose iterations share the weight.
+      others: where a parameter goes besides the weights of sites: a primitive, by path.
     """
 
     jaxpr: jex_core.ClosedJaxpr
     out_tree: jax.tree_util.PyTreeDef
     sites: Mapping[Location, Site]
     weights: Mapping[str, Origin]
+    scans: Mapping[str, tuple[Location, ...]]
+    stacked: Mapping[str, tuple[Location, ...]]
+    repeated: frozenset[str]
+    others: Mapping[str, str]
 
 
-def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """Leaves of a tree by path, ``params/Dense_0/kernel``.
+def leaves_by_path(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Leaves of a tree by path, ``params/Dense_0/kernel``; ``is_leaf`` as JAX's tree functions.
 
     >>> leaves_by_path({"a": {"w": 1}, "b": [2]})
     {'a/w': 1, 'b/0': 2}
     """
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
     named: dict[str, Any] = {}
     for path, value in flat:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -59,8 +68,7 @@ def trace(f: Function, params: Any, *inputs: Any) -> Program:
     jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(params, *inputs)
     out_tree = jax.tree.structure(shape)
     paths = list(leaves_by_path(params))
-    sites, weights = discover(jaxpr, paths)
-    return Program(jaxpr, out_tree, sites, weights)
+    return Program(jaxpr, out_tree, *discover(jaxpr, paths))
 
 
 class ProgramCache:

@@ -7,37 +7,27 @@ sums are taken within each group and added in float32, one after another.
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from quantjax.affine import QParams, is_bypassed
 from quantjax.fake_quant import Arithmetic, centered_codes
-from quantjax.granularity import expand
-from quantjax.interpreter import Product
+from quantjax.interpreter import Op, Product
 from quantjax.products import blocks
 from quantjax.products.exactness import FLOAT32_EXACT, Exactness, Sizing
-
-
-class Coded(NamedTuple):
-    """One operand as a product sees it: ``operand ≈ values · factor``.
-
-    Attributes:
-      values: float32; centered codes, or the operand itself where it is not quantized.
-      factor: the scale, 1 under bypass; None for an operand that has no quantizer.
-      bypass: whether the width is 0; None for an operand that has no quantizer.
-    """
-
-    values: Float[Array, "..."]
-    factor: Float[Array, "..."] | None = None
-    bypass: Bool[Array, ""] | None = None
+from quantjax.products.groups import (
+    Coded,
+    add_blocks,
+    block_factors,
+    block_length,
+    grouped_or_folded,
+    scaled,
+)
 
 
 def coded(x: Float[Array, "..."], qparams: QParams, arithmetic: Arithmetic) -> Coded:
@@ -56,22 +46,6 @@ def in_float(x: Float[Array, "..."]) -> Coded:
     return Coded(x.astype(jnp.float32))
 
 
-def group_length(
-    shape: Sequence[int], scale_shape: Sequence[int], contracted: Sequence[int], channels: int
-) -> int | None:
-    """Entries of the last contracted axis that share a scale; None where all do.
-
-    1 where an output sums only ``channels`` of the entries: the channels of a grouped convolution,
-    whose scales differ from one feature group to the next, have no common sum.
-    """
-    if all(scale_shape[axis] == 1 for axis in contracted):
-        return None
-    if math.prod(shape[axis] for axis in contracted) != channels:
-        return 1
-    last = contracted[-1]
-    return shape[last] // scale_shape[last]
-
-
 def multiply(
     product: Product, raw: tuple[jax.Array, jax.Array], lhs: Coded, rhs: Coded, sizing: Sizing
 ) -> jax.Array:
@@ -80,26 +54,40 @@ def multiply(
     Args:
       product: the equation.
       raw: its operands as they came; where every width is 0, the equation itself is evaluated.
+        Not used where no operand knows of bypass.
       sizing: how the plan splits its sums.
     """
     flags = [side.bypass for side in (lhs, rhs) if side.bypass is not None]
-    lhs, lhs_groups = _grouped_or_folded(product, 0, lhs)
-    rhs, rhs_groups = _grouped_or_folded(product, 1, rhs)
+    lhs, lhs_groups = grouped_or_folded(product, 0, lhs)
+    rhs, rhs_groups = grouped_or_folded(product, 1, rhs)
+    ungrouped = lhs_groups is None and rhs_groups is None
 
     def quantized() -> jax.Array:
-        if lhs_groups is None and rhs_groups is None:
-            any_bypass = jnp.any(jnp.stack(flags))
+        if ungrouped:
+            any_bypass = jnp.any(jnp.stack(flags)) if flags else jnp.zeros((), bool)
             sums = _sums(product, sizing, lhs.values, rhs.values, any_bypass)
-            total = _scaled(product, sums, lhs.factor, rhs.factor)
+            total = scaled(product, sums, lhs.factor, rhs.factor)
         else:
             total = _sum_of_groups(product, lhs, rhs, (lhs_groups, rhs_groups))
         return total.astype(product.out.dtype)
 
-    ungrouped = lhs_groups is None and rhs_groups is None
-    if ungrouped and _float32_is_native(product):
-        return _fence(quantized())
+    if not flags or (ungrouped and _float32_is_native(product)):
+        return _fenced(product, quantized())
     out = lax.cond(jnp.all(jnp.stack(flags)), lambda: product.bind(*raw), quantized)
-    return _fence(out)
+    return _fenced(product, out)
+
+
+def _fenced(product: Product, out: jax.Array) -> jax.Array:
+    """The result behind a fence, as the matrix that XLA makes of a dot's: how it vectorizes what
+    reads the cotangent depends on the shape."""
+    if product.op is Op.CONV:
+        return _fence(out)
+    axes = [blocks.dot_axes(product, side) for side in (0, 1)]
+    roles = axes[0].batch, axes[0].free, axes[1].free
+    operands = product.lhs, product.lhs, product.rhs
+    sizes = [math.prod(x.shape[a] for a in role) for x, role in zip(operands, roles, strict=True)]
+    matrix = sizes if roles[0] else sizes[1:]
+    return _fence(out.reshape(matrix)).reshape(out.shape)
 
 
 @jax.custom_jvp
@@ -127,54 +115,6 @@ def _float32_is_native(product: Product) -> bool:
     """
     dtypes = {product.lhs.dtype, product.rhs.dtype, product.out.dtype}
     return dtypes == {jnp.dtype(jnp.float32)} and jax.default_backend() == "cpu"
-
-
-def _scaled(
-    product: Product, sums: jax.Array, lhs: jax.Array | None, rhs: jax.Array | None
-) -> jax.Array:
-    factors = [
-        blocks.to_output(product, side, factor)
-        for side, factor in enumerate((lhs, rhs))
-        if factor is not None
-    ]
-    return _times(sums, functools.reduce(operator.mul, factors)) if factors else sums
-
-
-@jax.custom_jvp
-def _times(sums: jax.Array, factor: jax.Array) -> jax.Array:
-    """``sums · factor``, rounded before anything is added to it.
-
-    XLA would contract this product and a bias into one multiply-add in some programs and not in
-    others, so that a cell of a sweep differs from that cell alone. It does not look through a
-    choice that depends on the data.
-    """
-    return jnp.where(jnp.isnan(sums), sums, sums * factor)
-
-
-@_times.defjvp
-def _times_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (sums, factor), (dsums, dfactor) = primals, tangents
-    return _times(sums, factor), dsums * factor + sums * dfactor
-
-
-def _grouped_or_folded(product: Product, side: int, operand: Coded) -> tuple[Coded, int | None]:
-    """The operand, and its group length where groups of 2 or more share a factor.
-
-    Factors that vary along a window, or entry by entry along the sum, are multiplied into the
-    operand: no integer product can have them.
-    """
-    if operand.factor is None:
-        return operand, None
-    shape, factor = operand.values.shape, operand.factor
-    free, contracted, _ = product.axes(side)
-    channels = product.contraction_size() // product.taps()
-    length = group_length(shape, factor.shape, contracted, channels)
-    spread = [a for a in range(len(shape)) if factor.shape[a] != 1 and a not in free]
-    if not spread:
-        return operand, None
-    if set(spread) <= set(contracted) and length is not None and length > 1:
-        return operand, length
-    return operand._replace(values=operand.values * expand(factor, shape), factor=None), None
 
 
 def _sums(
@@ -225,25 +165,6 @@ def _sum_of_groups(
     product: Product, lhs: Coded, rhs: Coded, lengths: tuple[int | None, int | None]
 ) -> jax.Array:
     """``Σ_groups (Σ lhs · rhs) · (s_lhs · s_rhs)``, groups added in order."""
-    length = math.gcd(*(n for n in lengths if n is not None))
-    parts = blocks.split(product, lhs.values, rhs.values, length * product.taps())
-    count = parts.lhs.shape[0]
-    factors = []
-    for side, operand in enumerate((lhs, rhs)):
-        factor = jnp.ones((1,) * operand.values.ndim) if operand.factor is None else operand.factor
-        factors.append(blocks.factors_by_block(product, side, factor, operand.values.shape, count))
-
-    def add(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        left, right, left_factor, right_factor = part
-        return total + _times(parts.multiply(left, right), left_factor * right_factor), None
-
-    shape = jax.eval_shape(parts.multiply, parts.lhs[0], parts.rhs[0]).shape
-    start = jnp.zeros(shape, jnp.float32)
-    total, _ = lax.scan(add, start, (parts.lhs, parts.rhs, *factors))
-    return parts.finish(total)
-
-
-def sum_length(contraction: int, taps: int, lengths: Sequence[int | None]) -> int:
-    """How many products one float32 sum holds, given each operand's group length."""
-    known = [n for n in lengths if n is not None and n > 1]
-    return math.gcd(*known) * taps if known else contraction
+    parts = blocks.split(product, lhs.values, rhs.values, block_length(product, lengths))
+    factors = block_factors(product, (lhs, rhs), parts.lhs.shape[0])
+    return parts.finish(add_blocks(parts.multiply, (parts.lhs, parts.rhs), factors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,15 +13,16 @@ from jaxtyping import Array, Float
 
 from quantjax import errors, statistics
 from quantjax._compat import concrete
-from quantjax.affine import Fault, QParams, qparams_from_range
+from quantjax.affine import Fault, QParams
 from quantjax.formats import Format
 from quantjax.interpreter import Role, evaluate_origin, leaves_by_path
-from quantjax.planning import OperandPlan, Plan
+from quantjax.planning import OperandPlan, Plan, SitePlan
 from quantjax.policy import RangeMode
 from quantjax.ranges import IndexedRule, RangeRule
 from quantjax.statistics import Statistics
 from quantjax.transforms.check import check
 from quantjax.transforms.observe import State, statistics_of
+from quantjax.transforms.steps import over_steps
 
 QState = dict[str, dict[str, QParams]]
 Bits = Float[Array, ""] | int | float | Mapping[str, Any]
@@ -45,8 +47,9 @@ def calibrate(
       state: from ``qj.observe``.
       params: the tree that was planned for.
       weight_bits, activation_bits: one width for all, or ``{site: width}`` for some; arrays may be
-        traced, and are under ``vmap`` or ``lax.map`` of a sweep. Default: the quantizer's own.
-        0 passes the operand through.
+        traced, and are under ``vmap`` or ``lax.map`` of a sweep. A site of layers stacked in a scan
+        also takes a width for each layer. Default: the quantizer's own. 0 passes the operand
+        through.
       rule: one range rule for all, in place of each quantizer's own; ``qj.ranges.stack(...)[i]``
         makes the rule itself a traced axis. Live ranges keep their own.
 
@@ -71,61 +74,42 @@ def calibrate(
         for operand in entry.quantized:
             assert operand.quantizer is not None
             chosen = weight_bits if operand.is_weight else activation_bits
-            bits = _width(name, operand, chosen)
+            bits = _width(entry, operand, chosen)
             if operand.quantizer.range is RangeMode.LIVE:
                 qstate[name][operand.key] = _live(operand.quantizer.format, bits)
                 continue
             if operand.is_weight and plan.weights[name].derivable:
                 weight = evaluate_origin(plan.weights[name], leaves)
-                stats = statistics.update(statistics.init(operand.scale_shape or ()), weight)
+                fresh = statistics.init(operand.scale_shape or ())
+                update = over_steps(partial(statistics.update, fresh), entry.site.steps)
+                stats = update(weight)
             else:
-                stats = _observed(name, operand, state, bits)
-            qstate[name][operand.key] = _qparams(operand, stats, bits, rule)
+                stats = _observed(entry, operand, state, bits)
+            derive = partial(operand.quantizer.qparams, rule=rule)
+            qstate[name][operand.key] = over_steps(derive, entry.site.steps)(stats, bits)
     _raise_problems(qstate)
     return qstate
-
-
-def range_qparams(
-    operand: OperandPlan, stats: Statistics, bits: jax.Array, rule: RangeRule | IndexedRule
-) -> QParams:
-    """QParams of one operand by one rule."""
-    quantizer = operand.quantizer
-    assert quantizer is not None
-    low, high, calibrated = rule.range(stats, quantizer.format, bits)
-    return qparams_from_range(
-        low,
-        high,
-        bits,
-        format=quantizer.format,
-        symmetric=quantizer.symmetric,
-        calibrated=calibrated,
-    )
 
 
 def _live(format: Format, bits: jax.Array) -> QParams:
     """The width alone; scale and zero point are read only by ``qj.check``."""
     valid = format.valid_bits(bits)
-    scale = jnp.where(valid, jnp.ones(()), jnp.nan)
-    return QParams(scale, jnp.where(valid, jnp.zeros(()), Fault.BITS_OUTSIDE_FORMAT), bits)
+    scale = jnp.where(valid, jnp.float32(1.0), jnp.nan)
+    fault = jnp.float32(Fault.BITS_OUTSIDE_FORMAT)
+    return QParams(scale, jnp.where(valid, jnp.float32(0.0), fault), bits)
 
 
-def _qparams(
-    operand: OperandPlan,
-    stats: Statistics,
-    bits: jax.Array,
-    rule: RangeRule | IndexedRule | None,
-) -> QParams:
-    assert operand.quantizer is not None
-    return range_qparams(operand, stats, bits, rule or operand.quantizer.rule)
-
-
-def _observed(name: str, operand: OperandPlan, state: State, bits: jax.Array) -> Statistics:
-    stats = statistics_of(name, operand, state)
+def _observed(entry: SitePlan, operand: OperandPlan, state: State, bits: jax.Array) -> Statistics:
+    stats = statistics_of(entry, operand, state)
     batches, width = concrete(stats.batches), concrete(bits)
     if batches is not None and not batches.all() and not (width is not None and (width == 0).all()):
         raise errors.CalibrationError(
             "calibration was never run",
-            where=f"site {name}, {operand.key}",
+            where=f"site {entry.site.name}, {operand.key}",
+            why=""
+            if not {"cond", "while"} & {*entry.site.loops}
+            else "the site lies in "
+            f"{' in '.join(entry.site.loops)}, and no calibration batch came there",
             fix="run y, state = qj.observe(f, plan)(state, params, x) on calibration data first",
         )
     return stats
@@ -151,28 +135,34 @@ def _check_used(plan: Plan, bits: Bits | None, role: Role) -> None:
         )
 
 
-def _width(name: str, operand: OperandPlan, chosen: Bits | None) -> jax.Array:
+def _width(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> jax.Array:
+    """The width of one operand, of the shape of the site's steps."""
     assert operand.quantizer is not None
+    name, steps = entry.site.name, entry.site.steps
     if isinstance(chosen, Mapping):
         chosen = chosen.get(name)
     value = operand.quantizer.bits if chosen is None else chosen
     where = f"site {name}, {operand.key}"
-    if np.ndim(value) != 0:
+    if np.shape(value) not in ((), steps):
+        needed = f"one of {steps}, a width for each layer, or a scalar" if steps else "a scalar"
         raise errors.BitsError(
-            f"a width of shape {np.shape(value)} where a scalar is needed",
+            f"a width of shape {np.shape(value)} where {needed} is needed",
             where=where,
-            fix="jax.vmap or jax.lax.map over the widths",
+            fix="jax.vmap or jax.lax.map over the widths of a sweep",
         )
     known = concrete(value)
     limit = operand.quantizer.format.max_bits
-    if known is not None and not (0 <= known <= limit and known == np.floor(known)):
+    if known is not None and not np.all(
+        (known >= 0) & (known <= limit) & (known == np.floor(known))
+    ):
+        shown = ", ".join(f"{width:g}" for width in np.unique(known))
         raise errors.BitsError(
-            f"{known:g} bits are outside the format {operand.quantizer.format.name}",
+            f"{shown} bits are outside the format {operand.quantizer.format.name}",
             where=where,
             why=f"its container holds whole widths from 1 to {limit}, and 0 for bypass",
             fix=f"a width of at most {limit}, or plan with qj.integer(max_bits=16)",
         )
-    return jnp.asarray(value, jnp.float32)
+    return jnp.broadcast_to(jnp.asarray(value, jnp.float32), steps)
 
 
 def _raise_problems(qstate: QState) -> None:

@@ -7,19 +7,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from quantjax._compat import concrete
-from quantjax.affine import QParams, divide_by_scale, is_bypassed
+from quantjax.affine import divide_by_scale, is_bypassed
 from quantjax.fake_quant import apply as apply_fake_quant
 from quantjax.granularity import expand
-from quantjax.interpreter import Product, ProgramCache, Site, evaluate
+from quantjax.interpreter import Carried, Outcome, ProgramCache, Visit, evaluate
 from quantjax.interpreter.trace import Function
-from quantjax.planning import OperandPlan, Plan
+from quantjax.planning import OperandPlan, Plan, SitePlan
 from quantjax.printing import columns
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.fake_quantize import check_qstate, live_qparams, quantized_product
+from quantjax.transforms.fake_quantize import (
+    SiteValue,
+    check_qstate,
+    live_qparams,
+    quantized_product,
+    site_values,
+)
 from quantjax.transforms.sites import check_program
+from quantjax.transforms.steps import layers_first, over_steps
 
 
 class OperandReport(NamedTuple):
@@ -68,29 +76,48 @@ class Report:
         return self.sites[name]
 
     def __str__(self) -> str:
-        rows = []
-        for name, site in self.sites.items():
-            row = [name, _number(site.sqnr, ".1f"), _number(site.cosine, ".6f")]
-            for keys in (("weight", "lhs"), ("activation", "rhs")):
-                operand = next((site.operands[k] for k in keys if k in site.operands), None)
-                row.append("" if operand is None else _number(operand.sqnr, ".1f"))
-                row.append("" if operand is None else _number(operand.saturation, ".2%"))
-            rows.append(row)
+        rows = [row for name, site in self.sites.items() for row in _rows(name, site)]
         head = ["site", "SQNR dB", "cosine", "weight dB", "clipped", "activation dB", "clipped"]
         return columns(head, rows)
 
 
+def _rows(name: str, site: SiteReport) -> list[list[str]]:
+    """One row a layer; a batch of reports, the result of ``vmap``, prints like layers."""
+    shape = jnp.shape(site.sqnr)
+    known = all(concrete(leaf) is not None for leaf in jax.tree.leaves(site))
+    rows = []
+    for index in np.ndindex(shape) if known else [()]:
+        layer = jax.tree.map(lambda leaf, at=index: np.asarray(leaf)[at], site) if known else site
+        row = [name + "".join(f"[{i}]" for i in index)]
+        row += [_number(layer.sqnr, ".1f"), _number(layer.cosine, ".6f")]
+        for keys in (("weight", "lhs"), ("activation", "rhs")):
+            operand = next((layer.operands[k] for k in keys if k in layer.operands), None)
+            row.append("" if operand is None else _number(operand.sqnr, ".1f"))
+            row.append("" if operand is None else _number(operand.saturation, ".2%"))
+        rows.append(row)
+    return rows
+
+
 def _number(value: Any, spec: str) -> str:
     known = concrete(value)
-    if known is None:
-        return "traced"
-    return format(float(known), spec) if known.ndim == 0 else f"[{known.size} lanes]"
+    return "traced" if known is None else format(float(known), spec)
+
+
+class _OperandSums(NamedTuple):
+    """Sums over the entries of one operand; NaN where the site did not run."""
+
+    signal: jax.Array
+    noise: jax.Array
+    clipped: jax.Array
+    size: jax.Array
 
 
 def compare(f: Function, plan: Plan) -> Callable[..., Report]:
     """``compare(f, plan)(qstate, params, *inputs) -> Report``: what quantization costs, by site.
 
     Runs the float and the quantized model on the same inputs. Works under ``jit`` and ``vmap``.
+    Layers stacked in a scan are reported each; time steps together; of a ``while``, the last
+    iteration; a branch that was not taken is NaN.
 
     Raises (of the returned function): as ``qj.fake_quantize``.
     """
@@ -103,56 +130,82 @@ def compare(f: Function, plan: Plan) -> Callable[..., Report]:
         program = programs(params, *inputs)
         check_program(plan, program)
 
-        def in_float(
-            site: Site, product: Product, lhs: jax.Array, rhs: jax.Array, value: Any
-        ) -> tuple[jax.Array, Any]:
-            out = product.bind(lhs, rhs)
-            operands = {
-                operand.key: _operand_report(operand, (lhs, rhs), value[operand.key])
-                for operand in planned[site.name].quantized
+        def in_float(visit: Visit) -> Outcome:
+            out = visit.product.bind(visit.lhs, visit.rhs)
+            sums = {
+                operand.key: _operand_sums(operand, (visit.lhs, visit.rhs), visit.value)
+                for operand in planned[visit.site.name].quantized
             }
-            return out, (out, operands)
+            return Outcome(out, record=(out, sums))
 
-        def in_codes(
-            site: Site, product: Product, lhs: jax.Array, rhs: jax.Array, value: Any
-        ) -> tuple[jax.Array, Any]:
-            out = quantized_product(planned[site.name], product, lhs, rhs, value)
-            return out, out
+        def in_codes(visit: Visit) -> Outcome:
+            out = quantized_product(planned[visit.site.name], visit)
+            return Outcome(out, record=out)
 
         handled = frozenset(planned)
-        values = {name: dict(qstate[name]) for name in planned}
-        _, floats = evaluate(program, in_float, handled, values, params, *inputs)
-        _, codes = evaluate(program, in_codes, handled, values, params, *inputs)
-        return Report({name: _site_report(floats[name], codes[name]) for name in planned})
+        carried = Carried(site_values(plan, program, qstate, params), {})
+        records = [
+            evaluate(program, handler, handled, carried, params, *inputs, collect=True).records
+            for handler in (in_float, in_codes)
+        ]
+        reports = {}
+        for name, entry in planned.items():
+            pair = (records[0][name], records[1][name])
+            reports[name] = _report(entry, *layers_first(program, name, pair))
+        return Report(reports)
 
     return comparing
 
 
+def _report(
+    entry: SitePlan, in_float: tuple[jax.Array, Mapping[str, _OperandSums]], quantized: jax.Array
+) -> SiteReport:
+    """One report of all layers; what remains of leading axes are time steps."""
+    return over_steps(_site_report, entry.site.steps)(in_float, quantized)
+
+
 def _site_report(
-    in_float: tuple[jax.Array, Mapping[str, OperandReport]], quantized: jax.Array
+    in_float: tuple[jax.Array, Mapping[str, _OperandSums]], quantized: jax.Array
 ) -> SiteReport:
     reference, operands = in_float
-    reference, quantized = reference.astype(jnp.float32), quantized.astype(jnp.float32)
+    ran = ~jnp.isnan(reference)
+    reference = jnp.where(ran, reference, 0).astype(jnp.float32)
+    quantized = jnp.where(ran, quantized, 0).astype(jnp.float32)
     norms = jnp.sqrt(jnp.sum(reference**2)) * jnp.sqrt(jnp.sum(quantized**2))
     cosine = jnp.where(norms > 0, jnp.sum(reference * quantized) / norms, 1.0)
-    return SiteReport(_sqnr(reference, quantized), cosine, dict(operands))
+    sqnr = _sqnr(jnp.sum(reference**2), jnp.sum((reference - quantized) ** 2))
+    never = ~jnp.any(ran)
+    sqnr, cosine = (jnp.where(never, jnp.nan, number) for number in (sqnr, cosine))
+    return SiteReport(sqnr, cosine, {key: _operand_report(s) for key, s in operands.items()})
 
 
-def _sqnr(reference: jax.Array, quantized: jax.Array) -> jax.Array:
-    signal, noise = jnp.sum(reference**2), jnp.sum((reference - quantized) ** 2)
+def _operand_report(sums: _OperandSums) -> OperandReport:
+    signal, noise, clipped, size = (jnp.nansum(each) for each in sums)
+    return OperandReport(
+        jnp.where(size > 0, _sqnr(signal, noise), jnp.nan),
+        jnp.where(size > 0, clipped / jnp.maximum(size, 1.0), jnp.nan),
+    )
+
+
+def _sqnr(signal: jax.Array, noise: jax.Array) -> jax.Array:
     return jnp.where(noise > 0, 10.0 * jnp.log10(signal / noise), jnp.inf)
 
 
-def _operand_report(
-    operand: OperandPlan, operands: tuple[jax.Array, jax.Array], qparams: QParams
-) -> OperandReport:
+def _operand_sums(
+    operand: OperandPlan, operands: tuple[jax.Array, jax.Array], value: SiteValue
+) -> _OperandSums:
     quantizer = operand.quantizer
     assert quantizer is not None
     x = operands[operand.operand.side].astype(jnp.float32)
-    qparams = live_qparams(operand, x, qparams)
+    qparams = live_qparams(operand, x, value.qparams[operand.key])
     quantized = apply_fake_quant(x, qparams, quantizer.arithmetic)
     low, high = quantizer.format.code_range(qparams.bits)
     scaled = divide_by_scale(x, expand(qparams.scale, x.shape))
     codes = quantizer.rounding.apply(scaled) + jnp.round(expand(qparams.zero_point, x.shape))
-    clipped = jnp.mean(((codes < low) | (codes > high)).astype(jnp.float32))
-    return OperandReport(_sqnr(x, quantized), jnp.where(is_bypassed(qparams.bits), 0.0, clipped))
+    clipped = jnp.sum(((codes < low) | (codes > high)).astype(jnp.float32))
+    return _OperandSums(
+        jnp.sum(x**2),
+        jnp.sum((x - quantized) ** 2),
+        jnp.where(is_bypassed(qparams.bits), 0.0, clipped),
+        jnp.full((), float(x.size)),
+    )

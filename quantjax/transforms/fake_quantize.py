@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,24 @@ import jax.numpy as jnp
 from quantjax import errors, statistics
 from quantjax.affine import QParams
 from quantjax.granularity import check_scale_shape
-from quantjax.interpreter import Product, ProgramCache, Site, evaluate
+from quantjax.interpreter import (
+    Carried,
+    Outcome,
+    Program,
+    ProgramCache,
+    Visit,
+    evaluate,
+    evaluate_origin,
+    leaves_by_path,
+)
 from quantjax.interpreter.trace import Function
-from quantjax.planning import OperandPlan, Plan, SitePlan
+from quantjax.planning import OperandPlan, Plan, SitePlan, resized
 from quantjax.policy import RangeMode
 from quantjax.printing import shape_text
 from quantjax.products import Coded, coded, in_float, multiply
-from quantjax.transforms.calibrate import QState, range_qparams
+from quantjax.transforms.calibrate import QState
 from quantjax.transforms.sites import check_program
+from quantjax.transforms.steps import over_steps
 
 
 def fake_quantize(f: Function, plan: Plan) -> Callable[..., Any]:
@@ -27,7 +38,8 @@ def fake_quantize(f: Function, plan: Plan) -> Callable[..., Any]:
     Each planned product is ``Σ (q_x - z_x)(q_w - z_w) · (s_x · s_w)``, its sum exact, so that an
     integer program returns the same values. All else is computed as the model has it.
     Differentiable in ``params`` and ``qstate`` by each quantizer's estimator; works under ``jit``,
-    ``vmap``, ``grad``. Every number in ``qstate`` may be traced.
+    ``vmap``, ``grad``. Every number in ``qstate`` may be traced. A weight that the steps of a loop
+    share is quantized once, ahead of the loop.
 
     Raises (of the returned function):
       PlanMismatchError: other parameters or another program than those planned.
@@ -51,40 +63,59 @@ def fake_quantize(f: Function, plan: Plan) -> Callable[..., Any]:
         program = programs(params, *inputs)
         check_program(plan, program)
 
-        def handler(
-            site: Site, product: Product, lhs: jax.Array, rhs: jax.Array, value: Any
-        ) -> tuple[jax.Array, None]:
-            return quantized_product(planned[site.name], product, lhs, rhs, value), None
+        def handler(visit: Visit) -> Outcome:
+            return Outcome(quantized_product(planned[visit.site.name], visit))
 
-        handled = frozenset(planned)
-        values = {name: dict(qstate[name]) for name in planned}
-        result, _ = evaluate(program, handler, handled, values, params, *inputs)
-        return result
+        values = site_values(plan, program, qstate, params)
+        carried = Carried(values, {})
+        return evaluate(program, handler, frozenset(planned), carried, params, *inputs).result
 
     return quantized
 
 
-def quantized_product(
-    entry: SitePlan,
-    product: Product,
-    lhs: jax.Array,
-    rhs: jax.Array,
-    qparams: Mapping[str, QParams],
-) -> jax.Array:
+class SiteValue(NamedTuple):
+    """What a planned site needs: QParams by operand, and its weight where that is coded already."""
+
+    qparams: Mapping[str, QParams]
+    weight: Coded | None = None
+
+
+def site_values(plan: Plan, program: Program, qstate: QState, params: Any) -> dict[str, SiteValue]:
+    """The values of all planned sites; weights that the steps of a loop share are coded here."""
+    values: dict[str, SiteValue] = {}
+    leaves = leaves_by_path(params)
+    for entry in plan.quantized:
+        name, shared = entry.site.name, None
+        for operand in entry.quantized:
+            if operand.is_weight and name in program.repeated:
+                code = over_steps(partial(_coded, operand), entry.site.steps)
+                weight = evaluate_origin(program.weights[name], leaves)
+                shared = code(weight, qstate[name][operand.key])
+        values[name] = SiteValue(dict(qstate[name]), shared)
+    return values
+
+
+def quantized_product(planned: SitePlan, visit: Visit) -> jax.Array:
     """One planned product on codes."""
-    sides = {o.operand.side: coded_operand(o, (lhs, rhs), qparams) for o in entry.operands}
+    entry, value = resized(planned, visit.site), visit.value
+    raw = visit.lhs, visit.rhs
+    sides: dict[int, Coded] = {}
+    for operand in entry.operands:
+        x = raw[operand.operand.side]
+        if operand.quantizer is None:
+            side = in_float(x)
+        elif operand.is_weight and value.weight is not None:
+            side = value.weight
+        else:
+            side = _coded(operand, x, value.qparams[operand.key])
+        sides[operand.operand.side] = side
     assert entry.sizing is not None
-    return multiply(product, (lhs, rhs), sides[0], sides[1], entry.sizing)
+    return multiply(visit.product, raw, sides[0], sides[1], entry.sizing)
 
 
-def coded_operand(
-    operand: OperandPlan, operands: tuple[jax.Array, jax.Array], qparams: Mapping[str, QParams]
-) -> Coded:
-    """Codes and factor of one operand of a planned product."""
-    x = operands[operand.operand.side]
-    if operand.quantizer is None:
-        return in_float(x)
-    return coded(x, live_qparams(operand, x, qparams[operand.key]), operand.quantizer.arithmetic)
+def _coded(operand: OperandPlan, x: jax.Array, qparams: QParams) -> Coded:
+    assert operand.quantizer is not None
+    return coded(x, live_qparams(operand, x, qparams), operand.quantizer.arithmetic)
 
 
 def live_qparams(operand: OperandPlan, x: jax.Array, qparams: QParams) -> QParams:
@@ -94,12 +125,19 @@ def live_qparams(operand: OperandPlan, x: jax.Array, qparams: QParams) -> QParam
         return qparams
     shape = quantizer.granularity.scale_shape(x.shape, operand.axes, is_weight=operand.is_weight)
     stats = statistics.update(statistics.init(shape), jax.lax.stop_gradient(x))
-    return range_qparams(operand, stats, qparams.bits, quantizer.rule)
+    return quantizer.qparams(stats, qparams.bits)
+
+
+def _check_fits(scale_shape: Sequence[int], shape: Sequence[int], steps: tuple[int, ...]) -> None:
+    if tuple(shape[: len(steps)]) != steps:
+        raise errors.GranularityError("layers are missing", fix="calibrate with this plan")
+    check_scale_shape(scale_shape, shape[len(steps) :])
 
 
 def check_qstate(plan: Plan, qstate: Mapping[str, Mapping[str, QParams]]) -> None:
     """Raise ``CalibrationError`` unless every planned operand has QParams of its granularity."""
     for entry in plan.quantized:
+        steps = entry.site.steps
         for operand in entry.quantized:
             name, key = entry.site.name, operand.key
             where = f"site {name} ({entry.site.op.value}), {key}"
@@ -112,23 +150,25 @@ def check_qstate(plan: Plan, qstate: Mapping[str, Mapping[str, QParams]]) -> Non
                     why="it was not derived with this plan",
                     fix="qstate = qj.calibrate(plan, state, params)",
                 )
-            if jnp.ndim(qparams.bits) != 0:
+            if jnp.shape(qparams.bits) != steps:
+                needed = f"one for each of {steps} layers" if steps else "a scalar"
                 raise errors.CalibrationError(
-                    f"a width of shape {jnp.shape(qparams.bits)} where a scalar is needed",
+                    f"a width of shape {jnp.shape(qparams.bits)} where {needed} is needed",
                     where=where,
                     why="a leading axis is a batch of cells",
                     fix="map over the cells with jax.vmap or jax.lax.map",
                 )
             if operand.scale_shape is None:
                 continue
+            expected = (*steps, *operand.scale_shape)
             try:
-                check_scale_shape(operand.scale_shape, qparams.scale.shape)
-                check_scale_shape(operand.scale_shape, qparams.zero_point.shape)
+                for shape in (qparams.scale.shape, qparams.zero_point.shape):
+                    _check_fits(operand.scale_shape, shape, steps)
             except errors.GranularityError:
                 raise errors.CalibrationError(
                     f"a scale of shape {tuple(qparams.scale.shape)} does not fit",
                     where=where,
-                    why=f"the plan has scales of shape {operand.scale_shape}; a leading axis is a "
+                    why=f"the plan has scales of shape {expected}; one more leading axis is a "
                     "batch of cells",
                     fix="map over the cells with jax.vmap or jax.lax.map",
                 ) from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,12 +14,21 @@ from jaxtyping import Array, Bool
 
 from quantjax import errors, statistics
 from quantjax._compat import concrete
-from quantjax.interpreter import Product, ProgramCache, Site, evaluate
+from quantjax.interpreter import (
+    Carried,
+    Op,
+    Outcome,
+    Product,
+    ProgramCache,
+    Visit,
+    evaluate,
+)
 from quantjax.interpreter.trace import Function
 from quantjax.planning import OperandPlan, Plan, SitePlan
 from quantjax.printing import shape_text
 from quantjax.statistics import TORCH_AVERAGING_CONSTANT, Statistics
 from quantjax.transforms.sites import check_program
+from quantjax.transforms.steps import repeat_steps
 
 State = dict[str, dict[str, Statistics]]
 
@@ -35,7 +46,7 @@ def init(plan: Plan, *, averaging_constant: float | jax.Array = TORCH_AVERAGING_
     """Empty statistics, ``{site: {operand: Statistics}}``, for all that has to be observed.
 
     Weights are not among them: ``qj.calibrate`` reads them from the parameters. Nor are live
-    ranges.
+    ranges. Layers stacked in a scan have statistics each, a leading axis; time steps share theirs.
 
     Args:
       averaging_constant: of the moving average; an array may be traced.
@@ -44,10 +55,11 @@ def init(plan: Plan, *, averaging_constant: float | jax.Array = TORCH_AVERAGING_
     for entry in plan.quantized:
         operands = observed_operands(plan, entry)
         if operands:
-            state[entry.site.name] = {
+            fresh = {
                 o.key: statistics.init(o.scale_shape or (), averaging_constant=averaging_constant)
                 for o in operands
             }
+            state[entry.site.name] = repeat_steps(fresh, entry.site.steps)
     return state
 
 
@@ -79,30 +91,30 @@ def observe(f: Function, plan: Plan) -> Callable[..., tuple[Any, State]]:
         program = programs(params, *inputs)
         check_program(plan, program)
 
-        def handler(
-            site: Site, product: Product, lhs: jax.Array, rhs: jax.Array, value: Any
-        ) -> tuple[jax.Array, Any]:
-            before, mask = value
-            after = {
-                operand.key: _update(site, operand, before, (lhs, rhs), mask)
-                for operand in planned[site.name]
-            }
-            return product.bind(lhs, rhs), after
+        def handler(visit: Visit) -> Outcome:
+            after = {operand.key: _update(visit, operand) for operand in planned[visit.site.name]}
+            return Outcome(visit.product.bind(visit.lhs, visit.rhs), after)
 
-        values = {
-            name: ({o.key: statistics_of(name, o, state) for o in planned[name]}, where)
-            for name in planned
-            if name in handled
+        states = {
+            entry.site.name: {
+                operand.key: statistics_of(entry, operand, state)
+                for operand in planned[entry.site.name]
+            }
+            for entry in plan.quantized
+            if entry.site.name in handled
         }
-        result, records = evaluate(program, handler, handled, values, params, *inputs)
-        _check_records(records)
-        return result, records
+        carried = Carried({}, states, where)
+        result, after, _ = evaluate(program, handler, handled, carried, params, *inputs)
+        _check_statistics(after)
+        return result, after
 
     return observing
 
 
-def statistics_of(name: str, operand: OperandPlan, state: State) -> Statistics:
+def statistics_of(entry: SitePlan, operand: OperandPlan, state: State) -> Statistics:
     """The statistics of one operand; raises ``CalibrationError`` where they are another plan's."""
+    name = entry.site.name
+    expected = (*entry.site.steps, *(operand.scale_shape or ()))
     stats = state.get(name, {}).get(operand.key)
     if stats is None:
         raise errors.CalibrationError(
@@ -110,9 +122,9 @@ def statistics_of(name: str, operand: OperandPlan, state: State) -> Statistics:
             where=f"site {name}, {operand.key}",
             fix="start from state = qj.init(plan), with the same plan",
         )
-    if stats.scale_shape != operand.scale_shape:
+    if stats.scale_shape != expected:
         raise errors.CalibrationError(
-            f"statistics of shape {stats.scale_shape} do not fit scales of {operand.scale_shape}",
+            f"statistics of shape {stats.scale_shape} do not fit scales of {expected}",
             where=f"site {name}, {operand.key}",
             why="the granularity is fixed when the state is made",
             fix="observe again from state = qj.init(plan)",
@@ -120,14 +132,26 @@ def statistics_of(name: str, operand: OperandPlan, state: State) -> Statistics:
     return stats
 
 
-def _update(
-    site: Site,
-    operand: OperandPlan,
-    before: Mapping[str, Statistics],
-    operands: tuple[jax.Array, jax.Array],
-    mask: jax.Array | None,
-) -> Statistics:
-    x = operands[operand.operand.side]
+def _aside(product: Product, side: int, x: jax.Array) -> jax.Array:
+    """The operand for statistics, such that XLA computes the product's as in the model alone.
+
+    It would compute an operand once for the product and once more in the loop that reduces it, and
+    vectorize the first otherwise if it is also read in another shape than the product's own, which
+    for a dot is the matrix of free by contracted axes.
+    """
+    shape = x.shape
+    if product.op is Op.DOT:
+        _, contracted, _ = product.axes(side)
+        (_, batching) = product.params["dimension_numbers"]
+        roles = [(a in contracted, a in batching[side]) for a in range(x.ndim)]
+        runs = [list(run) for _, run in itertools.groupby(range(x.ndim), key=roles.__getitem__)]
+        x = x.reshape([math.prod(shape[a] for a in run) for run in runs])
+    return jax.lax.optimization_barrier(x).reshape(shape)
+
+
+def _update(visit: Visit, operand: OperandPlan) -> Statistics:
+    site, side, mask = visit.site, operand.operand.side, visit.shared
+    x = _aside(visit.product, side, (visit.lhs, visit.rhs)[side])
     where = f"site {site.name} ({site.op.value}), {operand.key} {shape_text(x.shape)}"
     if x.size == 0:
         raise errors.DataError(
@@ -145,7 +169,7 @@ def _update(
             )
         else:
             mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-    return statistics.update(before[operand.key], x, where=mask)
+    return statistics.update(visit.state[operand.key], x, where=mask)
 
 
 def _check_inputs(inputs: Any, where: Any) -> None:
@@ -181,9 +205,9 @@ def _check_inputs(inputs: Any, where: Any) -> None:
             )
 
 
-def _check_records(records: State) -> None:
+def _check_statistics(state: State) -> None:
     """Concrete statistics only: a NaN that arose inside the model."""
-    for name, operands in records.items():
+    for name, operands in state.items():
         for key, stats in operands.items():
             low = concrete(stats.extremes.low)
             high = concrete(stats.extremes.high)

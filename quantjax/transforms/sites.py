@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from quantjax import errors
-from quantjax.interpreter import Program, Role, Site, leaves_by_path, trace
+from quantjax.interpreter import Program, Site, leaves_by_path, trace
 from quantjax.interpreter.trace import Function
-from quantjax.planning import Plan, SiteTable
+from quantjax.planning import Plan, SiteTable, first_difference, site_text
 from quantjax.printing import shape_text
 
 
@@ -32,49 +32,57 @@ def sites(f: Function, params: Any, *inputs: Any) -> SiteTable:
     """
     program = trace(f, params, *inputs)
     shapes = tuple((path, np.shape(leaf)) for path, leaf in leaves_by_path(params).items())
-    return SiteTable(tuple(program.sites.values()), program.weights, shapes)
+    return SiteTable(tuple(program.sites.values()), program.weights, program.others, shapes)
 
 
 def check_program(plan: Plan, program: Program) -> None:
     """Raise ``PlanMismatchError`` unless the program has the planned sites and no others."""
     found = {site.name: site for site in program.sites.values()}
     again = "plan again: qj.plan(policy, qj.sites(f, params, x))"
+    difference = first_difference((entry.site for entry in plan.sites), found.values())
+    if difference is not None:
+        raise _mismatch(*difference, again)
     for entry in plan.sites:
         planned = entry.site
-        site = found.pop(planned.name, None)
-        if site is None:
+        if not _same_derivation(planned, found[planned.name]):
             raise errors.PlanMismatchError(
-                "the program has no such site",
+                "the weight is computed otherwise than it was planned",
                 where=f"site {planned.name} ({planned.op.value})",
-                why="the function takes another path than the one that was planned",
-                fix=again,
+                why="the function does something else with the parameter, or a constant that it "
+                "closes over has changed",
+                fix=f"{again}; pass what changes in params or as an input",
             )
-        if _outline(planned) != _outline(site):
-            raise errors.PlanMismatchError(
-                "the site is not the one that was planned",
-                where=f"site {planned.name} ({planned.op.value})",
-                why=f"planned with {_text(planned)}, found {_text(site)}",
-                fix=again,
-            )
-    if found:
-        site = next(iter(found.values()))
-        raise errors.PlanMismatchError(
-            f"the program has {len(found)} sites that were not planned",
-            where=f"site {site.name} ({site.op.value}) of shape {shape_text(site.out_shape)}",
+
+
+def _mismatch(planned: Site | None, found: Site | None, fix: str) -> errors.PlanMismatchError:
+    if planned is None:
+        assert found is not None
+        return errors.PlanMismatchError(
+            "the program has a site that was not planned",
+            where=f"site {found.name} ({found.op.value}) of shape {shape_text(found.out_shape)}",
             why="a site without a plan would stay in float unnoticed",
-            fix=again,
+            fix=fix,
         )
+    where = f"site {planned.name} ({planned.op.value})"
+    if found is None:
+        return errors.PlanMismatchError(
+            "the program has no such site",
+            where=where,
+            why="the function takes another path than the one that was planned",
+            fix=fix,
+        )
+    return errors.PlanMismatchError(
+        "the site is not the one that was planned",
+        where=where,
+        why=f"planned with {site_text(planned)}, found {site_text(found)}",
+        fix=fix,
+    )
 
 
-def _outline(site: Site) -> tuple[Any, ...]:
-    """What a plan relies on: all but the sizes of activations."""
-    operands = [
-        (o.key, o.side, o.free, o.contracted, o.window, o.shape if o.role is Role.WEIGHT else None)
-        for o in site.operands
-    ]
-    return site.op, site.status, *operands
-
-
-def _text(site: Site) -> str:
-    operands = ", ".join(f"{o.key} {shape_text(o.shape)}" for o in site.operands)
-    return f"{site.op.value} of {operands} ({site.status.value})"
+def _same_derivation(planned: Site, found: Site) -> bool:
+    """Whether calibration, which reads the plan, and the program mean the same weight."""
+    first, other = planned.weight, found.weight
+    if first is None or other is None:
+        return True
+    traced = "tracer" in first.constants or "tracer" in other.constants
+    return first.recipe == other.recipe and (traced or first.constants == other.constants)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quantjax import errors
-from quantjax.interpreter import Product, Program, Site, evaluate, trace
+from quantjax.interpreter import NOTHING, Carried, Outcome, Program, Visit, evaluate, trace
 from tests.models import assert_same_bits, cnn, mlp, normal
 from tests.refused import refused
 
@@ -36,14 +36,12 @@ def innermost(w: jax.Array, x: jax.Array) -> jax.Array:
 NAMES = frozenset({"a", "b", "b#1"})
 
 
-def as_it_is(site: Site, product: Product, lhs: Any, rhs: Any, value: Any) -> Any:
-    del site
-    return product.bind(lhs, rhs), value
+def as_it_is(visit: Visit) -> Outcome:
+    return Outcome(visit.product.bind(visit.lhs, visit.rhs))
 
 
-def doubled(site: Site, product: Product, lhs: Any, rhs: Any, value: Any) -> Any:
-    del site, value
-    return 2.0 * product.bind(lhs, rhs), None
+def doubled(visit: Visit) -> Outcome:
+    return Outcome(2.0 * visit.product.bind(visit.lhs, visit.rhs))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def program() -> Program:
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_a_handler_that_binds_the_equation_changes_nothing(program, wrap):
-    run = wrap(lambda p, x: evaluate(program, as_it_is, NAMES, {}, p, x)[0])
+    run = wrap(lambda p, x: evaluate(program, as_it_is, NAMES, NOTHING, p, x)[0])
     assert_same_bits(run(PARAMS, X), wrap(two_layers)(PARAMS, X))
 
 
@@ -64,18 +62,21 @@ def test_a_handler_sees_each_site_once_with_its_operands(case):
     seen: list[str] = []
     taps = []
 
-    def counting(site: Site, product: Product, lhs: Any, rhs: Any, value: Any) -> Any:
-        assert value is None
+    def counting(visit: Visit) -> Outcome:
+        site, product, lhs, rhs = visit[:4]
+        assert visit.value is visit.state is visit.shared is None
         assert tuple(lhs.shape) == tuple(product.lhs.shape) == site.operands[0].shape
         assert tuple(rhs.shape) == tuple(product.rhs.shape) == site.operands[1].shape
         seen.append(site.name)
         taps.append(rhs)
-        return product.bind(lhs, rhs), None
+        return Outcome(product.bind(lhs, rhs))
 
     names = [site.name for site in program.sites.values()]
-    out, records = evaluate(program, counting, frozenset(names), {}, case.params, case.x)
+    out, states, records = evaluate(
+        program, counting, frozenset(names), NOTHING, case.params, case.x
+    )
     assert seen == names
-    assert records == {}
+    assert states == records == {}
     assert_same_bits(out, case.f(case.params, case.x))
     leaves = {k: v["kernel"] for k, v in case.params["params"].items() if "kernel" in v}
     for name, rhs in zip(names, taps, strict=True):
@@ -83,7 +84,7 @@ def test_a_handler_sees_each_site_once_with_its_operands(case):
 
 
 def test_only_the_handled_sites_are_replaced(program):
-    out, _ = evaluate(program, doubled, frozenset({"b#1"}), {}, PARAMS, X)
+    out, *_ = evaluate(program, doubled, frozenset({"b#1"}), NOTHING, PARAMS, X)
     own = two_layers(PARAMS, X)
     assert_same_bits(out["out"], own["out"])
     w, hidden = PARAMS["b"], jnp.tanh(X @ PARAMS["a"])
@@ -92,14 +93,18 @@ def test_only_the_handled_sites_are_replaced(program):
 
 def test_values_go_to_their_own_site_and_records_come_back(program):
     values = {"a": {"n": jnp.float32(1)}, "b#1": {"n": jnp.float32(3)}, "unknown": None}
+    states = {"b": jnp.float32(10), "b#1": jnp.float32(20)}
 
-    def handler(site: Site, product: Product, lhs: Any, rhs: Any, value: Any) -> Any:
-        del site
-        record = None if value is None else (value["n"], lhs.sum())
-        return product.bind(lhs, rhs), record
+    def handler(visit: Visit) -> Outcome:
+        record = None if visit.value is None else (visit.value["n"], visit.lhs.sum())
+        state = None if visit.state is None else visit.state + visit.shared
+        return Outcome(visit.product.bind(visit.lhs, visit.rhs), state, record)
 
-    for run in (evaluate, jax.jit(evaluate, static_argnums=(0, 1, 2))):
-        _, records = run(program, handler, NAMES, values, PARAMS, X)
+    for wrap in (lambda f: f, jax.jit):
+        carried = Carried(values, states, jnp.float32(0.5))
+        run = wrap(lambda *a: evaluate(program, handler, NAMES, *a, collect=True))
+        _, after, records = run(carried, PARAMS, X)
+        assert {name: float(state) for name, state in after.items()} == {"b": 10.5, "b#1": 20.5}
         assert sorted(records) == ["a", "b#1"]  # no entry where the record is None
         assert [float(records[name][0]) for name in sorted(records)] == [1.0, 3.0]
         np.testing.assert_allclose(records["a"][1], X.sum(), rtol=1e-5)
@@ -115,12 +120,11 @@ def test_values_go_to_their_own_site_and_records_come_back(program):
 )
 @pytest.mark.parametrize("site", ["a", "b#1"])
 def test_a_result_of_another_type_is_refused(program, wrong, found, site):
-    def handler(site: Site, product: Product, lhs: Any, rhs: Any, value: Any) -> Any:
-        del site, value
-        return wrong(product.bind(lhs, rhs)), None
+    def handler(visit: Visit) -> Outcome:
+        return Outcome(wrong(visit.product.bind(visit.lhs, visit.rhs)))
 
     with refused(errors.SiteError, found, f"site {site} (dot_general)", "float32[3,6]"):
-        evaluate(program, handler, frozenset({site}), {}, PARAMS, X)
+        evaluate(program, handler, frozenset({site}), NOTHING, PARAMS, X)
 
 
 def stacks(jaxpr: Any, prefix: str = "") -> list[str]:
@@ -140,12 +144,12 @@ def test_name_stacks_are_kept(program):
     own = stacks(jax.make_jaxpr(two_layers)(PARAMS, X).jaxpr)
     assert own == ["model", "model/inner/deep", "model/inner/deep"]
     for handler in (as_it_is, doubled):
-        run = lambda p, x, h=handler: evaluate(program, h, NAMES, {}, p, x)  # noqa: E731
+        run = lambda p, x, h=handler: evaluate(program, h, NAMES, NOTHING, p, x)  # noqa: E731
         assert stacks(jax.make_jaxpr(run)(PARAMS, X).jaxpr) == own
 
 
 def test_a_handlers_own_equations_carry_the_sites_scope(program):
-    run = lambda p, x: evaluate(program, doubled, frozenset({"a"}), {}, p, x)  # noqa: E731
+    run = lambda p, x: evaluate(program, doubled, frozenset({"a"}), NOTHING, p, x)  # noqa: E731
     jaxpr = jax.make_jaxpr(run)(PARAMS, X)
     (mul,) = [e for e in jaxpr.eqns if e.primitive.name == "mul"]
     assert str(mul.source_info.name_stack) == "model"
@@ -160,14 +164,14 @@ def jit_names(jaxpr: Any) -> list[str]:
 
 
 def test_jit_calls_with_sites_keep_their_name_and_nesting(program):
-    run = lambda p, x: evaluate(program, as_it_is, NAMES, {}, p, x)  # noqa: E731
+    run = lambda p, x: evaluate(program, as_it_is, NAMES, NOTHING, p, x)  # noqa: E731
     own = jit_names(jax.make_jaxpr(two_layers)(PARAMS, X).jaxpr)
     assert own == ["nested", "innermost", "innermost"]
     assert jit_names(jax.make_jaxpr(run)(PARAMS, X).jaxpr) == own
 
 
 def test_a_jit_call_without_a_handled_site_is_bound_whole(program):
-    run = lambda p, x: evaluate(program, doubled, frozenset({"a"}), {}, p, x)  # noqa: E731
+    run = lambda p, x: evaluate(program, doubled, frozenset({"a"}), NOTHING, p, x)  # noqa: E731
     jaxpr = jax.make_jaxpr(run)(PARAMS, X)
     own = [e.params["jaxpr"] for e in program.jaxpr.eqns if e.primitive.name in ("jit", "pjit")]
     new = [e.params["jaxpr"] for e in jaxpr.eqns if e.primitive.name in ("jit", "pjit")]
@@ -187,7 +191,7 @@ def test_rules_of_functions_around_the_sites_survive(mode):
         odd = jax.checkpoint(lambda x: 7.0 * x)
     f = lambda p, x: odd(x @ p["a"])  # noqa: E731
     program = trace(f, PARAMS, X)
-    run = lambda p, x: evaluate(program, as_it_is, frozenset({"a"}), {}, p, x)[0]  # noqa: E731
+    run = lambda p, x: evaluate(program, as_it_is, frozenset({"a"}), NOTHING, p, x)[0]  # noqa: E731
     got = jax.grad(lambda x: run(PARAMS, x).sum())(X)
     assert_same_bits(got, jax.grad(lambda x: f(PARAMS, x).sum())(X))
     np.testing.assert_allclose(got, 7.0 * jnp.tile(PARAMS["a"].sum(axis=1), (3, 1)), rtol=1e-5)
@@ -196,9 +200,9 @@ def test_rules_of_functions_around_the_sites_survive(mode):
 def test_outputs_that_are_inputs_or_literals_come_through():
     f = lambda p, x: (x, 3.0, p["a"], x @ p["a"])  # noqa: E731
     program = trace(f, PARAMS, X)
-    out, _ = evaluate(program, as_it_is, frozenset({"a"}), {}, PARAMS, X)
+    out, *_ = evaluate(program, as_it_is, frozenset({"a"}), NOTHING, PARAMS, X)
     assert_same_bits(out, f(PARAMS, X))
-    run = lambda p, x: evaluate(program, as_it_is, frozenset({"a"}), {}, p, x)[0]  # noqa: E731
+    run = lambda p, x: evaluate(program, as_it_is, frozenset({"a"}), NOTHING, p, x)[0]  # noqa: E731
     assert_same_bits(jax.jit(run)(PARAMS, X), jax.jit(f)(PARAMS, X))
 
 
@@ -207,11 +211,10 @@ def test_sites_of_one_program_differ_by_location():
     program = trace(lambda p, x: innermost(p["b"], innermost(p["b"], x)), PARAMS, X)
     assert [site.name for site in program.sites.values()] == ["b", "b#1"]
 
-    def handler(site: Site, product: Product, lhs: Any, rhs: Any, value: Any) -> Any:
-        del site
-        return value * product.bind(lhs, rhs), None
+    def handler(visit: Visit) -> Outcome:
+        return Outcome(visit.value * visit.product.bind(visit.lhs, visit.rhs))
 
     values = {"b": jnp.float32(0.5), "b#1": jnp.float32(2.0)}
-    out, _ = evaluate(program, handler, frozenset(values), values, PARAMS, X)
+    out, *_ = evaluate(program, handler, frozenset(values), Carried(values, {}), PARAMS, X)
     w = PARAMS["b"]
     np.testing.assert_allclose(out, jnp.tanh(2.0 * (jnp.tanh(0.5 * (X @ w)) @ w)), rtol=1e-5)

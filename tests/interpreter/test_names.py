@@ -131,24 +131,30 @@ W = {"w": normal(1, 8, 8), "v": normal(2, 8, 8)}
 
 
 @pytest.mark.parametrize(
-    ("f", "expected"),
+    ("f", "expected", "note"),
     [
-        (lambda p, x: x @ p["w"].T, ("w", "right")),
-        (lambda p, x: p["w"] @ x.T, ("w", "left")),
-        (lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16), ("w", "right")),
-        (lambda p, x: x @ p["w"].reshape(4, 16)[1:3].reshape(8, 4), ("w", "right")),
-        (lambda p, x: x @ lax.dynamic_slice(p["w"], (0, 2), (8, 3)), ("w", "right")),
-        (lambda p, x: x @ p["w"][:, ::-1], ("w", "right")),
-        (lambda p, x: x @ (2.0 * p["w"]), ("f(w)", "right")),
-        (lambda p, x: x @ (p["w"] + p["v"]), ("f(v,w)", "right")),
-        (lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], axis=1), ("f(v,w)", "right")),
-        (lambda p, x: x @ jnp.where(p["w"] > 0, p["w"], 0.0), ("f(w)", "right")),
+        (lambda p, x: x @ p["w"].T, ("w", "right"), ""),
+        (lambda p, x: p["w"] @ x.T, ("w", "left"), ""),
+        (lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16), ("w", "right"), ""),
+        (lambda p, x: x @ p["w"].reshape(4, 16)[1:3].reshape(8, 4), ("w", "right"), "a part of"),
+        (lambda p, x: x @ lax.dynamic_slice(p["w"], (0, 2), (8, 3)), ("w", "right"), "a part of"),
+        (lambda p, x: x @ p["w"][:, ::-1], ("w", "right"), ""),
+        (lambda p, x: x @ (2.0 * p["w"]), ("f(w)", "right"), "computed"),
+        (lambda p, x: x @ (p["w"] + p["v"]), ("f(v,w)", "right"), "computed"),
+        (
+            lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], axis=1),
+            ("f(v,w)", "right"),
+            "computed",
+        ),
+        (lambda p, x: x @ jnp.where(p["w"] > 0, p["w"], 0.0), ("f(w)", "right"), "computed"),
     ],
 )
-def test_a_weight_on_its_way_to_the_product(f, expected):
+def test_a_weight_on_its_way_to_the_product(f, expected, note):
     assert rows(f, W, X[0]) == [expected]
     (site,) = qj.sites(f, W, X[0])
-    assert site.weight.storable == (expected[0] == "w")
+    assert site.weight.storable == (note == "")
+    assert note in site.reason
+    assert site.reason.endswith("not storable") == (note != "")
 
 
 def test_a_slice_at_a_position_from_the_data_is_an_activation():

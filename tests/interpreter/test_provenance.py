@@ -17,7 +17,7 @@ from quantjax.interpreter import (
     leaves_by_path,
     trace,
 )
-from tests.models import assert_same_bits, normal, planned, ready
+from tests.models import Case, assert_same_bits, mlp, normal, planned, ready
 
 PARAMS = {"w": normal(1, 6, 4), "v": normal(2, 6, 4), "g": jnp.abs(normal(3, 1, 4)) + 0.5}
 X = normal(0, 3, 6)
@@ -71,8 +71,6 @@ def test_a_weight_is_recomputed_from_the_parameters(name):
 @pytest.mark.parametrize("name", ["normalized", "low_rank", "joined", "jitted"])
 def test_a_computed_weight_is_calibrated_and_quantized_as_a_whole(name):
     """Its scale is that of the result, and nothing has to be observed for it."""
-    from tests.models import Case
-
     make, _ = WEIGHTS[name]
     case = Case(lambda p, x: x @ make(p), PARAMS, X)
     policy = qj.uniform_policy(weight_bits=4, activation_bits=None)
@@ -122,6 +120,8 @@ def test_one_jitted_function_of_two_weights_is_two_recipes():
     for key, origin in zip(("w", "v"), program.weights.values(), strict=True):
         assert origin.paths == (key,)
         assert_same_bits(evaluate_origin(origin, PARAMS), 0.5 * PARAMS[key])
+    both = only_origin(trace(lambda p, x: x @ (half(p["w"]) + half(p["v"])), PARAMS, X))
+    assert_same_bits(evaluate_origin(both, PARAMS), 0.5 * PARAMS["w"] + 0.5 * PARAMS["v"])
 
 
 def signature(f: Any) -> str:
@@ -172,7 +172,5 @@ def test_the_kinds_are_ordered():
 
 
 def test_dense_weights_need_no_observation():
-    from tests.models import mlp
-
     plan = planned(mlp(), qj.uniform_policy())
     assert {key for site in qj.init(plan).values() for key in site} == {"activation"}

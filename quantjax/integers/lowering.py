@@ -1,0 +1,44 @@
+"""How a product of int8 operands reaches XLA: one table, by primitive and backend.
+
+A form takes int8 operands and the dimension numbers, and returns int32 sums. All forms of a
+primitive return the same integers; which is fastest is a matter of measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from quantjax.interpreter import Op
+
+
+class Lowering(Protocol):
+    """``(lhs, rhs, **numbers) -> int32``; ``numbers`` are the equation's own parameters."""
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
+        """The product."""
+        ...
+
+
+def direct_dot(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
+    """``lax.dot_general`` of int8 into int32."""
+    return lax.dot_general(lhs, rhs, preferred_element_type=jnp.int32, **numbers)
+
+
+def direct_conv(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
+    """``lax.conv_general_dilated`` of int8 into int32."""
+    return lax.conv_general_dilated(lhs, rhs, preferred_element_type=jnp.int32, **numbers)
+
+
+DEFAULT: Mapping[Op, Lowering] = {Op.DOT: direct_dot, Op.CONV: direct_conv}
+TABLE: Mapping[str, Mapping[Op, Lowering]] = {"cpu": DEFAULT, "gpu": DEFAULT, "tpu": DEFAULT}
+"""By backend; a backend that is not listed takes the default."""
+
+
+def lowering(op: Op) -> Lowering:
+    """The form of a primitive on the backend in use."""
+    return TABLE.get(jax.default_backend(), DEFAULT)[op]

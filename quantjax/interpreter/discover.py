@@ -1,0 +1,395 @@
+"""Find the products of a program and say what each is."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+
+from quantjax._compat import name_stack
+from quantjax.interpreter import provenance
+from quantjax.interpreter.containers import Container, ContainerKind, container_of
+from quantjax.interpreter.product import Product, product_of
+from quantjax.interpreter.provenance import Loop, Origin, OriginKind
+from quantjax.interpreter.sites import Location, Operand, Role, Site, SiteStatus
+
+
+class Discovery(NamedTuple):
+    """The sites of a program.
+
+    Attributes:
+      sites: by location, in program order.
+      weights: how each weight is recomputed from the parameters, by site name.
+      scans: locations of the scans around a site, outermost first, by site name.
+      stacked: those of which each step has QParams of its own.
+      repeated: names of weighted sites inside a loop whose steps share the weight.
+      others: where a parameter goes besides the weights of sites, by path: primitives.
+    """
+
+    sites: Mapping[Location, Site]
+    weights: Mapping[str, Origin]
+    scans: Mapping[str, tuple[Location, ...]]
+    stacked: Mapping[str, tuple[Location, ...]]
+    repeated: frozenset[str]
+    others: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Around:
+    """What lies around a program.
+
+    Attributes:
+      scope: module path.
+      labels: containers for the table.
+      loops: its scans and whiles.
+      opaque: why nothing in it can be rewritten.
+      note: what to know of sites in it.
+    """
+
+    scope: str = ""
+    labels: tuple[str, ...] = ()
+    loops: tuple[Loop, ...] = ()
+    opaque: str = ""
+    note: str = ""
+
+    def within(self, scope: str, label: str, *, opaque: str = "", note: str = "") -> _Around:
+        """One container further in."""
+        return dataclasses.replace(
+            self,
+            scope=scope,
+            labels=(*self.labels, label) if label else self.labels,
+            opaque=self.opaque or opaque,
+            note=self.note or note,
+        )
+
+    def looped(self, loop: Loop) -> _Around:
+        """Inside one more loop."""
+        return dataclasses.replace(self, loops=(*self.loops, loop))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    site: Site
+    location: Location
+    weight: Origin | None
+    loops: tuple[Loop, ...]
+
+
+class _Findings(NamedTuple):
+    """What a walk has come upon."""
+
+    sites: list[_Found]
+    others: dict[str, str]
+
+
+def discover(jaxpr: jex_core.ClosedJaxpr, param_paths: Sequence[str]) -> Discovery:
+    """All sites of a program whose first inputs are the parameters.
+
+    Args:
+      jaxpr: the program.
+      param_paths: paths of the parameters, in order.
+    """
+    inputs = [provenance.leaf(path) for path in param_paths]
+    inputs += [provenance.DATA] * (len(jaxpr.jaxpr.invars) - len(inputs))
+    found = _Findings([], {})
+    outputs = _walk(jaxpr, inputs, (), _Around(), found)
+    _note_others(found, "output", outputs)
+    layered = {
+        loop for item in found.sites if item.weight is not None for loop in item.weight.loops
+    }
+    seen: collections.Counter[str] = collections.Counter()
+    sites: dict[Location, Site] = {}
+    weights: dict[str, Origin] = {}
+    scans: dict[str, tuple[Location, ...]] = {}
+    stacked: dict[str, tuple[Location, ...]] = {}
+    repeated: set[str] = set()
+    for item in found.sites:
+        count = seen[item.site.name]
+        seen[item.site.name] += 1
+        positional = item.site.weight is None
+        name = f"{item.site.name}#{count}" if count or positional else item.site.name
+        # What has no weight follows the weights of its scans.
+        own = layered if item.weight is None else set(item.weight.loops)
+        loops = tuple(loop for loop in item.loops if loop in own)
+        steps = tuple(loop.length or 0 for loop in loops)
+        sites[item.location] = dataclasses.replace(item.site, name=name, steps=steps)
+        scans[name] = tuple(loop.location for loop in item.loops if loop.length is not None)
+        stacked[name] = tuple(loop.location for loop in loops)
+        if item.weight is not None:
+            weights[name] = item.weight
+            if item.weight.derivable and len(loops) < len(item.loops):
+                repeated.add(name)
+    return Discovery(sites, weights, scans, stacked, frozenset(repeated), found.others)
+
+
+def _walk(
+    closed: jex_core.ClosedJaxpr,
+    inputs: Sequence[Origin],
+    location: Location,
+    around: _Around,
+    found: _Findings,
+) -> list[Origin]:
+    """Follow origins through one program; append the sites found; return the outputs' origins."""
+    jaxpr = closed.jaxpr
+    origins: dict[Any, Origin] = dict(zip(jaxpr.invars, inputs, strict=True))
+    for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
+        origins[var] = provenance.constant(value)
+
+    def read(atom: Any) -> Origin:
+        if isinstance(atom, jex_core.Literal):
+            return provenance.constant(atom.val)
+        return origins[atom]
+
+    for index, eqn in enumerate(jaxpr.eqns):
+        here = (*location, index)
+        operands = [read(atom) for atom in eqn.invars]
+        scope = "/".join(part for part in (around.scope, name_stack(eqn)) if part)
+        product = product_of(eqn)
+        container = None if product is not None else container_of(eqn)
+        if product is not None:
+            found.sites.append(_describe(product, operands, here, scope, around))
+        if container is None:
+            outputs = provenance.results(eqn, operands)
+            is_site = product is not None and found.sites[-1].weight is not None
+            if not is_site and eqn.primitive.name not in provenance.PASSING:
+                _note_others(found, eqn.primitive.name, operands)
+        else:
+            outputs = _enter(container, operands, here, scope, around, found)
+        origins.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _holds_sites(program: jex_core.ClosedJaxpr) -> bool:
+    for eqn in program.jaxpr.eqns:
+        if product_of(eqn) is not None:
+            return True
+        container = container_of(eqn)
+        if container is not None and any(map(_holds_sites, container.programs)):
+            return True
+    return False
+
+
+def _note_others(found: _Findings, primitive: str, operands: Sequence[Origin]) -> None:
+    for operand in operands:
+        if operand.kind is OriginKind.LEAF:
+            found.others.setdefault(operand.paths[0], primitive)
+
+
+def _enter(
+    container: Container,
+    operands: list[Origin],
+    here: Location,
+    scope: str,
+    around: _Around,
+    found: _Findings,
+) -> list[Origin]:
+    """Walk the programs of a container; the origins of its outputs."""
+    kind, name = container.kind, container.eqn.primitive.name
+    programs = container.programs
+    if kind is ContainerKind.JIT:
+        return _walk(programs[0], operands, (*here, 0), around.within(scope, ""), found)
+    if kind is ContainerKind.REMAT:
+        return _walk(programs[0], operands, (*here, 0), around.within(scope, "remat"), found)
+    if kind is ContainerKind.INLINED and not _holds_sites(programs[0]):
+        _note_others(found, name, operands)
+        return provenance.results(container.eqn, operands)  # its derivative rule is kept
+    if kind is ContainerKind.INLINED:
+        note = "inside custom_jvp: inlined, so that its own derivative rule is not used"
+        inside = around.within(scope, "custom_jvp", note=note)
+        return _walk(programs[0], operands, (*here, 0), inside, found)
+    outputs = provenance.results(container.eqn, operands)
+    if kind is ContainerKind.SCAN:
+        return _enter_scan(container, operands, outputs, here, scope, around, found)
+    if kind is ContainerKind.WHILE:
+        return _enter_while(container, operands, outputs, here, scope, around, found)
+    if kind is ContainerKind.COND:
+        inside = around.within(scope, "cond")
+        each = [
+            _walk(program, operands[1:], (*here, number), inside, found)
+            for number, program in enumerate(programs)
+        ]
+        for index, (first, *others) in enumerate(zip(*each, strict=True)):
+            if first.derivable and all(first.signature == other.signature for other in others):
+                outputs[index] = first
+        return outputs
+    _note_others(found, name, operands)
+    inside = around.within(scope, name, opaque=f"inside {name}, which is not rewritten")
+    # A branch of cond does not see the first operand, which chooses it.
+    passed = operands[1:] if name == "cond" else operands
+    for number, program in enumerate(programs):
+        unknown = [provenance.DATA] * len(program.jaxpr.invars)
+        known = passed if len(passed) == len(unknown) else unknown
+        _walk(program, known, (*here, number), inside, found)
+    return outputs
+
+
+def _enter_scan(
+    container: Container,
+    operands: list[Origin],
+    outputs: list[Origin],
+    here: Location,
+    scope: str,
+    around: _Around,
+    found: _Findings,
+) -> list[Origin]:
+    consts, init, xs = container.split(operands)
+    loop = Loop(here, container.length)
+    inside = around.within(scope, f"scan×{loop.length}").looped(loop)
+    slices = [provenance.step(source, loop) for source in xs]
+    body = container.programs[0]
+
+    def run(carry: list[Origin]) -> list[Origin]:
+        return _walk(body, [*consts, *carry, *slices], (*here, 0), inside, found)
+
+    carry, results = _settle(run, init, outputs, here, found)
+    for index, result in enumerate(results[len(carry) :], len(carry)):
+        if result.is_step and result.loops[-1] == loop:  # handed out as it came in
+            outputs[index] = result.operands[0]
+    return outputs
+
+
+def _enter_while(
+    container: Container,
+    operands: list[Origin],
+    outputs: list[Origin],
+    here: Location,
+    scope: str,
+    around: _Around,
+    found: _Findings,
+) -> list[Origin]:
+    cond_consts, body_consts, init = container.split(operands)
+    inside = around.within(scope, "while").looped(Loop(here, None))
+    condition, body = container.programs
+
+    def run(carry: list[Origin]) -> list[Origin]:
+        return _walk(body, [*body_consts, *carry], (*here, 1), inside, found)
+
+    mark = len(found.sites)
+    carry, _ = _settle(run, init, outputs, here, found)
+    in_body, found.sites[mark:] = found.sites[mark:], []
+    refused = dataclasses.replace(
+        inside, opaque=around.opaque or "in the condition of a while loop, which is not rewritten"
+    )
+    _walk(condition, [*cond_consts, *carry], (*here, 0), refused, found)
+    found.sites.extend(in_body)
+    return outputs
+
+
+def _settle(
+    run: Callable[[list[Origin]], list[Origin]],
+    init: list[Origin],
+    outputs: list[Origin],
+    here: Location,
+    found: _Findings,
+) -> tuple[list[Origin], list[Origin]]:
+    """Walk a loop's body until the origins of its carry hold for every iteration.
+
+    Outputs of the loop that are a carry which does not change get its origin.
+
+    Returns:
+      The carry's origins, those of ``init`` where it does not change, and the body's results.
+    """
+    carry, mark, others = list(init), len(found.sites), dict(found.others)
+    while True:
+        results = run(carry)
+        settled = True
+        for index, (before, after) in enumerate(zip(carry, results, strict=False)):
+            if before.kind is OriginKind.DATA or before.signature == after.signature:
+                continue
+            known = before.signature == f"carry{here}.{index}"
+            if known and after.kind <= before.kind and {*after.paths} <= {*before.paths}:
+                continue
+            carry[index] = provenance.changing(before, after, f"carry{here}.{index}")
+            settled = False
+        if settled:
+            unchanged = [before is after for before, after in zip(init, carry, strict=True)]
+            outputs[: len(carry)] = [
+                origin if same else output
+                for origin, output, same in zip(carry, outputs, unchanged, strict=False)
+            ]
+            return carry, results
+        del found.sites[mark:]
+        found.others.clear()
+        found.others.update(others)
+
+
+def _describe(
+    product: Product, origins: Sequence[Origin], location: Location, scope: str, around: _Around
+) -> _Found:
+    weights = [side for side in (0, 1) if origins[side].kind is not OriginKind.DATA]
+    reason = around.opaque
+    if len(weights) == 2:
+        reason = reason or "both operands come from parameters: computed in float, once"
+    if not all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in (product.lhs, product.rhs)):
+        reason = reason or "not a product of real floating-point numbers"
+    if not weights and (0 in product.lhs.shape or 0 in product.rhs.shape):
+        reason = reason or "an empty product"  # parallel scans multiply empty halves
+    weight = weights[0] if len(weights) == 1 else None
+    operands = tuple(_operand(product, side, weight, origins[side]) for side in (0, 1))
+    origin = origins[weight] if weight is not None else None
+    notes = [around.note, "" if origin is None else _weight_note(origin)]
+    site = Site(
+        name=_name(product, origin, scope),
+        op=product.op,
+        scope=scope,
+        operands=operands,
+        out_shape=tuple(product.out.shape),
+        contraction_size=product.contraction_size(),
+        taps=product.taps(),
+        multiply_adds=product.multiply_adds()
+        * math.prod(loop.length or 1 for loop in around.loops),
+        loops=around.labels,
+        status=SiteStatus.OPAQUE if reason else SiteStatus.REWRITABLE,
+        reason=reason or "; ".join(note for note in notes if note),
+    )
+    return _Found(site, location, origin, around.loops)
+
+
+def _operand(product: Product, side: int, weight: int | None, origin: Origin) -> Operand:
+    aval = (product.lhs, product.rhs)[side]
+    free, contracted, window = product.axes(side)
+    is_weight = side == weight
+    keys = ("activation", "weight") if weight is not None else ("lhs", "rhs")
+    recipe, constants = provenance.recipe(origin) if is_weight else ("", ())
+    return Operand(
+        key=keys[is_weight if weight is not None else side],
+        role=Role.WEIGHT if is_weight else Role.ACTIVATION,
+        side=side,
+        shape=tuple(aval.shape),
+        dtype=str(aval.dtype),
+        free=free,
+        contracted=contracted,
+        window=window,
+        paths=origin.paths if is_weight else (),
+        recipe=recipe,
+        constants=constants,
+        storable=is_weight and provenance.is_rearranged_leaf(origin),
+    )
+
+
+def _name(product: Product, weight: Origin | None, scope: str) -> str:
+    if weight is None or weight.kind is OriginKind.CONSTANT:
+        return f"{scope}/{product.op.value}" if scope else product.op.value
+    if weight.kind is OriginKind.LEAF:
+        return weight.paths[0]
+    shown = ",".join(weight.paths[:3]) + (",..." if len(weight.paths) > 3 else "")
+    return f"f({shown})"
+
+
+def _weight_note(origin: Origin) -> str:
+    if origin.kind is OriginKind.FUNCTION and not origin.derivable:
+        return "the weight changes from step to step: observed, not storable"
+    if origin.kind is OriginKind.FUNCTION:
+        return "the weight is computed from parameters: quantized in simulation, not storable"
+    if origin.kind is OriginKind.LEAF and not origin.derivable:
+        return "its place in the parameter changes in a loop: observed, one scale for all"
+    if origin.kind is OriginKind.LEAF and not provenance.is_rearranged_leaf(origin):
+        return "a part of a parameter enters, or integers: quantized in simulation, not storable"
+    if origin.kind is OriginKind.CONSTANT:
+        return "the weight is a constant of the function: pass it in params to name and store it"
+    return ""

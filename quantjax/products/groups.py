@@ -1,0 +1,158 @@
+"""Factors of a product: where they apply, and sums group by group where they vary along a sum."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from quantjax.granularity import expand
+from quantjax.interpreter import Product
+from quantjax.products import blocks
+
+
+class Coded(NamedTuple):
+    """One operand as a product sees it: ``operand ≈ values · factor``.
+
+    Attributes:
+      values: float32; centered codes, or the operand itself where it is not quantized.
+      factor: the scale, 1 under bypass; None for an operand that has no quantizer.
+      bypass: whether the width is 0; None for an operand that has no quantizer.
+    """
+
+    values: Float[Array, "..."]
+    factor: Float[Array, "..."] | None = None
+    bypass: Bool[Array, ""] | None = None
+
+
+def group_length(
+    shape: Sequence[int], scale_shape: Sequence[int], contracted: Sequence[int], channels: int
+) -> int | None:
+    """Entries of the last contracted axis that share a scale; None where all do.
+
+    1 where an output sums only ``channels`` of the entries: the channels of a grouped convolution,
+    whose scales differ from one feature group to the next, have no common sum.
+    """
+    if all(scale_shape[axis] == 1 for axis in contracted):
+        return None
+    if math.prod(shape[axis] for axis in contracted) != channels:
+        return 1
+    last = contracted[-1]
+    return shape[last] // scale_shape[last]
+
+
+def shared_length(product: Product, side: int, factor_shape: Sequence[int]) -> int | None:
+    """How many products of a sum share a factor of one operand: None for all, 1 for none."""
+    shape = (product.lhs, product.rhs)[side].shape
+    free, contracted, _ = product.axes(side)
+    spread = {a for a in range(len(shape)) if factor_shape[a] != 1 and a not in free}
+    if not spread:
+        return None
+    channels = product.contraction_size() // product.taps()
+    length = group_length(shape, factor_shape, contracted, channels)
+    return length if spread <= set(contracted) and length is not None else 1
+
+
+def grouped_or_folded(product: Product, side: int, operand: Coded) -> tuple[Coded, int | None]:
+    """The operand, and its group length where groups of 2 or more share a factor.
+
+    Factors that vary along a window, or entry by entry along the sum, are multiplied into the
+    operand: no integer product can have them.
+    """
+    if operand.factor is None:
+        return operand, None
+    length = shared_length(product, side, operand.factor.shape)
+    if length is None or length > 1:
+        return operand, length
+    folded = operand.values * expand(operand.factor, operand.values.shape)
+    return operand._replace(values=folded, factor=None), None
+
+
+def block_length(product: Product, lengths: tuple[int | None, int | None]) -> int:
+    """Products that share their factors, given each operand's group length."""
+    return math.gcd(*(n for n in lengths if n is not None)) * product.taps()
+
+
+def block_factors(
+    product: Product, operands: tuple[Any, Any], count: int
+) -> tuple[jax.Array, jax.Array]:
+    """``factor`` of both operands by block, 1 where there is none."""
+    factors = []
+    for side, operand in enumerate(operands):
+        shape = (product.lhs, product.rhs)[side].shape
+        factor = (
+            jnp.ones((1,) * len(shape), jnp.float32) if operand.factor is None else operand.factor
+        )
+        factors.append(blocks.factors_by_block(product, side, factor, shape, count))
+    return factors[0], factors[1]
+
+
+def add_blocks(
+    multiply: Callable[..., jax.Array], operands: tuple[Any, ...], factors: tuple[Any, Any]
+) -> jax.Array:
+    """``Σ_blocks multiply(*operands) · (f_lhs · f_rhs)`` in float32, one block after another.
+
+    Args:
+      multiply: the sums of one block, in float32 or int32.
+      operands, factors: stacked along a first axis.
+    """
+
+    def add(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
+        operands, (left, right) = part
+        return total + times(multiply(*operands), left * right), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], operands)
+    start = jnp.zeros(jax.eval_shape(multiply, *first).shape, jnp.float32)
+    return lax.scan(add, start, (operands, factors))[0]
+
+
+def scaled(
+    product: Product, sums: jax.Array, lhs: jax.Array | None, rhs: jax.Array | None
+) -> jax.Array:
+    """Sums in the output's layout times the factors of both operands."""
+    factors = [
+        blocks.to_output(product, side, factor)
+        for side, factor in enumerate((lhs, rhs))
+        if factor is not None
+    ]
+    return times(sums, functools.reduce(operator.mul, factors)) if factors else sums
+
+
+def times(sums: jax.Array, factor: jax.Array) -> jax.Array:
+    """``sums · factor`` in float32, rounded before anything is added to it.
+
+    XLA would contract this product and a bias into one multiply-add in some programs and not in
+    others, so that a cell of a sweep differs from that cell alone. It does not look through a
+    choice that depends on the data.
+    """
+    if jnp.issubdtype(sums.dtype, jnp.floating):
+        return _times(sums, factor)
+    # Integers are never NaN, which compilers know. They do not know that a bit pattern is left as
+    # it is; the mask is 0 unless the factor is NaN, and so is the product.
+    bits = lax.bitcast_convert_type(sums.astype(jnp.float32) * factor, jnp.int32)
+    mask = jnp.isnan(factor).astype(jnp.int32)
+    return lax.bitcast_convert_type(bits ^ mask, jnp.float32)
+
+
+@jax.custom_jvp
+def _times(sums: jax.Array, factor: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(sums), sums, sums * factor)
+
+
+@_times.defjvp
+def _times_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (sums, factor), (dsums, dfactor) = primals, tangents
+    return _times(sums, factor), dsums * factor + sums * dfactor
+
+
+def sum_length(contraction: int, taps: int, lengths: Sequence[int | None]) -> int:
+    """How many products one float32 sum holds, given each operand's group length."""
+    known = [n for n in lengths if n is not None and n > 1]
+    return math.gcd(*known) * taps if known else contraction

@@ -1,0 +1,137 @@
+"""The structure of a tree as JSON data; what its leaves become is the caller's business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from quantjax import errors
+from quantjax.affine import QParams
+from quantjax.formats import Format
+from quantjax.qtensor import QTensor
+from quantjax.storage.codec import Json, decode, decode_dtype, encode
+
+SaveLeaf = Callable[[Any, str], Json]
+"""``(leaf, place) -> data``; raises ``StorageError`` for what it cannot write."""
+
+LoadLeaf = Callable[[Json, str], Any]
+"""``(data, place) -> leaf``."""
+
+TUPLE, LIST, DICT, ITEMS, QPARAMS, QTENSOR = "tuple", "list", "dict", "items", "qparams", "qtensor"
+
+
+def encode_tree(tree: Any, leaf: SaveLeaf, *, at: str) -> Json:
+    """JSON data for a tree of dictionaries, lists, tuples, None, ``QParams`` and ``QTensor``.
+
+    Args:
+      tree: dictionaries have text or whole numbers for keys.
+      leaf: what becomes of everything else.
+      at: what messages call the tree.
+
+    Raises:
+      StorageError: a NamedTuple or a key of another kind; whatever ``leaf`` refuses.
+
+    >>> encode_tree({"a": (1, None)}, lambda leaf, at: leaf, at="tree")
+    {'dict': {'a': {'tuple': [1, None]}}}
+    """
+    if tree is None:
+        return None
+    if isinstance(tree, QParams):
+        return {QPARAMS: {name: encode_tree(x, leaf, at=f"{at}.{name}") for name, x in _of(tree)}}
+    if isinstance(tree, QTensor):
+        return {
+            QTENSOR: {
+                "format": encode(tree.format, at=f"{at}.format"),
+                "dtype": np.dtype(tree.dtype).name,
+                "codes": encode_tree(tree.codes, leaf, at=f"{at}.codes"),
+                **encode_tree(tree.qparams, leaf, at=at),
+            }
+        }
+    if type(tree) in (list, tuple):
+        parts = [encode_tree(x, leaf, at=f"{at}[{index}]") for index, x in enumerate(tree)]
+        return {LIST if type(tree) is list else TUPLE: parts}
+    if type(tree) is dict:
+        if all(isinstance(key, str) for key in tree):
+            return {DICT: {key: encode_tree(x, leaf, at=f"{at}/{key}") for key, x in tree.items()}}
+        if all(type(key) in (str, int) for key in tree):
+            return {
+                ITEMS: [[key, encode_tree(x, leaf, at=f"{at}/{key}")] for key, x in tree.items()]
+            }
+    if isinstance(tree, Mapping | Sequence) and not isinstance(tree, str | bytes):
+        raise errors.StorageError(
+            f"a {type(tree).__name__} would not come back as it is",
+            where=at,
+            why="trees are written as dictionaries (keys: text or whole numbers), lists and tuples",
+            fix="convert it first; flax.core.unfreeze for a FrozenDict, _asdict() for a NamedTuple",
+        )
+    return leaf(tree, at)
+
+
+def decode_tree(data: Json, leaf: LoadLeaf, *, extra: Sequence[Any] = (), at: str) -> Any:
+    """The tree that :func:`encode_tree` wrote.
+
+    Args:
+      leaf: makes a leaf of its data.
+      extra: the user's own formats, as for :func:`quantjax.storage.codec.decode`.
+
+    Raises:
+      StorageError: data that is none of a tree.
+
+    >>> decode_tree({"dict": {"a": {"tuple": [1, None]}}}, lambda leaf, at: leaf, at="tree")
+    {'a': (1, None)}
+    """
+
+    def inner(part: Json, at: str) -> Any:
+        return decode_tree(part, leaf, extra=extra, at=at)
+
+    if data is None:
+        return None
+    if not isinstance(data, dict) or len(data) != 1:
+        return leaf(data, at)
+    ((word, body),) = data.items()
+    if word in (LIST, TUPLE) and isinstance(body, list):
+        parts = [inner(part, f"{at}[{index}]") for index, part in enumerate(body)]
+        return parts if word == LIST else tuple(parts)
+    if word == DICT and isinstance(body, dict):
+        return {key: inner(part, f"{at}/{key}") for key, part in body.items()}
+    if word == ITEMS and isinstance(body, list) and all(map(_is_item, body)):
+        return {key: inner(part, f"{at}/{key}") for key, part in body}
+    if word == QPARAMS and isinstance(body, dict):
+        check_keys(body, QParams._fields, at)
+        return QParams(**{name: inner(part, f"{at}.{name}") for name, part in body.items()})
+    if word == QTENSOR and isinstance(body, dict):
+        check_keys(body, ("format", "dtype", "codes", QPARAMS), at)
+        format = decode(body["format"], extra=extra, at=f"{at}.format")
+        if not isinstance(format, Format):
+            raise errors.StorageError(
+                f"{format!r:.80} is no format", where=f"{at}.format", fix="write the file again"
+            )
+        return QTensor(
+            inner(body["codes"], f"{at}.codes"),
+            inner({QPARAMS: body[QPARAMS]}, at),
+            format,
+            decode_dtype(body["dtype"], f"{at}.dtype"),
+        )
+    return leaf(data, at)
+
+
+def check_keys(data: Any, names: Sequence[str], at: str) -> None:
+    """Raise ``StorageError`` unless ``data`` is an object with these keys and no others."""
+    found = set(data) if isinstance(data, dict) else None
+    if found != set(names):
+        raise errors.StorageError(
+            f"an object with the keys {', '.join(names)} should stand here",
+            where=at,
+            why=f"found {', '.join(sorted(found)) or 'none'}" if found is not None else "",
+            fix="write the file again, or correct it where it was edited by hand",
+        )
+
+
+def _of(qparams: QParams) -> list[tuple[str, Any]]:
+    return list(qparams._asdict().items())
+
+
+def _is_item(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 2 and type(item[0]) in (str, int)

@@ -1,0 +1,274 @@
+"""``qj.execute``: the model with integer products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantjax import errors
+from quantjax._compat import concrete
+from quantjax.affine import QParams, is_bypassed
+from quantjax.data_free import dequantize_params
+from quantjax.fake_quant import centered_codes
+from quantjax.granularity import expand
+from quantjax.integers import IntegerOperand, int8_codes, integer_product, shift_of
+from quantjax.interpreter import (
+    Carried,
+    Outcome,
+    Product,
+    Program,
+    ProgramCache,
+    Visit,
+    evaluate,
+    evaluate_origin,
+    leaves_by_path,
+)
+from quantjax.interpreter.trace import Function
+from quantjax.layout import codes_in_product
+from quantjax.planning import OperandPlan, Plan, SitePlan, resized
+from quantjax.policy import Quantizer
+from quantjax.products import Coded, Execution, in_float, multiply
+from quantjax.qtensor import QTensor
+from quantjax.transforms.calibrate import QState
+from quantjax.transforms.fake_quantize import check_qstate, live_qparams
+from quantjax.transforms.sites import check_program
+from quantjax.transforms.steps import over_steps
+from quantjax.transforms.stored import StoredWeight, frozen_leaves, stored_weights, with_frozen
+
+INTEGER_FORMS = (Execution.INTEGER, Execution.GROUPED)
+
+
+def execute(f: Function, plan: Plan) -> Callable[..., Any]:
+    """``execute(f, plan)(qstate, qparams, *inputs)``: ``f`` with integer products.
+
+    A site whose operands are both quantized multiplies int8 by int8 into int32, folds zero points
+    by sums, and scales once in float32; group by group where scales vary along the sum. What is
+    fixed beforehand (weights, static ranges) comes from ``qparams`` and ``qstate``; live ranges are
+    those of each tensor. A weight that is quantized alone is multiplied as codes in float. The
+    plan's column ``executed`` says which, and why a site is executed as it is simulated. All else
+    is computed as the model has it. Codes and sums equal those of ``qj.fake_quantize``.
+
+    Args (of the returned function):
+      qstate: from ``qj.calibrate``. Of a frozen weight, the QParams in ``qparams`` are used.
+      qparams: from ``qj.freeze``; leaves that are still floats are encoded when it runs.
+
+    Raises (of the returned function):
+      FreezeError: QParams of a frozen weight that are not those of ``qstate``; an operand at
+        width 0, or a zero point that int8 does not hold.
+      PlanMismatchError, CalibrationError: as ``qj.fake_quantize``.
+
+    Sharp edges: integers cannot carry NaN. A NaN in an activation has the code of 0; under a trace,
+    QParams that cannot be executed make the site's output NaN. Not differentiable. Call it under
+    ``jax.jit``: eagerly, the floats of frozen weights are computed as well, and not used.
+
+    >>> import jax.numpy as jnp, quantjax as qj
+    >>> f = lambda p, x: x @ p["w"]
+    >>> params, x = {"w": jnp.array([[0.5], [1.0]])}, jnp.array([[1.0, 3.0]])
+    >>> plan = qj.plan(qj.uniform_policy(), qj.sites(f, params, x))
+    >>> y, state = qj.observe(f, plan)(qj.init(plan), params, x)
+    >>> qstate = qj.calibrate(plan, state, params)
+    >>> qparams = qj.freeze(plan, qstate, params)
+    >>> y = qj.execute(f, plan)(qstate, qparams, x)
+    >>> bool(y == qj.fake_quantize(f, plan)(qstate, params, x))
+    True
+
+    Source: Jacob et al., Quantization and training of neural networks for efficient
+    integer-arithmetic-only inference, 2018, section 2.3.
+    """
+    programs = ProgramCache(f)
+    planned = {entry.site.name: entry for entry in plan.quantized}
+    stored = {weight.entry.site.name: weight for weight in stored_weights(plan)}
+
+    def executing(qstate: QState, qparams: Any, *inputs: Any) -> Any:
+        params = dequantize_params(qparams)
+        plan.check_params(params)
+        frozen = frozen_leaves(qparams)
+        qstate = with_frozen(plan, stored, qstate, frozen)
+        check_qstate(plan, qstate)
+        _check_widths(plan, qstate)
+        program = programs(params, *inputs)
+        check_program(plan, program)
+
+        def handler(visit: Visit) -> Outcome:
+            return Outcome(executed_product(planned[visit.site.name], visit).out)
+
+        values = _values(plan, program, stored, qstate, frozen, params)
+        carried = Carried(values, {})
+        return evaluate(program, handler, frozenset(planned), carried, params, *inputs).result
+
+    return executing
+
+
+class Codes(NamedTuple):
+    """One operand of a product: ``operand ≈ (codes - zero_point) · scale``; of any dtype."""
+
+    codes: jax.Array
+    zero_point: jax.Array
+    scale: jax.Array
+
+
+class ExecutionValue(NamedTuple):
+    """What a planned site needs: QParams by operand, and its weight where that is coded already."""
+
+    qparams: Mapping[str, QParams]
+    weight: Codes | None
+
+
+class Executed(NamedTuple):
+    """One product: its result and its operands, by side; None for one in float."""
+
+    out: jax.Array
+    operands: tuple[Codes | None, Codes | None]
+
+
+def executed_product(planned: SitePlan, visit: Visit) -> Executed:
+    """One planned product in the form that the plan chose."""
+    entry = resized(planned, visit.site)
+    raw, value = (visit.lhs, visit.rhs), visit.value
+    found: dict[int, Codes | None] = {}
+    for operand in entry.operands:
+        side = operand.operand.side
+        if operand.quantizer is None:
+            found[side] = None
+        elif operand.is_weight and value.weight is not None:
+            found[side] = value.weight
+        else:
+            qparams = live_qparams(operand, raw[side], value.qparams[operand.key])
+            found[side] = encoded(raw[side], qparams, operand.quantizer)
+    pair = found[0], found[1]
+    return Executed(_multiplied(entry, visit.product, raw, pair), pair)
+
+
+def _multiplied(
+    entry: SitePlan,
+    product: Product,
+    raw: tuple[jax.Array, jax.Array],
+    operands: tuple[Codes | None, Codes | None],
+) -> jax.Array:
+    assert entry.form is not None
+    assert entry.sizing is not None
+    quantizers = {operand.operand.side: operand.quantizer for operand in entry.operands}
+    if entry.form.execution in INTEGER_FORMS:
+        integers = []
+        for side, codes in enumerate(operands):
+            quantizer = quantizers[side]
+            assert codes is not None
+            assert quantizer is not None
+            integers.append(integer_operand(codes, quantizer))
+        return integer_product(product, *integers)
+    sides = [
+        in_float(x) if codes is None else _in_float_codes(codes)
+        for x, codes in zip(raw, operands, strict=True)
+    ]
+    return multiply(product, raw, sides[0], sides[1], entry.sizing)
+
+
+def encoded(x: jax.Array, qparams: QParams, quantizer: Quantizer) -> Codes:
+    """The codes of a tensor that comes in float, as floats."""
+    zero_point = jnp.round(jnp.asarray(qparams.zero_point, jnp.float32))
+    centered = centered_codes(x, qparams, quantizer.arithmetic)
+    centered = jnp.where(jnp.isnan(centered), 0.0, centered)
+    scale = jnp.where(is_bypassed(qparams.bits), jnp.nan, qparams.scale)  # no codes to execute
+    return Codes(centered + expand(zero_point, x.shape), zero_point, scale)
+
+
+def integer_operand(codes: Codes, quantizer: Quantizer) -> IntegerOperand:
+    """Codes in int8; the scale is NaN where int8 does not hold the zero point."""
+    shift = shift_of(quantizer.format)
+    values = codes.codes
+    if jnp.issubdtype(values.dtype, jnp.floating):
+        values = (values - float(shift)).astype(jnp.int8)
+    else:
+        values = int8_codes(values, quantizer.format)
+    zero_point = codes.zero_point - float(shift)
+    if quantizer.symmetric and not shift:
+        return IntegerOperand(values, None, jnp.where(zero_point == 0, codes.scale, jnp.nan))
+    usable = (zero_point >= -128) & (zero_point <= 127)
+    factor = jnp.where(usable, codes.scale, jnp.nan)
+    return IntegerOperand(values, zero_point.astype(jnp.int32), factor)
+
+
+def _in_float_codes(codes: Codes) -> Coded:
+    values = codes.codes.astype(jnp.float32)
+    return Coded(values - expand(codes.zero_point, values.shape), codes.scale)
+
+
+def _values(
+    plan: Plan,
+    program: Program,
+    stored: Mapping[str, StoredWeight],
+    qstate: QState,
+    frozen: Mapping[str, QTensor],
+    params: Any,
+) -> dict[str, ExecutionValue]:
+    """Values of all sites; frozen weights, and those that the steps of a loop share, are codes."""
+    leaves = leaves_by_path(params)
+    values: dict[str, ExecutionValue] = {}
+    for entry in plan.quantized:
+        name, ready = entry.site.name, None
+        for operand in entry.quantized:
+            if not operand.is_weight:
+                continue
+            qparams = qstate[name][operand.key]
+            if name in stored and stored[name].path in frozen:
+                tensor = frozen[stored[name].path]
+                codes = codes_in_product(tensor.codes, stored[name].moves)
+                ready = Codes(codes, jnp.round(qparams.zero_point), qparams.scale)
+            elif name in program.repeated:
+                weight = evaluate_origin(program.weights[name], leaves)
+                code = over_steps(partial(_encoded_weight, operand), entry.site.steps)
+                ready = code(weight, qparams)
+        values[name] = ExecutionValue(dict(qstate[name]), ready)
+    return values
+
+
+def _encoded_weight(operand: OperandPlan, weight: jax.Array, qparams: QParams) -> Codes:
+    assert operand.quantizer is not None
+    codes = encoded(weight, live_qparams(operand, weight, qparams), operand.quantizer)
+    return codes._replace(codes=codes.codes.astype(operand.quantizer.format.storage_dtype))
+
+
+def _check_widths(plan: Plan, qstate: QState) -> None:
+    for entry in plan.quantized:
+        for operand in entry.quantized:
+            qparams = qstate[entry.site.name][operand.key]
+            widths, zeros = concrete(qparams.bits), concrete(qparams.zero_point)
+            where = f"site {entry.site.name} ({entry.site.op.value}), {operand.key}"
+            if widths is not None and not widths.all():
+                raise errors.FreezeError(
+                    "an operand at 0 bits (bypass) cannot be executed",
+                    where=where,
+                    why="there are no codes to multiply",
+                    fix="plan the site without this quantizer, or run qj.fake_quantize",
+                )
+            scales = concrete(qparams.scale)
+            if zeros is None or scales is None or np.isnan(scales).any():
+                continue
+            _check_zero_points(operand, np.round(zeros), where, entry)
+
+
+def _check_zero_points(
+    operand: OperandPlan, zeros: np.ndarray, where: str, entry: SitePlan
+) -> None:
+    quantizer = operand.quantizer
+    assert quantizer is not None
+    if quantizer.symmetric and zeros.any():
+        raise errors.FreezeError(
+            "a symmetric quantizer with a zero point",
+            where=where,
+            fix="plan with symmetric=False, or leave the zero point at 0",
+        )
+    shift = shift_of(quantizer.format)
+    integer = entry.form is not None and entry.form.execution in INTEGER_FORMS
+    if integer and not ((zeros - shift >= -128) & (zeros - shift <= 127)).all():
+        raise errors.FreezeError(
+            f"a zero point outside {shift - 128}..{shift + 127}",
+            where=where,
+            why="int8 does not hold it",
+            fix="calibrate, which keeps zero points among the codes",
+        )

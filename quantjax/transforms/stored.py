@@ -1,0 +1,146 @@
+"""Weights that are stored as codes: their QParams at the parameter and at the site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantjax import errors
+from quantjax._compat import concrete
+from quantjax.affine import QParams
+from quantjax.formats import Format
+from quantjax.interpreter import leaves_by_path
+from quantjax.layout import Move, moves_of, scale_in_parameter, scale_in_product
+from quantjax.planning import OperandPlan, Plan, SitePlan
+from quantjax.policy import RangeMode
+from quantjax.printing import shape_text
+from quantjax.qtensor import QTensor, is_quantized
+from quantjax.transforms.calibrate import QState
+
+
+class StoredWeight(NamedTuple):
+    """A quantized weight that is one parameter: the site that uses it, and how it gets there."""
+
+    entry: SitePlan
+    operand: OperandPlan
+    path: str
+    moves: list[Move]
+
+    @property
+    def where(self) -> str:
+        """For errors."""
+        shape = shape_text(self.operand.operand.shape)
+        return f"site {self.entry.site.name} ({self.entry.site.op.value}), weight {shape}"
+
+
+def stored_weights(plan: Plan) -> list[StoredWeight]:
+    """All weights of a plan that ``freeze`` stores, in program order."""
+    found = []
+    for entry in plan.quantized:
+        for operand in entry.quantized:
+            live = operand.quantizer is not None and operand.quantizer.range is RangeMode.LIVE
+            if operand.is_weight and operand.operand.storable and not live:
+                moves = moves_of(plan.weights[entry.site.name])
+                found.append(StoredWeight(entry, operand, operand.operand.paths[0], moves))
+    return found
+
+
+def parameter_qparams(weight: StoredWeight, qstate: Mapping[str, Mapping[str, QParams]]) -> QParams:
+    """The site's QParams at the parameter; ``bits`` of the scale's rank."""
+    qparams = qstate[weight.entry.site.name][weight.operand.key]
+    layers = len(weight.entry.site.steps)
+    rank = len(weight.operand.operand.shape)
+    bits = jnp.asarray(qparams.bits, jnp.float32)
+    bits = bits.reshape(bits.shape + (1,) * rank)
+    scale, zero_point, bits = (
+        scale_in_parameter(array, weight.moves, layers)
+        for array in (qparams.scale, qparams.zero_point, bits)
+    )
+    return QParams(scale, zero_point, bits, qparams.theta)
+
+
+def same_qparams(first: QParams, other: QParams) -> bool:
+    """Equal where both are known; under a trace, of equal shapes."""
+    for left, right in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+        if left.shape != right.shape:
+            return False
+        values = concrete(left), concrete(right)
+        if values[0] is None or values[1] is None:
+            continue
+        if not np.array_equal(values[0], values[1], equal_nan=True):
+            return False
+    return True
+
+
+def frozen_leaves(qparams: Any) -> dict[str, QTensor]:
+    """The quantized leaves of a tree, by path."""
+    named = leaves_by_path(qparams, is_leaf=is_quantized)
+    return {path: leaf for path, leaf in named.items() if is_quantized(leaf)}
+
+
+def with_frozen(
+    plan: Plan,
+    stored: Mapping[str, StoredWeight],
+    qstate: Mapping[str, Mapping[str, QParams]],
+    frozen: Mapping[str, QTensor],
+) -> QState:
+    """The qstate with the QParams of frozen weights; those that it has must be the same."""
+    merged: QState = {name: dict(operands) for name, operands in qstate.items()}
+    for name, weight in stored.items():
+        tensor = frozen.get(weight.path)
+        quantizer, key = weight.operand.quantizer, weight.operand.key
+        if tensor is None or quantizer is None:
+            continue
+        _check_format(weight, tensor.format, quantizer.format)
+        if key in merged.get(name, {}):
+            _check_same(weight, parameter_qparams(weight, merged), tensor.qparams)
+        steps, shape = weight.entry.site.steps, weight.operand.scale_shape or ()
+        given = merged.setdefault(name, {}).get(key)
+        widths = jnp.max(tensor.qparams.bits) if given is None else given.bits
+        arrays = tensor.qparams.scale, tensor.qparams.zero_point
+        fitted = [_fitted(weight, array, (*steps, *shape)) for array in arrays]
+        scale, zero_point = (scale_in_product(array, weight.moves, shape) for array in fitted)
+        bits = jnp.broadcast_to(widths, steps)
+        merged[name][key] = QParams(scale, zero_point, bits, tensor.qparams.theta)
+    return {entry.site.name: merged.get(entry.site.name, {}) for entry in plan.quantized}
+
+
+def _fitted(weight: StoredWeight, array: jax.Array, planned: tuple[int, ...]) -> jax.Array:
+    """A scale at the parameter, as fine there as the planned one is."""
+    layers = len(weight.entry.site.steps)
+    fine = scale_in_parameter(jnp.zeros(planned), weight.moves, layers).shape
+    coarse = array.shape
+    if len(fine) != len(coarse) or any(n % m for n, m in zip(fine, coarse, strict=True)):
+        raise errors.FreezeError(
+            f"a weight frozen with scales of shape {shape_text(coarse)}",
+            where=weight.where,
+            why=f"the plan has {shape_text(fine)} at that parameter",
+            fix="freeze with the plan that is executed: qj.freeze(plan, qstate, params)",
+        )
+    for axis, (n, m) in enumerate(zip(fine, coarse, strict=True)):
+        array = array if n == m else jnp.repeat(array, n // m, axis=axis)
+    return array
+
+
+def _check_format(weight: StoredWeight, found: Format, planned: Format) -> None:
+    if found != planned:
+        raise errors.FreezeError(
+            f"a weight frozen as {found.name}{found.max_bits}",
+            where=weight.where,
+            why=f"the plan has {planned.name}{planned.max_bits}",
+            fix="freeze with the plan that is executed",
+        )
+
+
+def _check_same(weight: StoredWeight, stated: QParams, stored: QParams) -> None:
+    if not same_qparams(stated._replace(bits=stored.bits), stored):
+        raise errors.FreezeError(
+            "the weight was frozen with other QParams than those of the qstate",
+            where=weight.where,
+            why="codes have no meaning but by the QParams that made them",
+            fix="qparams = qj.freeze(plan, qstate, params) with this qstate",
+        )

@@ -1,0 +1,87 @@
+"""What XLA is given: int8 operands, an int32 result, and no float on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from quantjax.integers import accumulate, integer_product, lowering
+from quantjax.interpreter import Op
+from tests.integers.test_by_group import FORMS as GROUPED
+from tests.integers.test_by_group import of_groups
+from tests.integers.visiting import equations, product_dtypes, run, site_of
+from tests.products.forms import CONVS, FORMS, Form
+
+BACKENDS = ("cpu", "gpu", "tpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", Op)
+def test_the_table_is_complete(backend, op, monkeypatch):
+    form = lowering.TABLE[backend][op]
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert lowering.lowering(op) is form
+
+
+def test_another_backend_takes_the_default(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "abacus")
+    assert "abacus" not in lowering.TABLE
+    assert all(lowering.lowering(op) is lowering.DEFAULT[op] for op in Op)
+
+
+def test_accumulate_takes_the_form_of_the_table(monkeypatch):
+    """A form that is put into the table is used, for dots and convolutions."""
+    for op, name in ((Op.DOT, "plain"), (Op.CONV, "strided")):
+        seen = []
+
+        def recorded(
+            lhs: Any, rhs: Any, op: Op = op, seen: list[Any] = seen, **numbers: Any
+        ) -> Any:
+            seen.append((lhs.dtype, rhs.dtype))
+            return lowering.DEFAULT[op](lhs, rhs, **numbers)
+
+        monkeypatch.setitem(lowering.TABLE, jax.default_backend(), {op: recorded})
+        traced(FORMS[name], zeros=True)
+        assert (jnp.int8, jnp.int8) in seen
+
+
+def traced(form: Form, *, zeros: bool) -> Any:
+    """The jaxpr of a sum, all operands traced."""
+    zero = [jnp.zeros((1,) * len(shape), jnp.int32) for shape in (form.x, form.w)]
+
+    def sums(x: Any, w: Any, left: Any, right: Any) -> Any:
+        found = {"activation": (left, None), "weight": (right, None)}
+        return run(form, accumulate, x, w, found if zeros else dict.fromkeys(found, (None, None)))
+
+    codes = jnp.zeros(form.x, jnp.int8), jnp.zeros(form.w, jnp.int8)
+    return jax.make_jaxpr(sums)(*codes, *zero).jaxpr
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("name", FORMS)
+def test_products_are_int8_into_int32(name, zeros):
+    jaxpr = traced(FORMS[name], zeros=zeros)
+    op = "conv_general_dilated" if name in CONVS else "dot_general"
+    # A zero point of the weight needs the sums over each window of a convolution's input.
+    count = 2 if zeros and name in CONVS else 1
+    assert product_dtypes(jaxpr) == [(op, "int8", "int8", "int32")] * count
+    dtypes = {str(v.aval.dtype) for eqn in equations(jaxpr) for v in (*eqn.invars, *eqn.outvars)}
+    assert dtypes <= {"int8", "int32", "bool"}  # no float, nothing wider
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_products_by_group_are_int8_into_int32(name):
+    form, contracted = GROUPED[name]
+    scales = jnp.ones(of_groups(form, contracted, 2))
+    (site,) = [site_of(form)]
+
+    def scaled(x: Any, w: Any, scales: Any) -> Any:
+        found = {"activation": (None, jnp.ones((1,) * x.ndim)), "weight": (None, scales)}
+        return run(form, integer_product, x, w, found, dtype=jnp.float32)
+
+    codes = jnp.zeros(form.x, jnp.int8), jnp.zeros(form.w, jnp.int8)
+    jaxpr = jax.make_jaxpr(scaled)(*codes, scales).jaxpr
+    assert product_dtypes(jaxpr) == [(site.op.value, "int8", "int8", "int32")]

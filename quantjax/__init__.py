@@ -4,13 +4,22 @@ The public names, and nothing else. Start with ``qj.sites``, ``qj.plan``, ``qj.o
 ``qj.calibrate``, ``qj.fake_quantize``; the README has five lines that use them.
 """
 
-from quantjax import errors, estimators, formats, ranges, rounding, selectors, statistics
+from quantjax import affine, errors, estimators, formats, ranges, rounding, selectors, statistics
 from quantjax.affine import Fault, QParams
-from quantjax.data_free import dequantize_params, quantize_params
+from quantjax.contract import Trial, check_format
+from quantjax.data_free import dequantize_params, pack_params, quantize_params
 from quantjax.estimators import Estimator
 from quantjax.fake_quant import fake_quant
-from quantjax.formats import Format, IntegerFormat, integer
-from quantjax.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from quantjax.formats import FloatBits, Format, IntegerFormat, integer, minifloat
+from quantjax.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Remainder,
+)
 from quantjax.interpreter import Site
 from quantjax.planning import Plan, SiteTable, plan
 from quantjax.policy import (
@@ -25,7 +34,7 @@ from quantjax.policy import (
     weight_quantizer,
 )
 from quantjax.qtensor import QTensor, encode
-from quantjax.ranges import RangeRule
+from quantjax.ranges import FitRule, RangeRule
 from quantjax.rounding import Rounding
 from quantjax.selectors import Selector, everything, path, weighted
 from quantjax.statistics import Statistics
@@ -44,9 +53,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Estimator",
     "Fault",
+    "FitRule",
+    "FloatBits",
     "Format",
     "Granularity",
     "IntegerFormat",
+    "PerBlock",
     "PerChannel",
     "PerGroup",
     "PerTensor",
@@ -58,6 +70,7 @@ __all__ = [
     "Quantizer",
     "RangeMode",
     "RangeRule",
+    "Remainder",
     "Report",
     "Rounding",
     "Rule",
@@ -66,9 +79,12 @@ __all__ = [
     "Site",
     "SiteTable",
     "Statistics",
+    "Trial",
     "activation_quantizer",
+    "affine",
     "calibrate",
     "check",
+    "check_format",
     "compare",
     "dequantize_params",
     "encode",
@@ -82,7 +98,9 @@ __all__ = [
     "freeze",
     "init",
     "integer",
+    "minifloat",
     "observe",
+    "pack_params",
     "path",
     "plan",
     "quantize_params",

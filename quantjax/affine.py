@@ -1,19 +1,21 @@
-"""The affine map between reals and codes, ``x ≈ scale · (code - zero_point)``, and its parameters.
+"""The affine map of reals to levels, ``x ≈ scale · (level - zero_point)``, and its parameters.
 
-The one division by a scale in the library is :func:`divide_by_scale`.
+The level of an integer code is the code; other formats have a table or a rule for it.
+
+The one division by a scale in the library is :func:`quantjax.formats.divide_by_scale`.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from quantjax.formats import Format
+from quantjax.formats import Format, Span, Theta, divide_by_scale
 
 SMALLEST_SCALE = float(jnp.finfo(jnp.float32).smallest_normal)
 LARGEST_SCALE = float(jnp.finfo(jnp.float32).max)
@@ -27,7 +29,8 @@ class QParams(NamedTuple):
       zero_point: the code that stands for 0.0; the forward pass uses it rounded. Where ``scale``
         is NaN, it holds the :class:`Fault` that made it so.
       bits: the width in use, a scalar; 0 passes the tensor through unquantized.
-      theta: the estimator's own parameters, a pytree of float32 arrays, empty for most.
+      theta: what else the format or the estimator has for parameters: a dictionary of float32
+        arrays (a codebook's levels, a minifloat's exponent bits), ``()`` for most.
     """
 
     scale: Float[Array, "..."]
@@ -45,23 +48,42 @@ class Fault(enum.IntEnum):
     BITS_OUTSIDE_FORMAT = 3
 
 
-def divide_by_scale(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``x / scale`` with a true IEEE division, elementwise, in float32.
+class Scaling(NamedTuple):
+    """How a real is brought into units of the scale, and when the zero point joins it.
 
-    XLA rewrites a division by a broadcast value into a product with its reciprocal, which moves
-    12 % of exact ties to the other code. A divisor that depends on ``x`` keeps the division. It
-    depends by a comparison with NaN, which is never true; the barrier keeps XLA from knowing so,
-    and from evaluating the comparison where ``x`` is a constant of the program.
-
-    Args:
-      x: float32 values.
-      scale: positive, broadcastable against ``x`` (equal rank or scalar).
-
-    >>> float(divide_by_scale(jnp.float32(0.0825), jnp.float32(0.033)))
-    2.5
+    Attributes:
+      name: what it prints as.
+      quotient: ``(x, scale) -> x / scale``.
+      adds_first: whether the zero point is added before rounding, ``round(x/s + z)``. For an odd
+        zero point every exact tie then goes to the other code.
     """
-    never = lax.optimization_barrier(jnp.full((), jnp.nan, x.dtype))
-    return x / jnp.where(x == never, jnp.ones_like(x), scale)
+
+    name: str
+    quotient: Callable[[jax.Array, jax.Array], jax.Array]
+    adds_first: bool = False
+
+
+def _times_reciprocal(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * divide_by_scale(jnp.ones_like(scale), scale)
+
+
+def _times_reciprocal_rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
+    # A select between product and sum: else compilers make a fused multiply-add of the two, which
+    # rounds once and moves ties. A barrier does not stop the one for CPU.
+    return jnp.where(jnp.isnan(x), x, _times_reciprocal(x, scale))
+
+
+DIVIDED = Scaling("divided", divide_by_scale)
+"""``round(x / s) + z`` with a true division: ONNX, StableHLO, and everything here by default."""
+
+RECIPROCAL = Scaling("reciprocal", _times_reciprocal)
+"""``round(x · (1/s)) + z``: what compilers make of a division by a broadcast scale.
+
+So do ``torch.fake_quantize_per_tensor_affine`` and its relative per channel (2.13, CPU).
+"""
+
+RECIPROCAL_ADDED = Scaling("reciprocal-added", _times_reciprocal_rounded, adds_first=True)
+"""``round(x · (1/s) + z)``: ``torch.quantize_per_channel`` (2.13, CPU)."""
 
 
 def is_bypassed(bits: Float[Array, ""]) -> Bool[Array, ""]:
@@ -77,13 +99,17 @@ def qparams_from_range(
     format: Format,
     symmetric: bool,
     calibrated: Bool[Array, ""],
+    theta: Theta = (),
 ) -> QParams:
     """QParams that cover ``[low, high]`` with the codes of ``format`` at width ``bits``.
 
     Symmetric: ``scale = max(|low|, |high|) / steps``, ``zero_point = 0``, where ``steps`` is
-    ``2^(b-1)`` for full signed codes, ``2^(b-1) - 1`` for narrow ones, ``2^b - 1`` unsigned.
+    ``2^(b-1)`` for full signed codes, ``2^(b-1) - 1`` for narrow ones, ``2^b - 1`` unsigned, the
+    highest level for all that are no integers.
     Asymmetric: the range is widened to hold 0, then ``scale = (high - low) / (q_max - q_min)`` and
     ``zero_point = clip(q_min - round(low / scale), q_min, q_max)``.
+
+    A format with another scale rule than real numbers has the scale of that rule.
 
     All arithmetic is float32. An empty span (all zeros) has scale 1; where the quotient would be
     subnormal or infinite, the scale is the nearest normal number; bypass has scale 1 and zero
@@ -93,6 +119,7 @@ def qparams_from_range(
       low, high: the range, the shape of the scale.
       bits: scalar width; may be traced.
       calibrated: False where no value has been seen.
+      theta: of the format.
 
     Returns:
       QParams; where ``bits`` is no width of the format, a bound is not finite, or nothing was
@@ -104,24 +131,27 @@ def qparams_from_range(
     low = jnp.asarray(low, jnp.float32)
     high = jnp.asarray(high, jnp.float32)
     bits = jnp.asarray(bits, jnp.float32)
-    steps = format.steps(bits, symmetric=symmetric)
+    steps = format.steps(bits, symmetric=symmetric, theta=theta)
+    q_min, q_max = format.level_range(bits, theta)
+    unit = format.unit(bits, theta)
+    rule = format.scale_rule
     if symmetric:
-        span = jnp.maximum(jnp.abs(low), jnp.abs(high))
-        scale = _usable(divide_by_scale(span, steps), span)
+        largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        span = Span(largest, divide_by_scale(largest, steps), q_max, unit)
+        scale = _usable(rule.scale(span), largest)
         zero_point = jnp.zeros_like(scale)
     else:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-        span = high - low
+        largest = high - low
         halves = divide_by_scale(high, steps) - divide_by_scale(low, steps)
-        scale = jnp.where(jnp.isinf(span), halves, divide_by_scale(span, steps))
-        scale = _usable(scale, span)
-        q_min, q_max = format.code_range(bits)
+        quotient = jnp.where(jnp.isinf(largest), halves, divide_by_scale(largest, steps))
+        scale = _usable(rule.scale(Span(largest, quotient, steps, unit)), largest)
         zero_point = jnp.clip(q_min - jnp.round(divide_by_scale(low, scale)), q_min, q_max)
-    return _mark_faults(
-        QParams(scale, zero_point, bits),
+    return mark_faults(
+        QParams(scale, zero_point, bits, theta),
         calibrated=calibrated,
         finite=jnp.isfinite(low) & jnp.isfinite(high),
-        valid=format.valid_bits(bits),
+        valid=format.valid_bits(bits, theta),
     )
 
 
@@ -130,9 +160,11 @@ def _usable(scale: jax.Array, span: jax.Array) -> jax.Array:
     return jnp.where(span == 0.0, 1.0, jnp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE))
 
 
-def _mark_faults(
+def mark_faults(
     qparams: QParams, *, calibrated: jax.Array, finite: jax.Array, valid: jax.Array
 ) -> QParams:
+    """Scale NaN and the :class:`Fault` for zero point, where something is wrong; 1 and 0 at width
+    0, which passes the tensor through."""
     bypass = is_bypassed(qparams.bits)
     fault = jnp.where(finite, float(Fault.NONE), float(Fault.NOT_FINITE))
     fault = jnp.where(calibrated, fault, float(Fault.NEVER_CALIBRATED))

@@ -1,4 +1,4 @@
-"""Quantize a parameter tree without a model: ``quantize_params`` and ``dequantize_params``."""
+"""Quantize a parameter tree without a model: ``quantize_params``, and what undoes or packs it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from quantjax import errors, statistics
 from quantjax._compat import concrete
@@ -15,10 +15,11 @@ from quantjax.granularity import OperandAxes, PerChannel, PerGroup
 from quantjax.interpreter import Op, Operand, Role, Site, leaves_by_path
 from quantjax.policy import Policy, Quantizer
 from quantjax.printing import shape_text
-from quantjax.qtensor import QTensor, encode, is_quantized
+from quantjax.qtensor import QTensor, encode, is_quantized, packed
+from quantjax.ranges import FitRule
 
 
-def quantize_params(params: PyTree, policy: Policy) -> PyTree:
+def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None = None) -> PyTree:
     """Replace kernels by :class:`QTensor`, from their own ranges; no model and no data.
 
     A kernel is a floating-point leaf of rank 2 or more; biases, normalization vectors and what is
@@ -29,6 +30,7 @@ def quantize_params(params: PyTree, policy: Policy) -> PyTree:
     Args:
       params: the tree.
       policy: its selectors see each kernel as a site named by its path; the first match wins.
+      key: for weights that are rounded at random.
 
     Returns:
       The same tree with ``QTensor`` leaves. Works under ``jit``.
@@ -37,6 +39,7 @@ def quantize_params(params: PyTree, policy: Policy) -> PyTree:
       PolicyError: a rule that matches no kernel and is not optional.
       GranularityError: a channel or group granularity without an axis.
       DataError: a concrete kernel with NaN or infinity.
+      KeyMissingError: a random rounding without a key.
 
     >>> import quantjax as qj
     >>> weights = qj.weight_quantizer(bits=4, granularity=qj.PerChannel(axis=-1))
@@ -54,10 +57,11 @@ def quantize_params(params: PyTree, policy: Policy) -> PyTree:
                 fix="qj.path('*kernel'), or qj.rule(..., optional=True)",
             )
     leaves = []
-    for name, leaf in named.items():
+    for number, (name, leaf) in enumerate(named.items()):
         match = policy.first_match(kernels[name]) if name in kernels else None
         quantizer = match.scheme.weights if match is not None else None
-        leaves.append(leaf if quantizer is None else _quantize(name, leaf, quantizer))
+        own = None if key is None else jax.random.fold_in(key, number)
+        leaves.append(leaf if quantizer is None else _quantize(name, leaf, quantizer, own))
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), leaves)
 
 
@@ -72,6 +76,46 @@ def dequantize_params(qparams: PyTree) -> PyTree:
         qparams,
         is_leaf=is_quantized,
     )
+
+
+def pack_params(qparams: PyTree) -> PyTree:
+    """Each :class:`QTensor` in the smallest container for the width in use: codes of 3 and 4 bits
+    two a byte, of 2 bits four, of 1 bit eight.
+
+    Plans have containers of 8 bits by default, so that one compiled program serves a sweep; this is
+    for what is kept. ``qj.execute`` with the plan at hand takes either. Codes and values stay.
+
+    Args:
+      qparams: from ``qj.freeze`` or ``qj.quantize_params``; its widths are concrete.
+
+    Raises:
+      BitsError: widths that are traced, so that no shape can depend on them.
+
+    >>> import quantjax as qj
+    >>> policy = qj.Policy([qj.rule(qj.everything(), qj.Scheme(weights=qj.weight_quantizer(
+    ...     bits=4, granularity=qj.PerTensor())))])
+    >>> frozen = qj.quantize_params({"w": jnp.ones((64, 64))}, policy)
+    >>> frozen["w"].stored.nbytes, pack_params(frozen)["w"].stored.nbytes
+    (4096, 2048)
+    """
+    return jax.tree.map(
+        lambda leaf: _packed(leaf) if is_quantized(leaf) else leaf, qparams, is_leaf=is_quantized
+    )
+
+
+def _packed(tensor: QTensor) -> QTensor:
+    widths = concrete(tensor.qparams.bits)
+    if widths is None:
+        raise errors.BitsError(
+            "the widths of a tensor are traced, and its container cannot depend on them",
+            where=f"qj.pack_params, tensor {shape_text(tensor.shape)}",
+            fix="pack outside of jit, or plan with a smaller container: qj.integer(max_bits=4)",
+        )
+    format = tensor.format.narrowed(int(widths.max(initial=1)))
+    if format.code_bits == tensor.format.code_bits:
+        return tensor
+    codes = tensor.codes.astype(format.storage_dtype)
+    return packed(codes, tensor.qparams, format, tensor.dtype)
 
 
 def _is_kernel(leaf: Any) -> bool:
@@ -106,7 +150,7 @@ def _as_site(name: str, leaf: Any) -> Site:
     )
 
 
-def _quantize(name: str, leaf: Any, quantizer: Quantizer) -> QTensor:
+def _quantize(name: str, leaf: Any, quantizer: Quantizer, key: PRNGKeyArray | None) -> QTensor:
     granularity = quantizer.granularity
     where = f"parameter {name} {shape_text(jnp.shape(leaf))}"
     if isinstance(granularity, PerChannel | PerGroup) and granularity.axis is None:
@@ -118,9 +162,11 @@ def _quantize(name: str, leaf: Any, quantizer: Quantizer) -> QTensor:
         )
     leaf = jnp.asarray(leaf)
     shape = granularity.scale_shape(leaf.shape, OperandAxes((), ()), is_weight=True)
-    stats = statistics.update(statistics.init(shape), leaf)
     bits = jnp.asarray(quantizer.bits, jnp.float32)
-    qparams = quantizer.qparams(stats, bits)
+    if isinstance(quantizer.rule, FitRule):
+        qparams = quantizer.fitted(leaf, bits, scale_shape=shape, rule=quantizer.rule)
+    else:
+        qparams = quantizer.qparams(statistics.update(statistics.init(shape), leaf), bits)
     fault = concrete(qparams.zero_point)
     scale = concrete(qparams.scale)
     if scale is not None and fault is not None and (scale != scale).any():
@@ -130,4 +176,7 @@ def _quantize(name: str, leaf: Any, quantizer: Quantizer) -> QTensor:
             where=where,
             fix=f"look for NaN or infinity, or exempt it: qj.rule(qj.path('{name}'), qj.Scheme())",
         )
-    return encode(leaf, qparams, quantizer.format, rounding=quantizer.rounding)
+    if quantizer.symmetric:  # one for all
+        qparams = qparams._replace(zero_point=jnp.zeros((1,) * leaf.ndim))
+    format, rounding, scaling = quantizer.format, quantizer.rounding, quantizer.scaling
+    return encode(leaf, qparams, format, rounding=rounding, scaling=scaling, key=key)

@@ -41,6 +41,14 @@ class BitsError(QuantjaxError, ValueError):
     """
 
 
+class KeyMissingError(QuantjaxError, ValueError):
+    """A random rounding without a key.
+
+    ``qj.fake_quant(x, 0.1, rounding=qj.rounding.STOCHASTIC)`` fails: randomness comes from explicit
+    keys only. Pass ``key=jax.random.key(0)``.
+    """
+
+
 class GranularityError(QuantjaxError, ValueError):
     """Axes that cannot share a scale in the way that was asked for.
 

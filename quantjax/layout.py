@@ -1,7 +1,10 @@
 """Where a parameter lies in a product: the moves between the two, for codes and for scales.
 
 A weight reaches its product by transposes, reshapes, slices of a scan. Codes follow the same moves;
-scales, which have an entry for a block of codes, follow them in both directions.
+scales, which have an entry for a block of codes, follow them in both directions. Where a move cuts
+across groups, or turns a last group that is shorter to the front, the scale behind it has finer
+blocks: as coarse as their number tells (see :mod:`quantjax.granularity.groups`), an entry for each
+code if need be.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantjax import errors
+from quantjax.granularity import group_size, repeat_groups
 from quantjax.interpreter import NEUTRAL_MOVES, Origin, eqn_shapes
 
 STEP = "step"
@@ -82,14 +87,44 @@ def scale_in_product(
     layers = 0
     for move in path:
         if move.name == STEP:
-            scale = jnp.repeat(scale, move.before[0] // scale.shape[layers], axis=layers)
+            length, groups = move.before[0], scale.shape[layers]
+            scale = repeat_groups(scale, group_size(length, groups), length, axis=layers)
             layers += 1
         elif not move.neutral:
             scale = _moved_scale(scale, move, layers)
-    for axis, groups in enumerate(scale_shape, layers):
-        have = scale.shape[axis]
-        scale = scale[(slice(None),) * axis + (slice(None, None, have // groups),)]
+    return _coarsened(scale, _shape_in_product(path), scale_shape, layers)
+
+
+def _coarsened(
+    scale: jax.Array, shape: tuple[int, ...] | None, wanted: Sequence[int], layers: int
+) -> jax.Array:
+    """A scale that is constant in each group of ``wanted``, one entry a group."""
+    for axis, groups in enumerate(wanted):
+        found = scale.shape[axis + layers]
+        if found == groups:
+            continue
+        n = 0 if shape is None else shape[axis]
+        coarse, fine = group_size(n, groups), group_size(n, found)
+        if shape is None or (groups > 1 and coarse % fine):
+            raise errors.GranularityError(
+                f"scales of {scale.shape[layers:]} do not stand for groups of {tuple(wanted)}",
+                where=f"axis {axis} of a weight of shape {shape or 'unknown'}",
+                why="a group of one reaches across groups of the other",
+                fix="freeze with the plan that is executed: qj.freeze(plan, qstate, params)",
+            )
+        scale = jnp.take(scale, np.arange(groups) * coarse // fine, axis=axis + layers)
     return scale
+
+
+def _shape_in_product(path: Sequence[Move]) -> tuple[int, ...] | None:
+    """None where nothing but steps lies between parameter and product."""
+    shape: tuple[int, ...] | None = None
+    for move in path:
+        if move.name != STEP:
+            shape = move.after
+        elif shape is not None:
+            shape = shape[1:]
+    return shape
 
 
 def scale_in_parameter(scale: jax.Array, path: Sequence[Move], layers: int) -> jax.Array:
@@ -123,15 +158,20 @@ def _moved(x: jax.Array, move: Move, layers: int) -> jax.Array:
 
 
 def _moved_scale(scale: jax.Array, move: Move, layers: int) -> jax.Array:
-    if move.name in ("transpose", "rev"):
+    if move.name == "transpose":
         return _moved(scale, move, layers)
     lead, own = scale.shape[:layers], scale.shape[layers:]
+    if move.name == "rev":
+        for axis in move.params["dimensions"]:
+            pick = _blocks(np.flip(_ids(move.before[axis : axis + 1], own[axis : axis + 1])))
+            scale = scale if pick.size == 1 else jnp.take(scale, pick, axis=axis + layers)
+        return scale
     sizes: list[int] = []
     result: list[int] = []
     picks: list[np.ndarray] = []
     for before, after in _segments(move.before, move.after):
         first = own[before.start : before.stop]
-        pick = _blocks(move.before[before], first, move.after[after])
+        pick = _blocks(_ids(move.before[before], first).reshape(move.after[after]))
         sizes.append(math.prod(first))
         result += pick.shape
         picks.append(pick.ravel())
@@ -162,15 +202,27 @@ def _segments(before: Sequence[int], after: Sequence[int]) -> list[tuple[slice, 
     return runs
 
 
-def _blocks(before: Sequence[int], groups: Sequence[int], after: Sequence[int]) -> np.ndarray:
-    """Which of the flattened groups each block of the reshaped axes belongs to."""
-    ids = np.arange(math.prod(groups)).reshape(groups)
-    for axis, (n, count) in enumerate(zip(before, groups, strict=True)):
-        ids = np.repeat(ids, n // count, axis=axis)
-    ids = ids.reshape(tuple(after))
-    for axis, n in enumerate(after):
-        others = tuple(a for a in range(len(after)) if a != axis)
-        changes = 1 + np.flatnonzero(np.any(np.diff(ids, axis=axis) != 0, axis=others))
-        length = math.gcd(n, *(int(c) for c in changes))
-        ids = ids[(slice(None),) * axis + (slice(None, None, length),)]
+def _ids(shape: Sequence[int], groups: Sequence[int]) -> np.ndarray:
+    """Which of the flattened groups each entry of a tensor of ``shape`` belongs to."""
+    ids = np.arange(math.prod(groups)).reshape(tuple(groups))
+    for axis, (n, count) in enumerate(zip(shape, groups, strict=True)):
+        ids = ids.take(np.arange(n) // group_size(n, count), axis=axis)
     return ids
+
+
+def _blocks(ids: np.ndarray) -> np.ndarray:
+    """The same for blocks of entries, as coarse along each axis as holds unequal ones apart."""
+    for axis, n in enumerate(ids.shape):
+        others = tuple(a for a in range(ids.ndim) if a != axis)
+        changes = 1 + np.flatnonzero(np.any(np.diff(ids, axis=axis) != 0, axis=others))
+        ids = ids.take(np.arange(0, n, _block(n, changes)), axis=axis)
+    return ids
+
+
+def _block(n: int, changes: np.ndarray) -> int:
+    """The longest block that ends at each change and is what its number along ``n`` tells."""
+    common = math.gcd(*map(int, changes))
+    if not common:
+        return max(n, 1)
+    divisors = (d for d in range(common, 0, -1) if common % d == 0)
+    return next(d for d in divisors if group_size(n, -(-n // d)) == d)

@@ -322,6 +322,7 @@ def resized(entry: SitePlan, site: Site) -> SitePlan:
 def _sizing(site: Site, operands: Sequence[OperandPlan]) -> tuple[Sizing, Form]:
     bounds: list[int | None] = []
     lengths: list[int | None] = []
+    reals = ""  # the format of levels that are no integers
     for planned in operands:
         quantizer, operand = planned.quantizer, planned.operand
         if quantizer is None:
@@ -336,6 +337,7 @@ def _sizing(site: Site, operands: Sequence[OperandPlan]) -> tuple[Sizing, Form]:
         )
         folded = length == 1 or any(shape[axis] != 1 for axis in operand.window)
         bound = quantizer.format.largest_centered_code(symmetric=quantizer.symmetric)
+        reals = reals or (quantizer.format.name if bound is None else "")
         bounds.append(None if folded else bound)
         lengths.append(None if folded else length)
     length = sum_length(site.contraction_size, site.taps, lengths)
@@ -344,6 +346,10 @@ def _sizing(site: Site, operands: Sequence[OperandPlan]) -> tuple[Sizing, Form]:
     containers = [p.quantizer.format.max_bits if p.quantizer else None for p in operands]
     batch_groups = site.op is Op.CONV and not site.operands[0].free
     form = execution_form(
-        size, (containers[0], containers[1]), grouped=grouped, batch_groups=batch_groups
+        size,
+        (containers[0], containers[1]),
+        grouped=grouped,
+        batch_groups=batch_groups,
+        reals=reals,
     )
     return size, form

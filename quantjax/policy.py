@@ -7,18 +7,21 @@ import enum
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax.affine import QParams, qparams_from_range
+from quantjax.affine import DIVIDED, QParams, Scaling, mark_faults, qparams_from_range
 from quantjax.estimators import CLIPPED, Estimator
 from quantjax.fake_quant import Arithmetic
-from quantjax.formats import Format, integer
-from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken
+from quantjax.formats import UNIT, Format, Theta, integer
+from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken, reduce_to
 from quantjax.interpreter import Site
-from quantjax.ranges import MIN_MAX, IndexedRule, RangeRule
+from quantjax.ranges import MIN_MAX, FitRule, IndexedRule, RangeRule
 from quantjax.rounding import HALF_EVEN, Rounding
 from quantjax.selectors import Selector, weighted
 from quantjax.statistics import Statistics
+
+LARGEST_LEVEL = 2.0**60  # of which sums of 2^7 products of two are float32 numbers
 
 
 class RangeMode(enum.Enum):
@@ -39,27 +42,47 @@ class Quantizer:
     Attributes:
       format: which codes; its ``max_bits`` bounds every width of a sweep.
       bits: the width unless ``qj.calibrate`` is told another.
-      symmetric: zero point 0, or one that fits the range.
+      symmetric: zero point 0, or one that fits the range; only integers have one.
       granularity: who shares a scale.
-      rule: statistics to range, unless ``qj.calibrate`` is told another.
+      rule: statistics to range, or a fit to the tensor itself, unless ``qj.calibrate`` is told
+        another.
       range: fixed or live.
       rounding, estimator: forward and backward of a code.
+      scaling: how a real is divided by the scale.
     """
 
     format: Format
     bits: int
     symmetric: bool
     granularity: Granularity
-    rule: RangeRule = MIN_MAX
+    rule: RangeRule | FitRule = MIN_MAX
     range: RangeMode = RangeMode.FIXED
     rounding: Rounding = HALF_EVEN
     estimator: Estimator = CLIPPED
+    scaling: Scaling = DIVIDED
 
     def __post_init__(self) -> None:
+        if not self.symmetric and not self.format.has_zero_point:
+            raise errors.QuantizerError(
+                f"{self.format.name} has no zero point, so its range cannot be asymmetric",
+                why="its levels are no integers that could be moved",
+                fix="symmetric=True, or an integer format",
+            )
         if not 0 <= self.bits <= self.format.max_bits:
             raise errors.BitsError(
                 f"{self.bits} bits do not fit a container of {self.format.max_bits}",
                 fix=f"format=qj.integer(max_bits={max(self.bits, 1)}), or fewer bits",
+            )
+        if self.format.known_valid(self.bits) is False:
+            raise errors.BitsError(
+                f"{self.bits} bits are no width of {self.format.label(self.format.max_bits)}",
+                fix=f"bits={self.format.max_bits}, or a format that has this width",
+            )
+        if _overflows(self.format, self.bits):
+            raise errors.QuantizerError(
+                f"the levels of {self.format.label(self.bits)} are too large for sums of products",
+                why="products multiply levels, in float32, and scale what they give",
+                fix="scale_rule=qj.formats.UNIT, which makes it a cast, or fewer exponent bits",
             )
         if isinstance(self.granularity, PerToken) and self.range is RangeMode.FIXED:
             raise errors.QuantizerError(
@@ -71,13 +94,24 @@ class Quantizer:
     @property
     def arithmetic(self) -> Arithmetic:
         """The part that the arithmetic of one tensor needs."""
-        return Arithmetic(self.format, self.rounding, self.estimator)
+        return Arithmetic(self.format, self.rounding, self.estimator, self.scaling)
 
     def qparams(
-        self, stats: Statistics, bits: jax.Array, rule: RangeRule | IndexedRule | None = None
+        self,
+        stats: Statistics,
+        bits: jax.Array,
+        theta: Theta = (),
+        *,
+        rule: RangeRule | IndexedRule | None = None,
     ) -> QParams:
         """QParams from statistics at a width, by another rule than the quantizer's own if given."""
-        low, high, calibrated = (rule or self.rule).range(stats, self.format, bits)
+        chosen = rule or self.rule
+        if isinstance(chosen, FitRule):
+            raise errors.CalibrationError(
+                f"the rule {chosen.name} needs the tensor itself, and only statistics are there",
+                fix="a range rule such as qj.ranges.MIN_MAX, or range=qj.RangeMode.LIVE",
+            )
+        low, high, calibrated = chosen.range(stats, self.format, bits)
         return qparams_from_range(
             low,
             high,
@@ -85,11 +119,27 @@ class Quantizer:
             format=self.format,
             symmetric=self.symmetric,
             calibrated=calibrated,
+            theta=theta,
         )
+
+    def fitted(
+        self,
+        tensor: jax.Array,
+        bits: jax.Array,
+        *,
+        scale_shape: tuple[int, ...],
+        rule: FitRule,
+    ) -> QParams:
+        """QParams from the tensor itself at a width."""
+        x = jnp.asarray(tensor, jnp.float32)
+        finite = reduce_to(jnp.isfinite(x), scale_shape, jnp.all)
+        qparams = rule.fit(jnp.where(jnp.isfinite(x), x, 0.0), scale_shape, self.format, bits)
+        valid = self.format.valid_bits(qparams.bits, qparams.theta)
+        return mark_faults(qparams, calibrated=jnp.ones((), bool), finite=finite, valid=valid)
 
     def __str__(self) -> str:
         """``int4/channel``, ``uint8/tensor``, ``int8/token/live``."""
-        parts = [f"{self.format.name}{self.bits}", self.granularity.name]
+        parts = [self.format.label(self.bits), self.granularity.name]
         if self.range is not RangeMode.FIXED:
             parts.append(self.range.value)
         return "/".join(parts)
@@ -97,15 +147,19 @@ class Quantizer:
 
 def weight_quantizer(
     *,
-    bits: int = 8,
+    bits: int | None = None,
     format: Format | None = None,
     symmetric: bool = True,
     granularity: Granularity | None = None,
-    rule: RangeRule = MIN_MAX,
+    rule: RangeRule | FitRule = MIN_MAX,
+    range: RangeMode = RangeMode.FIXED,
     rounding: Rounding = HALF_EVEN,
     estimator: Estimator = CLIPPED,
+    scaling: Scaling = DIVIDED,
 ) -> Quantizer:
     """Signed symmetric full-range codes, one scale an output channel, unless told otherwise.
+
+    Without ``bits``, 8, or the width of a format's container that has no 8.
 
     Raises:
       QuantizerError: an unsigned format with a symmetric range, which has no negative codes.
@@ -113,6 +167,7 @@ def weight_quantizer(
     >>> str(weight_quantizer(bits=4))
     'int4/channel'
     """
+    bits = _width(bits, format)
     format = format or integer(max_bits=max(bits, 8))
     if symmetric and not format.signed:
         raise errors.QuantizerError(
@@ -126,27 +181,46 @@ def weight_quantizer(
         symmetric=symmetric,
         granularity=granularity or PerChannel(),
         rule=rule,
+        range=range,
         rounding=rounding,
         estimator=estimator,
+        scaling=scaling,
     )
 
 
 def activation_quantizer(
     *,
-    bits: int = 8,
+    bits: int | None = None,
     format: Format | None = None,
-    symmetric: bool = False,
+    symmetric: bool | None = None,
     granularity: Granularity | None = None,
-    rule: RangeRule = MIN_MAX,
+    rule: RangeRule | FitRule = MIN_MAX,
     range: RangeMode = RangeMode.FIXED,
     rounding: Rounding = HALF_EVEN,
     estimator: Estimator = CLIPPED,
+    scaling: Scaling = DIVIDED,
 ) -> Quantizer:
     """Unsigned asymmetric codes, one scale a tensor, unless told otherwise.
+
+    Without ``bits``, 8, or the width of a format's container that has no 8. A format without a zero
+    point is symmetric.
+
+    Raises:
+      QuantizerError: a fixed range by a rule that needs the tensor itself; parts that contradict
+        one another.
 
     >>> str(activation_quantizer(bits=8))
     'uint8/tensor'
     """
+    bits = _width(bits, format)
+    if symmetric is None:
+        symmetric = format is not None and not format.has_zero_point
+    if isinstance(rule, FitRule) and range is RangeMode.FIXED:
+        raise errors.QuantizerError(
+            f"the rule {rule.name} needs the tensor itself, which calibration does not keep",
+            where="activations with a fixed range",
+            fix="range=qj.RangeMode.LIVE, or a range rule such as qj.ranges.MIN_MAX",
+        )
     return Quantizer(
         format=format or integer(max_bits=max(bits, 8), signed=symmetric),
         bits=bits,
@@ -156,7 +230,28 @@ def activation_quantizer(
         range=range,
         rounding=rounding,
         estimator=estimator,
+        scaling=scaling,
     )
+
+
+def _overflows(format: Format, bits: int) -> bool:
+    """Whether sums of products of two levels can leave float32."""
+    if bits == 0 or format.scale_rule == UNIT or format.largest_centered_code(symmetric=False):
+        return False
+    try:
+        with jax.ensure_compile_time_eval():
+            _, high = format.level_range(jnp.asarray(bits, jnp.float32))
+    except errors.FormatError:  # levels that only calibration will give, about 1
+        return False
+    return bool(high > LARGEST_LEVEL)
+
+
+def _width(bits: int | None, format: Format | None) -> int:
+    if bits is not None:
+        return bits
+    if format is None or format.known_valid(8):
+        return 8
+    return format.max_bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,87 +3,121 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import QParams
+from quantjax.affine import DIVIDED, QParams, Scaling
 from quantjax.fake_quant import Arithmetic, centered_codes, check_floating
-from quantjax.formats import Format
+from quantjax.formats import Format, Theta
 from quantjax.granularity import expand
+from quantjax.packing import Packing, can_pack, pack, unpack
 from quantjax.rounding import HALF_EVEN, Rounding
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("codes", "qparams"),
-    meta_fields=("format", "dtype"),
+    data_fields=("stored", "qparams"),
+    meta_fields=("format", "dtype", "packing"),
 )
 class QTensor:
-    """Integer codes with the parameters that give them meaning; a pytree.
+    """Codes with the parameters that give them meaning; a pytree.
 
-    Groups are found from the shapes of codes and scale, never from stored axes, so a ``QTensor``
-    survives ``vmap``, ``scan``, slicing and stacking of its leaves.
+    Codes of 4, 2 and 1 bits are stored 2, 4 and 8 a byte, along the last axis. Groups are found
+    from the shapes of codes and scale, never from stored axes, so a ``QTensor`` survives ``vmap``,
+    ``scan``, slicing and stacking of its leaves along every axis but the last.
 
     Attributes:
-      codes: integers in ``format.storage_dtype``, one an entry.
-      qparams: scale, zero point and width.
+      stored: the codes as they lie in memory; packed where ``packing`` says so.
+      qparams: scale, zero point, width and the format's own parameters.
       format: static.
       dtype: static; what :meth:`dequantize` returns and what the float tensor was.
+      packing: static; None for one code an entry.
     """
 
-    codes: Int[Array, "..."]
+    stored: Int[Array, "..."]
     qparams: QParams
     format: Format
     dtype: jnp.dtype
+    packing: Packing | None
 
-    def __init__(self, codes: Any, qparams: QParams, format: Format, dtype: Any) -> None:
-        self.codes, self.qparams = codes, qparams
-        self.format, self.dtype = format, dtype
+    def __init__(
+        self,
+        stored: Any,
+        qparams: QParams,
+        format: Format,
+        dtype: Any,
+        packing: Packing | None = None,
+    ) -> None:
+        self.stored, self.qparams = stored, qparams
+        self.format, self.dtype, self.packing = format, dtype, packing
+
+    @property
+    def codes(self) -> Int[Array, "..."]:
+        """One code an entry, in ``format.storage_dtype``."""
+        return self.stored if self.packing is None else unpack(self.stored, self.packing)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor that the codes stand for."""
-        return tuple(self.codes.shape)
+        shape = tuple(self.stored.shape)
+        return shape if self.packing is None else (*shape[:-1], self.packing.length)
 
     @property
     def ndim(self) -> int:
         """Rank of the tensor."""
-        return int(self.codes.ndim)
+        return int(self.stored.ndim)
 
     @property
     def size(self) -> int:
         """Number of entries."""
-        return int(self.codes.size)
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and parameters together."""
-        leaves = jax.tree.leaves((self.codes, self.qparams))
+        leaves = jax.tree.leaves((self.stored, self.qparams))
         return sum(int(leaf.size) * int(leaf.dtype.itemsize) for leaf in leaves)
 
+    def levels(self) -> Array:
+        """The level of each code: the integer itself, else float32."""
+        codes, (bits, theta) = self.codes, (self.qparams.bits, self.qparams.theta)
+        if self.format.largest_centered_code(symmetric=True) is not None:
+            return codes
+
+        def decode(codes: jax.Array, bits: jax.Array, theta: Theta) -> jax.Array:
+            spread = lambda array: expand(array, codes.shape)  # noqa: E731
+            return self.format.decode(codes, bits, self.format.map_groups(theta, spread))
+
+        for _ in range(jnp.ndim(bits)):  # layers, which have widths each
+            decode = jax.vmap(decode)
+        return decode(codes, bits, theta)
+
     def dequantize(self) -> Float[Array, "..."]:
-        """``scale · (codes - round(zero_point))``, in float32, cast to ``dtype``."""
-        scale = expand(jnp.asarray(self.qparams.scale, jnp.float32), self.codes.shape)
-        zero_point = expand(jnp.asarray(self.qparams.zero_point, jnp.float32), self.codes.shape)
-        centered = self.codes.astype(jnp.float32) - jnp.round(zero_point)
-        return (centered * scale).astype(self.dtype)
+        """``scale · (level - round(zero_point))``, in float32, cast to ``dtype``."""
+        levels = self.levels().astype(jnp.float32)
+        scale = expand(jnp.asarray(self.qparams.scale, jnp.float32), levels.shape)
+        zero_point = expand(jnp.asarray(self.qparams.zero_point, jnp.float32), levels.shape)
+        return ((levels - jnp.round(zero_point)) * scale).astype(self.dtype)
 
     def __repr__(self) -> str:
         # Leaves need not be arrays: trees of shapes, of None, of booleans are printed as well.
-        shape = "x".join(map(str, getattr(self.codes, "shape", ()))) or "scalar"
+        shape = "x".join(map(str, self.shape if hasattr(self.stored, "shape") else ())) or "scalar"
         scales = "x".join(map(str, getattr(self.qparams.scale, "shape", ()))) or "scalar"
         bits = concrete(self.qparams.bits)
         if bits is None or not np.issubdtype(bits.dtype, np.number):  # a tracer or a spec
-            width = "?"
+            label = f"{self.format.name}?"
+        elif np.unique(bits).size == 1:
+            label = self.format.label(int(np.ravel(bits)[0]))
         else:
-            width = ",".join(f"{b:g}" for b in np.ravel(bits)[:4])
-        return f"QTensor({self.format.name}{width}[{shape}], scale[{scales}], {self.dtype})"
+            label = self.format.name + ",".join(f"{b:g}" for b in np.ravel(bits)[:4])
+        return f"QTensor({label}[{shape}], scale[{scales}], {self.dtype})"
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -92,21 +126,32 @@ def is_quantized(leaf: Any) -> bool:
 
 
 def encode(
-    x: Float[Array, "..."], qparams: QParams, format: Format, *, rounding: Rounding = HALF_EVEN
+    x: Float[Array, "..."],
+    qparams: QParams,
+    format: Format,
+    *,
+    rounding: Rounding = HALF_EVEN,
+    scaling: Scaling = DIVIDED,
+    key: PRNGKeyArray | None = None,
 ) -> QTensor:
-    """The codes of ``x``: ``clip(round(x/s) + z, low, high)``, stored in the format's container.
+    """The codes of ``x``, stored in the format's container, packed where that is below a byte.
 
+    For integers ``clip(round(x/s) + z, low, high)``.
     ``encode(x, p, f).dequantize()`` equals ``fake_quant`` of ``x`` exactly.
 
     Args:
       x: float array; float32 arithmetic whatever its dtype.
       qparams: its parameters; ``bits`` may be traced but must not be 0.
+      format: whose codes.
+      rounding, scaling: default half to even, of a true quotient.
+      key: for a random rounding.
 
     Raises:
       BitsError: a concrete width of 0: a tensor that passes through has no codes; or one that the
         container does not hold.
-      DataError: a concrete tensor with NaN, for which no integer code stands. Under a trace, check
+      DataError: a concrete tensor with NaN, for which no code stands. Under a trace, check
         beforehand: an integer array cannot carry NaN.
+      KeyMissingError: a random rounding without a key.
 
     >>> import jax.numpy as jnp
     >>> from quantjax.formats import integer
@@ -114,20 +159,7 @@ def encode(
     >>> encode(jnp.array([1.2, 3.5, -127.5, 129.0, -1300.0]), p, integer()).codes.tolist()
     [1, 4, -128, 127, -128]
     """
-    bits = concrete(qparams.bits)
-    if bits is not None and np.any(bits == 0):
-        raise errors.BitsError(
-            "a tensor at 0 bits (bypass) has no codes",
-            where=f"qj.encode of shape {jnp.shape(x)}",
-            fix="give a width of 1 or more, or keep the float tensor",
-        )
-    if bits is not None and not np.all(np.isin(bits, np.arange(1, format.max_bits + 1))):
-        raise errors.BitsError(
-            f"bits = {bits} is no width of a container of {format.max_bits} bits",
-            where=f"qj.encode of shape {jnp.shape(x)}",
-            why="codes that the container does not hold would be stored as others",
-            fix=f"a whole number from 1 to {format.max_bits}, or qj.integer(max_bits=16)",
-        )
+    _check_bits(x, qparams, format)
     known = concrete(x)
     if known is not None and np.any(np.isnan(known)):
         raise errors.DataError(
@@ -137,7 +169,47 @@ def encode(
         )
     x = jnp.asarray(x)
     check_floating(x, "qj.encode")
-    arithmetic = Arithmetic(format, rounding)
+    codes = encode_codes(x, qparams, format, rounding, key, scaling)
+    return packed(codes, qparams, format, x.dtype)
+
+
+def encode_codes(
+    x: Float[Array, "..."],
+    qparams: QParams,
+    format: Format,
+    rounding: Rounding = HALF_EVEN,
+    key: PRNGKeyArray | None = None,
+    scaling: Scaling = DIVIDED,
+) -> Int[Array, "..."]:
+    """The codes alone, one an entry, nothing checked."""
     zero_point = jnp.round(expand(jnp.asarray(qparams.zero_point, jnp.float32), x.shape))
-    codes = centered_codes(x, qparams, arithmetic) + zero_point
-    return QTensor(codes.astype(format.storage_dtype), qparams, format, x.dtype)
+    arithmetic = Arithmetic(format, rounding, scaling=scaling)
+    levels = centered_codes(x, qparams, arithmetic, key) + zero_point
+    spread = lambda array: expand(jnp.asarray(array, jnp.float32), x.shape)  # noqa: E731
+    theta = format.map_groups(qparams.theta, spread)
+    return format.encode(levels, jnp.asarray(qparams.bits, jnp.float32), theta)
+
+
+def packed(codes: Int[Array, "..."], qparams: QParams, format: Format, dtype: Any) -> QTensor:
+    """A :class:`QTensor` of codes that come one an entry."""
+    if not can_pack(format.code_bits, codes.ndim):
+        return QTensor(codes, qparams, format, dtype)
+    stored, packing = pack(codes, format.code_bits, signed=codes.dtype == jnp.int8)
+    return QTensor(stored, qparams, format, dtype, packing)
+
+
+def _check_bits(x: Any, qparams: QParams, format: Format) -> None:
+    bits = concrete(qparams.bits)
+    if bits is not None and np.any(bits == 0):
+        raise errors.BitsError(
+            "a tensor at 0 bits (bypass) has no codes",
+            where=f"qj.encode of shape {jnp.shape(x)}",
+            fix="give a width of 1 or more, or keep the float tensor",
+        )
+    if format.known_valid(qparams.bits, qparams.theta) is False:
+        raise errors.BitsError(
+            f"bits = {bits} is no width of {format.name} in a container of {format.max_bits} bits",
+            where=f"qj.encode of shape {jnp.shape(x)}",
+            why="codes that the container does not hold would be stored as others",
+            fix=f"a whole number up to {format.max_bits}, or a larger container",
+        )

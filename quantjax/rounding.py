@@ -1,7 +1,9 @@
 """How a real number becomes an integer: named values, never implied.
 
 A :class:`Rounding` is a named pure function. The default of every quantizer is :data:`HALF_EVEN`,
-which is what IEEE 754, ONNX, TFLite's float kernels and NumPy's ``rint`` do.
+which is what IEEE 754, ONNX, TFLite's float kernels and NumPy's ``rint`` do. Every number format
+rounds by the same five: a format says where a real lies between its neighbours, in units of their
+distance, and the rounding says which of the two it becomes.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+from quantjax import errors
 
 
 class Rounding(NamedTuple):
@@ -18,13 +23,48 @@ class Rounding(NamedTuple):
 
     Attributes:
       name: what it prints as.
-      apply: float32 array -> float32 array of the same shape holding integers.
+      apply: float32 array -> float32 array of the same shape holding integers; NaN stays NaN, and
+        infinities stay. One that is random takes a second array of that shape, uniform on (0, 1).
       is_nearest: whether ``|apply(x) - x| <= 1/2`` everywhere (the half-step law holds).
+      is_random: whether ``apply`` still needs noise, and so a key.
     """
 
     name: str
-    apply: Callable[[jax.Array], jax.Array]
+    apply: Callable[..., jax.Array]
     is_nearest: bool
+    is_random: bool = False
+
+    def given(self, noise: jax.Array | None) -> Rounding:
+        """The same rule with its noise filled in, so that ``apply`` takes the values alone.
+
+        What is random is so no longer: the noise decides. The result lives in the trace of the
+        noise and is no static value; it equals no other.
+
+        Raises:
+          KeyMissingError: no noise for a random rounding.
+        """
+        if not self.is_random:
+            return self
+        if noise is None:
+            raise errors.KeyMissingError(
+                f"the rounding {self.name} is random and was given no key",
+                why="randomness comes from explicit keys only",
+                fix="key=jax.random.key(0)",
+            )
+        return self._replace(apply=lambda values: self.apply(values, noise), is_random=False)
+
+    def noise(self, key: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
+        """What :meth:`given` needs: a uniform float32 number on (0, 1) for each value, or None.
+
+        None where the rounding is not random, and without a key (:meth:`given` then raises).
+        The numbers are ``(k + 1/2) / 2^23``, ``k`` uniform on ``0 .. 2^23 - 1``: the centres of
+        2^23 equal intervals. Their left ends, which ``jax.random.uniform`` returns, would round
+        values between two such numbers up a little too often.
+        """
+        if not self.is_random or key is None:
+            return None
+        k = jax.random.bits(key, shape, jnp.uint32) >> jnp.uint32(9)
+        return (k.astype(jnp.float32) + 0.5) * 2.0**-23
 
 
 def _half_even(values: jax.Array) -> jax.Array:
@@ -33,6 +73,13 @@ def _half_even(values: jax.Array) -> jax.Array:
 
 def _half_away(values: jax.Array) -> jax.Array:
     return lax.round(values, lax.RoundingMethod.AWAY_FROM_ZERO)
+
+
+def _stochastic(values: jax.Array, noise: jax.Array) -> jax.Array:
+    # Not floor(values + noise): that sum is rounded, so that large values lose their fraction and
+    # integers beyond 2^23 move. The fraction of NaN and of infinities is NaN; no noise is below it.
+    below = lax.floor(values)
+    return below + (noise < values - below).astype(values.dtype)
 
 
 HALF_EVEN = Rounding("half_even", _half_even, is_nearest=True)
@@ -53,3 +100,40 @@ HALF_AWAY = Rounding("half_away", _half_away, is_nearest=True)
 
 Source: IEEE Std 754-2019, section 4.3.1, roundTiesToAway.
 """
+
+FLOOR = Rounding("floor", lax.floor, is_nearest=False)
+"""The largest integer that is not above.
+
+>>> [float(v) for v in FLOOR.apply(jnp.array([-1.5, -0.5, 0.5, 1.0]))]
+[-2.0, -1.0, 0.0, 1.0]
+
+Source: IEEE Std 754-2019, section 4.3.2, roundTowardNegative.
+"""
+
+CEIL = Rounding("ceil", lax.ceil, is_nearest=False)
+"""The smallest integer that is not below.
+
+>>> [float(v) for v in CEIL.apply(jnp.array([-1.5, 0.5, 1.0]))]
+[-1.0, 1.0, 1.0]
+
+Source: IEEE Std 754-2019, section 4.3.2, roundTowardPositive.
+"""
+
+STOCHASTIC = Rounding("stochastic", _stochastic, is_nearest=False, is_random=True)
+"""``⌊x⌋ + 1`` with probability ``x - ⌊x⌋``, else ``⌊x⌋``: unbiased, ``E[q] = x``.
+
+Integers stay, whatever the noise. Needs a key. The probability is a multiple of ``2^-23``: exact
+for all ``|x| >= 1`` and off by less than ``2^-23``, to either side, below that. A fraction of
+``2^-24`` or less never rounds up.
+
+>>> import jax
+>>> noise = STOCHASTIC.noise(jax.random.key(0), (10_000,))
+>>> values = STOCHASTIC.given(noise).apply(jnp.full(10_000, 2.25))
+>>> sorted({float(v) for v in values}), bool(abs(values.mean() - 2.25) < 0.02)
+([2.0, 3.0], True)
+
+Source: Gupta et al., Deep learning with limited numerical precision, 2015, section 3.1.
+"""
+
+ROUNDINGS = (HALF_EVEN, HALF_AWAY, FLOOR, CEIL, STOCHASTIC)
+"""All of them."""

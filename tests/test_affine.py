@@ -12,7 +12,15 @@ from hypothesis.extra import numpy as npst
 from numpy.testing import assert_array_equal
 
 from quantjax import Fault, QParams, fake_quant, integer
-from quantjax.affine import SMALLEST_SCALE, divide_by_scale, is_bypassed, qparams_from_range
+from quantjax.affine import (
+    DIVIDED,
+    RECIPROCAL,
+    RECIPROCAL_ADDED,
+    SMALLEST_SCALE,
+    is_bypassed,
+    qparams_from_range,
+)
+from quantjax.formats import divide_by_scale
 from tests.oracles import affine as oracle
 from tests.oracles.integers import Integers, bounds
 
@@ -212,3 +220,28 @@ def test_division_has_the_derivative_of_a_division():
 def test_bypass_is_a_width_of_zero_and_nothing_else():
     bits = jnp.array([0.0, -0.0, 1.0, 0.5, -1.0, jnp.nan])
     assert is_bypassed(bits).tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("scaling", [DIVIDED, RECIPROCAL, RECIPROCAL_ADDED], ids=lambda s: s.name)
+@pytest.mark.parametrize("zero_point", [0, 17, -128])
+def test_a_scaling_is_the_same_compiled_and_not(scaling, zero_point):
+    # Ties, where a fused multiply-add would tell, and all between.
+    scale = np.float32(0.033)
+    steps = np.concatenate([np.arange(-300, 300) + 0.5, np.random.default_rng(0).normal(size=5000)])
+    x = jnp.asarray(np.float32(steps - zero_point) * scale)
+
+    def codes(x, scale):
+        zero = jnp.float32(zero_point)
+        return fake_quant(x, scale, zero, scaling=scaling)
+
+    assert_array_equal(jax.jit(codes)(x, scale), codes(x, jnp.asarray(scale)))
+
+
+def test_scalings_by_hand():
+    ties = jnp.array([-0.5, 0.5])
+    assert fake_quant(ties, 1.0, 1, scaling=DIVIDED).tolist() == [0, 0]
+    assert fake_quant(ties, 1.0, 1, scaling=RECIPROCAL_ADDED).tolist() == [-1, 1]
+    # 1/1.7 is rounded down, and so is its product with 12.75 = 7.5 · 1.7.
+    x, scale = jnp.float32(12.75), jnp.float32(1.7)
+    assert float(fake_quant(x, scale, scaling=DIVIDED)) == float(8 * scale)
+    assert float(fake_quant(x, scale, scaling=RECIPROCAL)) == float(7 * scale)

@@ -22,9 +22,9 @@ THIS = Path(__file__).relative_to(ROOT).as_posix()
 # A room (module or folder directly below quantjax/) imports from its own layer and earlier ones.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "_compat", "printing"}),
-    frozenset({"formats", "granularity", "rounding", "affine"}),
+    frozenset({"formats", "granularity", "rounding", "affine", "packing"}),
     frozenset({"qtensor", "fake_quant", "estimators"}),
-    frozenset({"statistics", "ranges"}),
+    frozenset({"statistics", "ranges", "contract"}),
     frozenset({"policy", "selectors", "presets", "data_free", "interpreter"}),
     frozenset({"products", "layout"}),
     frozenset({"planning", "integers"}),

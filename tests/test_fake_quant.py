@@ -70,7 +70,7 @@ def test_a_scalar_tensor():
 @pytest.mark.parametrize("bits", [-1, 17, 2.5, np.nan, np.inf, np.float32(7.9)])
 def test_widths_that_are_none_raise(bits):
     for call in (fake_quant, jax.jit(lambda x, s: fake_quant(x, s, bits=bits))):
-        with pytest.raises(errors.BitsError, match="whole number from 0 to 16") as caught:
+        with pytest.raises(errors.BitsError, match=r"no whole width of u?int") as caught:
             call(X, 0.1) if call is not fake_quant else call(X, 0.1, bits=bits)
         assert "bits=8" in caught.value.fix
 

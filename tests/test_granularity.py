@@ -12,9 +12,11 @@ from numpy.testing import assert_array_equal
 
 import quantjax
 from quantjax import PerChannel, PerGroup, PerTensor, PerToken, errors
+from quantjax import granularity as granularity_of
 from quantjax.granularity import (
     Granularity,
     OperandAxes,
+    Remainder,
     expand,
     reduce_to,
 )
@@ -82,6 +84,12 @@ def test_a_group_that_does_not_divide_is_told_one_that_does(n, size, axis):
         granularity.scale_shape(*operand, is_weight=True)
     text = str(caught.value)
     assert all(part in text for part in (f"groups of {size} ", f"size {n}", f"({n}, 10)"))
+    shorter = re.search(r"qj\..*", caught.value.why)
+    assert bool(shorter) == (size >= 1)
+    if shorter:
+        allowed = eval(shorter[0], {"qj": granularity_of})
+        assert allowed == PerGroup(size, axis=axis, remainder=Remainder.SHORTER)
+        assert allowed.scale_shape(*operand, is_weight=True) == (-(-n // size), 10)
     suggested = eval(caught.value.fix, {"qj": quantjax})
     assert suggested == PerGroup(suggested.size, axis=axis)
     assert suggested.scale_shape(*operand, is_weight=True) == (n // suggested.size, 10)

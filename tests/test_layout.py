@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantjax import errors
+from quantjax.granularity import check_scale_shape
 from quantjax.interpreter import trace
 from quantjax.layout import (
     STEP,
@@ -21,9 +23,9 @@ from quantjax.layout import (
     scale_in_parameter,
     scale_in_product,
 )
-from tests.oracles.integers import spread
+from tests.test_granularity_blocks import numbers_of_groups, runs, spread
 
-SIZES = st.sampled_from([1, 2, 3, 4, 6])
+SIZES = st.sampled_from([1, 2, 3, 4, 5, 6])
 
 
 class Chain(NamedTuple):
@@ -46,7 +48,7 @@ def factorizations(size: int, axes: int) -> list[tuple[int, ...]]:
 
 @st.composite
 def chains(draw: st.DrawFn, most: int = 5) -> Chain:
-    """At most so many moves; the blocks divide the axes of the product."""
+    """At most so many moves; blocks of the product may leave a shorter last one."""
     shape = tuple(draw(st.lists(SIZES, min_size=1, max_size=4)))
     path: list[Move] = []
     steps: list[int] = []
@@ -74,7 +76,7 @@ def chains(draw: st.DrawFn, most: int = 5) -> Chain:
             move = Move(name, {}, now, after)
             now = after
         path.append(move)
-    blocks = [draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0])) for n in now]
+    blocks = [draw(st.sampled_from(numbers_of_groups(n))) for n in now]
     return Chain(shape, tuple(path), tuple(steps), now, tuple(blocks))
 
 
@@ -122,7 +124,7 @@ def test_a_scale_at_the_parameter_means_the_same_as_in_the_product(chain):
     scale = distinct(chain)
     at_parameter = np.asarray(scale_in_parameter(jnp.asarray(scale), chain.path, len(chain.steps)))
     assert at_parameter.ndim == len(chain.shape)
-    assert all(n % s == 0 for n, s in zip(chain.shape, at_parameter.shape, strict=True))
+    check_scale_shape(chain.shape, at_parameter.shape)
     expanded = spread(scale, (*chain.steps, *chain.product))
     np.testing.assert_array_equal(spread(at_parameter, chain.shape), back(expanded, chain))
 
@@ -146,9 +148,11 @@ def test_the_blocks_behind_one_move_are_the_coarsest(chain):
     found = np.asarray(scale_in_parameter(jnp.asarray(scale), chain.path, len(chain.steps)))
     truth = back(spread(scale, (*chain.steps, *chain.product)), chain)
     for axis, (n, count) in enumerate(zip(chain.shape, found.shape, strict=True)):
-        coarser = [c for c in range(1, count) if count % c == 0]
-        for c in coarser:
-            length = n // c
+        cuts = set(np.cumsum(runs(n, count)))
+        for c in (c for c in numbers_of_groups(n) if c < count):
+            if not set(np.cumsum(runs(n, c))) <= cuts:
+                continue
+            length = -(-n // c)
             first = np.take(truth, np.arange(n) // length * length, axis=axis)
             assert not np.array_equal(first, truth), f"axis {axis}: {c} blocks are enough"
 
@@ -180,6 +184,31 @@ def test_groups_that_a_reshape_cuts():
     """Runs of 2 in 6 entries that are 2 rows of 3: no coarser blocks hold them apart."""
     found = scale_in_parameter(jnp.array([1.0, 2.0, 3.0]), (Move("reshape", {}, (2, 3), (6,)),), 0)
     np.testing.assert_array_equal(found, [[1.0, 1.0, 2.0], [2.0, 3.0, 3.0]])
+
+
+def test_a_shorter_group_stays_last():
+    """4, 4, 2 of 10 entries that are 5 rows of 2: two rows, two rows and one."""
+    move = (Move("reshape", {}, (5, 2), (10,)),)
+    found = scale_in_parameter(jnp.array([1.0, 2.0, 3.0]), move, 0)
+    np.testing.assert_array_equal(found, [[1.0], [2.0], [3.0]])
+    np.testing.assert_array_equal(scale_in_product(found, move, (3,)), [1.0, 2.0, 3.0])
+
+
+def test_a_shorter_group_that_is_turned_to_the_front():
+    """4, 4, 2 from behind is 2, 4, 4: five blocks of 2 hold it."""
+    move = (Move("rev", {"dimensions": (0,)}, (10,), (10,)),)
+    found = scale_in_parameter(jnp.array([1.0, 2.0, 3.0]), move, 0)
+    np.testing.assert_array_equal(found, [3.0, 2.0, 2.0, 1.0, 1.0])
+    np.testing.assert_array_equal(scale_in_product(found, move, (3,)), [1.0, 2.0, 3.0])
+
+
+def test_a_scale_that_does_not_stand_for_the_groups_of_the_plan():
+    """Groups of 5 know nothing of groups of 4."""
+    transposed = (Move("transpose", {"permutation": (1, 0)}, (3, 10), (10, 3)),)
+    with pytest.raises(errors.GranularityError, match=r"\(2, 1\).*\(3, 1\)"):
+        scale_in_product(jnp.ones((1, 2)), transposed, (3, 1))
+    with pytest.raises(errors.GranularityError, match="unknown"):
+        scale_in_product(jnp.ones((4, 1)), (), (2, 1))
 
 
 def test_the_moves_of_a_traced_weight():

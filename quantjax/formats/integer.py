@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax.formats.base import Format
+from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta
+from quantjax.formats.scales import REAL, ScaleRule
 from quantjax.rounding import Rounding
 
 MAX_CONTAINER_BITS = 16
@@ -46,8 +47,24 @@ class IntegerFormat(Format):
 
     @property
     def name(self) -> str:
-        """``int``, ``uint``, ``int-narrow`` or ``uint-narrow``."""
-        return ("int" if self.signed else "uint") + ("-narrow" if self.narrow else "")
+        """``int``, ``uint``, ``int-narrow``, ``uint-narrow``, and the scale rule: ``int-pow2``."""
+        family = ("int" if self.signed else "uint") + ("-narrow" if self.narrow else "")
+        return self.named(family)
+
+    @property
+    def laws(self) -> frozenset[Law]:
+        """All, but ODD for codes that are not symmetric and ZERO where 0 is no code."""
+        missing = set() if self.signed and self.narrow else {Law.ODD}
+        if self.max_bits == 1 and self.signed:
+            missing |= {Law.ODD, Law.ZERO}
+        if self.narrow and not self.signed:
+            missing.add(Law.ZERO)
+        return ALL_LAWS - missing
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Integers can be moved."""
+        return True
 
     @property
     def storage_dtype(self) -> jnp.dtype:
@@ -57,8 +74,9 @@ class IntegerFormat(Format):
             return jnp.dtype(jnp.int8 if small else jnp.int16)
         return jnp.dtype(jnp.uint8 if small else jnp.uint16)
 
-    def code_range(self, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def level_range(self, bits: jax.Array, theta: Theta = ()) -> tuple[jax.Array, jax.Array]:
         """See the table of the class."""
+        del theta
         bits = jnp.asarray(bits, jnp.float32)
         one = bits == 1.0
         if self.signed:
@@ -68,10 +86,10 @@ class IntegerFormat(Format):
         low = jnp.where(one, 0.0, 1.0) if self.narrow else jnp.zeros_like(bits)
         return low, _power_of_two(bits) - 1.0
 
-    def steps(self, bits: jax.Array, *, symmetric: bool) -> jax.Array:
+    def steps(self, bits: jax.Array, *, symmetric: bool, theta: Theta = ()) -> jax.Array:
         """Symmetric signed: ``2^(b-1)`` full, ``2^(b-1)-1`` narrow; otherwise ``high - low``."""
         bits = jnp.asarray(bits, jnp.float32)
-        low, high = self.code_range(bits)
+        low, high = self.level_range(bits, theta)
         if not symmetric:
             return high - low
         if not self.signed:
@@ -80,16 +98,34 @@ class IntegerFormat(Format):
         return jnp.maximum(half - 1.0, 1.0) if self.narrow else half
 
     def snap(
-        self, scaled: jax.Array, zero_point: jax.Array, bits: jax.Array, rounding: Rounding
-    ) -> jax.Array:
-        """``clip(round(x/s) + z, low, high)``; one signed bit: ``+1`` where ``x/s + z >= 0``."""
-        low, high = self.code_range(bits)
-        codes = jnp.clip(rounding.apply(scaled) + zero_point, low, high)
-        if not self.signed:
-            return codes
-        shifted = scaled + zero_point
-        signs = jnp.where(jnp.isnan(shifted), shifted, jnp.where(shifted >= 0.0, 1.0, -1.0))
-        return jnp.where(bits == 1.0, signs, codes)
+        self,
+        scaled: jax.Array,
+        zero_point: jax.Array,
+        bits: jax.Array,
+        rounding: Rounding,
+        theta: Theta = (),
+    ) -> Snapped:
+        """``clip(round(x/s) + z, low, high)``.
+
+        One signed bit: ``+1`` where ``x/s + z >= 0``; other roundings than to the nearest choose
+        between -1 and +1 as they do between neighbouring integers.
+        """
+        low, high = self.level_range(bits, theta)
+        unclipped = rounding.apply(scaled) + zero_point
+        levels = jnp.clip(unclipped, low, high)
+        if self.signed:
+            shifted = scaled + zero_point
+            if rounding.is_nearest:
+                signs = jnp.where(shifted >= 0.0, 1.0, -1.0)
+            else:
+                signs = 2.0 * rounding.apply(0.5 * jnp.clip(shifted, -1.0, 1.0) + 0.5) - 1.0
+            signs = jnp.where(jnp.isnan(shifted), shifted, signs)
+            levels = jnp.where(bits == 1.0, signs, levels)
+        return Snapped(levels, unclipped)
+
+    def narrowed(self, bits: int) -> IntegerFormat:
+        """The same codes in a container of ``bits``; one signed bit has codes of its own."""
+        return dataclasses.replace(self, max_bits=min(max(bits, 1), self.max_bits))
 
     def largest_centered_code(self, *, symmetric: bool) -> int:
         """``2^(max_bits-1)`` for signed symmetric codes, ``2^max_bits - 1`` for all others."""
@@ -97,28 +133,32 @@ class IntegerFormat(Format):
             return 1 << (self.max_bits - 1)
         return max((1 << self.max_bits) - 1, 2)
 
-    def valid_bits(self, bits: jax.Array) -> jax.Array:
-        """Whole numbers 0 (bypass) to ``max_bits``."""
-        return (bits >= 0.0) & (bits <= float(self.max_bits)) & (bits == jnp.floor(bits))
 
-
-def integer(*, max_bits: int = 8, signed: bool = True, narrow: bool = False) -> IntegerFormat:
+def integer(
+    *,
+    max_bits: int = 8,
+    signed: bool = True,
+    narrow: bool = False,
+    scale_rule: ScaleRule = REAL,
+) -> IntegerFormat:
     """An integer format whose widths in use are at most ``max_bits``.
 
     Args:
       max_bits: bits of the container, 1 to 16; the width in use is an array in ``QParams``.
       signed: two's complement, or unsigned.
       narrow: leave out the lowest code, so that signed codes are symmetric around zero.
+      scale_rule: ``qj.formats.POWER_OF_TWO`` makes it dynamic fixed point: a sign, integer bits and
+        ``-log2 scale`` fraction bits, chosen for each tensor or group.
 
     Raises:
       FormatError: ``max_bits`` outside 1..16.
 
     >>> import jax.numpy as jnp
-    >>> low, high = integer(max_bits=8).code_range(jnp.array([1.0, 2.0, 4.0, 8.0]))
+    >>> low, high = integer(max_bits=8).level_range(jnp.array([1.0, 2.0, 4.0, 8.0]))
     >>> [int(v) for v in low], [int(v) for v in high]
     ([-1, -2, -8, -128], [1, 1, 7, 127])
 
     Source: Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, 2018,
     section 2.
     """
-    return IntegerFormat(max_bits=max_bits, signed=signed, narrow=narrow)
+    return IntegerFormat(max_bits=max_bits, signed=signed, narrow=narrow, scale_rule=scale_rule)

@@ -33,12 +33,15 @@ from quantjax.products.groups import (
 
 
 class _Kernel(NamedTuple):
-    """Sums of one product: of products, and of each operand alone, in the output's layout."""
+    """Sums of one product: of products, and of each operand alone, in the output's layout.
+
+    ``length`` is the number of products in a sum; of a block without what fills it up.
+    """
 
     multiply: Callable[[jax.Array, jax.Array], jax.Array]
     left_sums: Callable[[jax.Array], jax.Array]
     right_sums: Callable[[jax.Array], jax.Array]
-    length: int
+    length: int | jax.Array
 
 
 def integer_product(product: Product, lhs: IntegerOperand, rhs: IntegerOperand) -> jax.Array:
@@ -164,7 +167,11 @@ def padded(product: Product, lhs: IntegerOperand) -> tuple[jax.Array, _Padding]:
 
 
 def _by_group(product: Product, lhs: IntegerOperand, rhs: IntegerOperand, length: int) -> jax.Array:
-    """``Σ_groups (Σ (q_lhs - z_lhs)(q_rhs - z_rhs)) · (s_lhs · s_rhs)``, groups in order."""
+    """``Σ_groups (Σ (q_lhs - z_lhs)(q_rhs - z_rhs)) · (s_lhs · s_rhs)``, groups in order.
+
+    A block that is filled up holds codes 0, not zero points: they add nothing to any of the sums of
+    codes, and ``n`` counts the products that are there.
+    """
     if product.op is Op.CONV:
         left, padding = padded(product, lhs)
         kernel = _conv_kernel(product, padding, length)
@@ -176,13 +183,12 @@ def _by_group(product: Product, lhs: IntegerOperand, rhs: IntegerOperand, length
             lambda b: jnp.sum(b, axis=-1, dtype=jnp.int32)[..., None, :],
             length,
         )
-    parts = blocks.split(product, left, rhs.codes, length)
-    count = parts.lhs.shape[0]
-    zeros = []
-    for side, zero in enumerate((lhs.zero_point, rhs.zero_point)):
-        shape = (product.lhs, product.rhs)[side].shape
-        by_block = blocks.factors_by_block
-        zeros.append(None if zero is None else by_block(product, side, zero, shape, count))
+    parts = blocks.split_groups(product, left, rhs.codes, length)
+    zeros = [
+        None if zero is None else blocks.factors_by_block(product, side, zero, length)
+        for side, zero in enumerate((lhs.zero_point, rhs.zero_point))
+    ]
+    counts = jnp.asarray(blocks.block_lengths(product, length))
     if product.op is Op.CONV:  # blocks hold the channels last while they are cut
         specs = product.params["dimension_numbers"]
         channels = specs.lhs_spec[1], specs.rhs_spec[1]
@@ -192,9 +198,13 @@ def _by_group(product: Product, lhs: IntegerOperand, rhs: IntegerOperand, length
         )
 
     def multiply(
-        left: jax.Array, right: jax.Array, left_zero: jax.Array, right_zero: jax.Array
+        left: jax.Array,
+        right: jax.Array,
+        left_zero: jax.Array | None,
+        right_zero: jax.Array | None,
+        count: jax.Array,
     ) -> jax.Array:
-        return _folded(kernel, left, right, left_zero, right_zero)
+        return _folded(kernel._replace(length=count), left, right, left_zero, right_zero)
 
-    factors = block_factors(product, (lhs, rhs), count)
-    return parts.finish(add_blocks(multiply, (parts.lhs, parts.rhs, *zeros), factors))
+    factors = block_factors(product, (lhs, rhs), length)
+    return parts.finish(add_blocks(multiply, (parts.lhs, parts.rhs, *zeros, counts), factors))

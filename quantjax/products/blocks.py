@@ -1,4 +1,9 @@
-"""Cut a product along its contracted axes into blocks of equal length."""
+"""Cut a product along its contracted axes into blocks.
+
+:func:`split` cuts the flattened sum, wherever blocks of a given length end. :func:`split_groups`
+cuts each run along the last contracted axis on its own, so that the entries of a block share their
+factors; where groups do not divide the axis, the last block of each run is shorter.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from quantjax.granularity import expand, group_size, repeat_groups
 from quantjax.interpreter import Op, Product
 
 
@@ -108,8 +115,45 @@ def split(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> Block
     return _split_conv(product, lhs, rhs, max(block // product.taps(), 1))
 
 
+def split_groups(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> Blocks:
+    """Blocks of ``block`` products an output, none of which leaves a run of the last contracted
+    axis; the last of each run is filled up with zeros.
+
+    Other contracted axes are flattened in the order of the dimension numbers.
+    """
+    if product.op is not Op.DOT:
+        return split(product, lhs, rhs, block)
+    padded = []
+    for side, x in enumerate((lhs, rhs)):
+        last = dot_axes(product, side).contracted[-1]
+        missing = -x.shape[last] % block
+        edges = [(0, missing if axis == last else 0) for axis in range(x.ndim)]
+        padded.append(jnp.pad(x, edges) if missing else x)
+    return _split_dot(product, padded[0], padded[1], block)
+
+
+def _run(product: Product, block: int) -> tuple[int, int]:
+    """Entries of the last contracted axis that one output sums, and how many of them a block has;
+    a convolution sums those of one feature group."""
+    if product.op is Op.DOT:
+        return product.rhs.shape[dot_axes(product, 1).contracted[-1]], block
+    return product.rhs.shape[product.axes(1)[1][0]], max(block // product.taps(), 1)
+
+
+def block_lengths(product: Product, block: int) -> np.ndarray:
+    """How many products each block of :func:`split_groups` has, without what fills it up."""
+    n, entries = _run(product, block)
+    lengths = np.minimum(entries, n - np.arange(0, n, entries)) * product.taps()
+    runs = product.contraction_size() // (n * product.taps()) if n else 0
+    return np.tile(lengths, runs).astype(np.int32)
+
+
 def to_output(product: Product, side: int, factor: jax.Array) -> jax.Array:
-    """Bring a factor of operand rank, 1 along summed axes, into the output's layout."""
+    """Bring a factor of operand rank, 1 along summed axes, into the output's layout.
+
+    Where it has an entry for each group of a free axis, it is repeated for each index.
+    """
+    factor = _expanded(product, side, factor, product.axes(side)[0])
     if product.op is Op.CONV:
         numbers = product.params["dimension_numbers"]
         source = (numbers.lhs_spec, numbers.rhs_spec)[side][0]
@@ -126,25 +170,38 @@ def to_output(product: Product, side: int, factor: jax.Array) -> jax.Array:
     return ordered.reshape(batch + [1] * other + free)
 
 
-def factors_by_block(
-    product: Product, side: int, factor: jax.Array, shape: Sequence[int], blocks: int
-) -> jax.Array:
-    """Factors of operand rank that vary along contracted axes, one slice a block.
+def _expanded(product: Product, side: int, factor: jax.Array, axes: Sequence[int]) -> jax.Array:
+    shape = list(factor.shape)
+    for axis in axes:
+        shape[axis] = (product.lhs, product.rhs)[side].shape[axis]
+    return expand(factor, shape)
+
+
+def factors_by_block(product: Product, side: int, factor: jax.Array, block: int) -> jax.Array:
+    """Factors of operand rank that vary along contracted axes, one slice for each block of
+    :func:`split_groups`.
 
     Returns:
       ``(blocks, ...)``, each slice broadcastable against a block's result: for a dot
       ``(batch, lhs free, 1)`` or ``(batch, 1, rhs free)``, for a convolution the output's layout.
     """
-    if product.op is Op.CONV:
-        axis = product.axes(side)[1][0]
-        by_block = jnp.moveaxis(factor, axis, 0)
-        by_block = jnp.repeat(by_block, blocks // by_block.shape[0], axis=0)
-        return jax.vmap(lambda f: to_output(product, side, jnp.expand_dims(f, axis)))(by_block)
-    axes = dot_axes(product, side)
+    shape = (product.lhs, product.rhs)[side].shape
+    last = product.axes(side)[1][-1]
+    n, entries = _run(product, block)
+    count = -(-n // entries)
+    if factor.shape[last] != 1:
+        times = group_size(n, factor.shape[last]) // entries
+        factor = repeat_groups(factor, times, count, axis=last)
     full = list(factor.shape)
-    for a in axes.batch + axes.free + axes.contracted[:-1]:
+    full[last] = count
+    if product.op is Op.CONV:
+        by_block = jnp.moveaxis(jnp.broadcast_to(factor, full), last, 0)
+        return jax.vmap(lambda f: to_output(product, side, jnp.expand_dims(f, last)))(by_block)
+    axes = dot_axes(product, side)
+    others = axes.batch + axes.free + axes.contracted[:-1]
+    for a in others:
         full[a] = shape[a]
+    factor = _expanded(product, side, factor, others)
     flat = _three_axes(product, side, jnp.broadcast_to(factor, full))
-    flat = jnp.repeat(flat, blocks // flat.shape[-1], axis=-1)
     by_block = jnp.moveaxis(flat, -1, 0)
     return by_block[..., None] if side == 0 else by_block[..., None, :]

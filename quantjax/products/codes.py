@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from quantjax.affine import QParams, is_bypassed
 from quantjax.fake_quant import Arithmetic, centered_codes
@@ -22,18 +22,21 @@ from quantjax.products import blocks
 from quantjax.products.exactness import FLOAT32_EXACT, Exactness, Sizing
 from quantjax.products.groups import (
     Coded,
-    add_blocks,
-    block_factors,
-    block_length,
     grouped_or_folded,
     scaled,
+    sum_of_groups,
 )
 
 
-def coded(x: Float[Array, "..."], qparams: QParams, arithmetic: Arithmetic) -> Coded:
+def coded(
+    x: Float[Array, "..."],
+    qparams: QParams,
+    arithmetic: Arithmetic,
+    key: PRNGKeyArray | None = None,
+) -> Coded:
     """Centered codes and factor of ``x``; at width 0, ``x`` itself and 1."""
     bypass = is_bypassed(qparams.bits)
-    codes = centered_codes(x, qparams, arithmetic)
+    codes = centered_codes(x, qparams, arithmetic, key)
     values = jnp.where(bypass, x.astype(jnp.float32), codes)
     # Without the barrier XLA moves the choice behind the product, onto its whole output, where no
     # fused kernel takes it: two more passes over memory, a forward pass 1.5 times as long.
@@ -68,7 +71,7 @@ def multiply(
             sums = _sums(product, sizing, lhs.values, rhs.values, any_bypass)
             total = scaled(product, sums, lhs.factor, rhs.factor)
         else:
-            total = _sum_of_groups(product, lhs, rhs, (lhs_groups, rhs_groups))
+            total = sum_of_groups(product, lhs, rhs, (lhs_groups, rhs_groups))
         return total.astype(product.out.dtype)
 
     if not flags or (ungrouped and _float32_is_native(product)):
@@ -159,12 +162,3 @@ def _sums_fit(product: Product, sizing: Sizing, lhs: jax.Array, rhs: jax.Array) 
     _, contracted, window = product.axes(side)
     longest = jnp.max(jnp.sum(jnp.abs((lhs, rhs)[side]), axis=contracted + window))
     return longest * float(sizing.bounds[1 - side]) <= 0.999 * FLOAT32_EXACT
-
-
-def _sum_of_groups(
-    product: Product, lhs: Coded, rhs: Coded, lengths: tuple[int | None, int | None]
-) -> jax.Array:
-    """``Σ_groups (Σ lhs · rhs) · (s_lhs · s_rhs)``, groups added in order."""
-    parts = blocks.split(product, lhs.values, rhs.values, block_length(product, lengths))
-    factors = block_factors(product, (lhs, rhs), parts.lhs.shape[0])
-    return parts.finish(add_blocks(parts.multiply, (parts.lhs, parts.rhs), factors))

@@ -34,6 +34,7 @@ def execution_form(
     *,
     grouped: bool,
     batch_groups: bool = False,
+    reals: str = "",
 ) -> Form:
     """The form of a product of operands in containers of so many bits, None for a float operand.
 
@@ -41,6 +42,7 @@ def execution_form(
       sizing: how the simulation holds its sums.
       grouped: whether a scale varies along the sum.
       batch_groups: whether a convolution groups its batch, as gradients of kernels do.
+      reals: the format of an operand whose levels are no integers.
 
     >>> from quantjax.products.exactness import sizing
     >>> execution_form(sizing(64, 255, 128), (8, 8), grouped=False).execution
@@ -51,6 +53,8 @@ def execution_form(
     known = [bits for bits in containers if bits is not None]
     if len(known) < 2:
         return Form(Execution.CODES)
+    if reals:
+        return Form(Execution.SIMULATED, f"the levels of {reals} are no integers")
     if sizing.exactness is Exactness.FLOAT:
         return Form(Execution.SIMULATED, "a scale varies from one product of a sum to the next")
     if max(known) > WIDEST:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from quantjax.granularity import expand
+from quantjax.granularity import expand, group_size
 from quantjax.interpreter import Product
 from quantjax.products import blocks
 
@@ -37,6 +37,8 @@ def group_length(
 ) -> int | None:
     """Entries of the last contracted axis that share a scale; None where all do.
 
+    The last group may be shorter.
+
     1 where an output sums only ``channels`` of the entries: the channels of a grouped convolution,
     whose scales differ from one feature group to the next, have no common sum.
     """
@@ -45,7 +47,7 @@ def group_length(
     if math.prod(shape[axis] for axis in contracted) != channels:
         return 1
     last = contracted[-1]
-    return shape[last] // scale_shape[last]
+    return group_size(shape[last], scale_shape[last])
 
 
 def shared_length(product: Product, side: int, factor_shape: Sequence[int]) -> int | None:
@@ -76,22 +78,34 @@ def grouped_or_folded(product: Product, side: int, operand: Coded) -> tuple[Code
 
 
 def block_length(product: Product, lengths: tuple[int | None, int | None]) -> int:
-    """Products that share their factors, given each operand's group length."""
+    """Products that share their factors, given each operand's group length.
+
+    The common divisor: groups of both operands begin together at the start of the axis. Where
+    groups of one do not hold whole groups of the other, blocks are short, down to one product.
+    """
     return math.gcd(*(n for n in lengths if n is not None)) * product.taps()
 
 
 def block_factors(
-    product: Product, operands: tuple[Any, Any], count: int
+    product: Product, operands: tuple[Any, Any], block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """``factor`` of both operands by block, 1 where there is none."""
+    """``factor`` of both operands for each block of so many products, 1 where there is none."""
     factors = []
     for side, operand in enumerate(operands):
-        shape = (product.lhs, product.rhs)[side].shape
-        factor = (
-            jnp.ones((1,) * len(shape), jnp.float32) if operand.factor is None else operand.factor
-        )
-        factors.append(blocks.factors_by_block(product, side, factor, shape, count))
+        rank = (product.lhs, product.rhs)[side].ndim
+        factor = jnp.ones((1,) * rank, jnp.float32) if operand.factor is None else operand.factor
+        factors.append(blocks.factors_by_block(product, side, factor, block))
     return factors[0], factors[1]
+
+
+def sum_of_groups(
+    product: Product, lhs: Coded, rhs: Coded, lengths: tuple[int | None, int | None]
+) -> jax.Array:
+    """``Σ_groups (Σ lhs · rhs) · (s_lhs · s_rhs)``, groups added in order."""
+    block = block_length(product, lengths)
+    parts = blocks.split_groups(product, lhs.values, rhs.values, block)
+    factors = block_factors(product, (lhs, rhs), block)
+    return parts.finish(add_blocks(parts.multiply, (parts.lhs, parts.rhs), factors))
 
 
 def add_blocks(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float
 
+from quantjax.affine import QParams
 from quantjax.formats import Format
 from quantjax.statistics import Statistics
 
@@ -36,3 +37,20 @@ class RangeRule(NamedTuple):
 
     name: str
     range: Callable[[Statistics, Format, jax.Array], Range]
+
+
+class FitRule(NamedTuple):
+    """A pure function from the tensor itself to QParams: for what no range determines.
+
+    It serves weights, which are at hand when ``qj.calibrate`` runs, and live ranges.
+
+    Attributes:
+      name: what it prints as.
+      fit: ``(tensor, scale_shape, format, bits) -> QParams``; the tensor is float32, the shape of
+        its rank, ``bits`` a scalar that may be traced. Scales follow the format's scale rule
+        where that has any meaning; a width of 0, a tensor that is not finite, and widths beyond the
+        container are dealt with by the caller.
+    """
+
+    name: str
+    fit: Callable[[jax.Array, tuple[int, ...], Format, jax.Array], QParams]

@@ -41,9 +41,9 @@ def encode(value: Any, *, at: str = "value") -> Json:
     Raises:
       StorageError: a value of another kind, or one of the user's that has a name of the library's.
 
-    >>> from quantjax.granularity import PerGroup
-    >>> encode(PerGroup(64))
-    {'type': 'PerGroup', 'size': 64, 'axis': None}
+    >>> from quantjax.granularity import PerChannel
+    >>> encode(PerChannel(1))
+    {'type': 'PerChannel', 'axis': 1}
     """
     kind = kind_of(value)
     if kind is not None:
@@ -88,8 +88,8 @@ def decode(data: Json, *, extra: Sequence[Any] = (), at: str = "value") -> Any:
       StorageError: an unknown type or name, an unknown field, a missing one, a value that its
         field cannot hold.
 
-    >>> decode({"type": "PerGroup", "size": 64})
-    PerGroup(size=64, axis=None)
+    >>> decode({"type": "PerChannel", "axis": 1})
+    PerChannel(axis=1)
     """
     return decode_known(data, with_extra(extra), at)
 

@@ -8,20 +8,67 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from quantjax import errors
+from quantjax.affine import DIVIDED, RECIPROCAL, RECIPROCAL_ADDED, Scaling
 from quantjax.estimators import CLIPPED, STRAIGHT_THROUGH, Estimator
-from quantjax.formats import IntegerFormat
-from quantjax.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from quantjax.formats import (
+    INQ_SCALE,
+    MX_CEIL,
+    MX_EVEN,
+    MX_FLOOR,
+    NVFP4_SCALE,
+    POWER_OF_TWO,
+    POWER_OF_TWO_NEAREST,
+    REAL,
+    UNIT,
+    ApotFormat,
+    CodebookFormat,
+    IntegerFormat,
+    LogFormat,
+    Magnitudes,
+    MinifloatFormat,
+    Nearest,
+    NormalFloatFormat,
+    Overflow,
+    ScaleRule,
+    Specials,
+    TernaryFormat,
+)
+from quantjax.granularity import (
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Remainder,
+)
 from quantjax.interpreter import Op, Operand, Role, Site, SiteStatus
+from quantjax.packing import Packing
 from quantjax.policy import Policy, Quantizer, RangeMode, Rule, Scheme
-from quantjax.ranges import MIN_MAX, MOVING_AVERAGE, RangeRule
-from quantjax.rounding import HALF_AWAY, HALF_EVEN, Rounding
+from quantjax.ranges import (
+    K_MEANS,
+    MIN_MAX,
+    MOVING_AVERAGE,
+    TTQ,
+    TWN,
+    XNOR,
+    FitRule,
+    RangeRule,
+)
+from quantjax.rounding import ROUNDINGS, Rounding
 from quantjax.selectors import Everything, Path, Weighted
 
 DATACLASSES: tuple[type, ...] = (
+    ApotFormat,
+    CodebookFormat,
     Everything,
     IntegerFormat,
+    LogFormat,
+    MinifloatFormat,
+    NormalFloatFormat,
     Operand,
+    Packing,
     Path,
+    PerBlock,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -31,27 +78,56 @@ DATACLASSES: tuple[type, ...] = (
     Rule,
     Scheme,
     Site,
+    TernaryFormat,
     Weighted,
 )
 """Written as ``{"type": "PerGroup", "size": 64, "axis": null}``."""
 
-ENUMS: tuple[type[enum.Enum], ...] = (Op, RangeMode, Role, SiteStatus)
+ENUMS: tuple[type[enum.Enum], ...] = (
+    Magnitudes,
+    Nearest,
+    Op,
+    Overflow,
+    RangeMode,
+    Remainder,
+    Role,
+    SiteStatus,
+    Specials,
+)
 """Written as ``{"enum": "RangeMode.FIXED"}``."""
 
 NAMED: tuple[Any, ...] = (
     CLIPPED,
-    HALF_AWAY,
-    HALF_EVEN,
+    DIVIDED,
+    INQ_SCALE,
+    K_MEANS,
     MIN_MAX,
     MOVING_AVERAGE,
+    MX_CEIL,
+    MX_EVEN,
+    MX_FLOOR,
+    NVFP4_SCALE,
+    POWER_OF_TWO,
+    POWER_OF_TWO_NEAREST,
+    REAL,
+    RECIPROCAL,
+    RECIPROCAL_ADDED,
     STRAIGHT_THROUGH,
+    TTQ,
+    TWN,
+    UNIT,
+    XNOR,
+    *ROUNDINGS,
 )
 """NamedTuples of functions, written as ``{"rounding": "half_even"}``."""
 
 KINDS: Mapping[str, type] = {
     "estimator": Estimator,
+    "fit_rule": FitRule,
     "range_rule": RangeRule,
     "rounding": Rounding,
+    "scale_rule": ScaleRule,
+    "scaling": Scaling,
 }
 """The word before the name of a named value."""
 
@@ -71,7 +147,7 @@ class Known(NamedTuple):
 
 
 def kind_of(value: Any) -> str | None:
-    """``rounding``, ``estimator`` or ``range_rule``; None for anything else."""
+    """``rounding``, ``estimator``, ``range_rule`` and so on; None for anything else."""
     return next((kind for kind, cls in KINDS.items() if isinstance(value, cls)), None)
 
 
@@ -79,15 +155,14 @@ def with_extra(extra: Sequence[Any]) -> Known:
     """The library's words and a user's own.
 
     Args:
-      extra: dataclasses and enumerations, or values of them; roundings, estimators, range rules.
+      extra: dataclasses and enumerations, or values of them; roundings, estimators, rules.
 
     Raises:
       StorageError: a value of another kind, or a name that stands for something else already.
 
-    >>> sorted(with_extra([Rounding("down", lambda x: x, is_nearest=False)]).named)[-1]
-    ('rounding', 'half_even')
-    >>> ("rounding", "down") in with_extra([]).named
-    False
+    >>> own = Rounding("down", lambda x: x, is_nearest=False)
+    >>> [("rounding", "down") in with_extra(extra).named for extra in ([own], [])]
+    [True, False]
     """
     known = Known(dict(BUILT_IN.classes), dict(BUILT_IN.enums), dict(BUILT_IN.named))
     tables: tuple[Any, ...] = known

@@ -10,6 +10,7 @@ import numpy as np
 from quantjax import errors
 from quantjax.affine import QParams
 from quantjax.formats import Format
+from quantjax.packing import Packing
 from quantjax.qtensor import QTensor
 from quantjax.storage.codec import Json, decode, decode_dtype, encode
 
@@ -45,7 +46,8 @@ def encode_tree(tree: Any, leaf: SaveLeaf, *, at: str) -> Json:
             QTENSOR: {
                 "format": encode(tree.format, at=f"{at}.format"),
                 "dtype": np.dtype(tree.dtype).name,
-                "codes": encode_tree(tree.codes, leaf, at=f"{at}.codes"),
+                "packing": encode(tree.packing, at=f"{at}.packing"),
+                "stored": encode_tree(tree.stored, leaf, at=f"{at}.stored"),
                 **encode_tree(tree.qparams, leaf, at=at),
             }
         }
@@ -102,17 +104,23 @@ def decode_tree(data: Json, leaf: LoadLeaf, *, extra: Sequence[Any] = (), at: st
         check_keys(body, QParams._fields, at)
         return QParams(**{name: inner(part, f"{at}.{name}") for name, part in body.items()})
     if word == QTENSOR and isinstance(body, dict):
-        check_keys(body, ("format", "dtype", "codes", QPARAMS), at)
+        check_keys(body, ("format", "dtype", "packing", "stored", QPARAMS), at)
         format = decode(body["format"], extra=extra, at=f"{at}.format")
         if not isinstance(format, Format):
             raise errors.StorageError(
                 f"{format!r:.80} is no format", where=f"{at}.format", fix="write the file again"
             )
+        packing = decode(body["packing"], extra=extra, at=f"{at}.packing")
+        if not (packing is None or isinstance(packing, Packing)):
+            raise errors.StorageError(
+                f"{packing!r:.80} is no packing", where=f"{at}.packing", fix="write the file again"
+            )
         return QTensor(
-            inner(body["codes"], f"{at}.codes"),
+            inner(body["stored"], f"{at}.stored"),
             inner({QPARAMS: body[QPARAMS]}, at),
             format,
             decode_dtype(body["dtype"], f"{at}.dtype"),
+            packing,
         )
     return leaf(data, at)
 

@@ -14,18 +14,18 @@ from jaxtyping import Array, Float
 from quantjax import errors, statistics
 from quantjax._compat import concrete
 from quantjax.affine import Fault, QParams
-from quantjax.formats import Format
+from quantjax.formats import FloatBits, Format, MinifloatFormat, Theta
 from quantjax.interpreter import Role, evaluate_origin, leaves_by_path
 from quantjax.planning import OperandPlan, Plan, SitePlan
 from quantjax.policy import RangeMode
-from quantjax.ranges import IndexedRule, RangeRule
+from quantjax.ranges import FitRule, IndexedRule, RangeRule
 from quantjax.statistics import Statistics
 from quantjax.transforms.check import check
 from quantjax.transforms.observe import State, statistics_of
 from quantjax.transforms.steps import over_steps
 
 QState = dict[str, dict[str, QParams]]
-Bits = Float[Array, ""] | int | float | Mapping[str, Any]
+Bits = Float[Array, ""] | int | float | FloatBits | Mapping[str, Any]
 
 
 def calibrate(
@@ -35,7 +35,7 @@ def calibrate(
     *,
     weight_bits: Bits | None = None,
     activation_bits: Bits | None = None,
-    rule: RangeRule | IndexedRule | None = None,
+    rule: RangeRule | IndexedRule | FitRule | None = None,
 ) -> QState:
     """Derive ``{site: {operand: QParams}}`` from what was observed; runs no model.
 
@@ -48,10 +48,11 @@ def calibrate(
       params: the tree that was planned for.
       weight_bits, activation_bits: one width for all, or ``{site: width}`` for some; arrays may be
         traced, and are under ``vmap`` or ``lax.map`` of a sweep. A site of layers stacked in a scan
-        also takes a width for each layer. Default: the quantizer's own. 0 passes the operand
-        through.
+        also takes a width for each layer. Minifloats take ``qj.FloatBits(exponent, mantissa)`` too.
+        Default: the quantizer's own. 0 passes the operand through.
       rule: one range rule for all, in place of each quantizer's own; ``qj.ranges.stack(...)[i]``
-        makes the rule itself a traced axis. Live ranges keep their own.
+        makes the rule itself a traced axis. Live ranges keep their own. A fit (``qj.ranges.TWN``)
+        needs the tensor, so it serves weights.
 
     Raises:
       CalibrationError: a site was never observed.
@@ -74,29 +75,57 @@ def calibrate(
         for operand in entry.quantized:
             assert operand.quantizer is not None
             chosen = weight_bits if operand.is_weight else activation_bits
-            bits = _width(entry, operand, chosen)
+            bits, theta = _width(entry, operand, chosen)
             if operand.quantizer.range is RangeMode.LIVE:
-                qstate[name][operand.key] = _live(operand.quantizer.format, bits)
+                qstate[name][operand.key] = _live(operand.quantizer.format, bits, theta)
                 continue
+            weight = None
             if operand.is_weight and plan.weights[name].derivable:
                 weight = evaluate_origin(plan.weights[name], leaves)
-                fresh = statistics.init(operand.scale_shape or ())
-                update = over_steps(partial(statistics.update, fresh), entry.site.steps)
-                stats = update(weight)
-            else:
-                stats = _observed(entry, operand, state, bits)
-            derive = partial(operand.quantizer.qparams, rule=rule)
-            qstate[name][operand.key] = over_steps(derive, entry.site.steps)(stats, bits)
+            derived = _derived(entry, operand, state, weight, rule, bits, theta)
+            qstate[name][operand.key] = derived
     _raise_problems(qstate)
     return qstate
 
 
-def _live(format: Format, bits: jax.Array) -> QParams:
+def _derived(
+    entry: SitePlan,
+    operand: OperandPlan,
+    state: State,
+    weight: jax.Array | None,
+    rule: RangeRule | IndexedRule | FitRule | None,
+    bits: jax.Array,
+    theta: Theta,
+) -> QParams:
+    """QParams of one operand with a fixed range, from the weight itself or from statistics."""
+    quantizer, steps = operand.quantizer, entry.site.steps
+    assert quantizer is not None
+    shape = operand.scale_shape or ()
+    chosen = quantizer.rule if rule is None else rule
+    if isinstance(chosen, FitRule):
+        if weight is None:
+            raise errors.CalibrationError(
+                f"the rule {chosen.name} needs the tensor itself",
+                where=f"site {entry.site.name}, {operand.key}",
+                why="calibration keeps statistics of activations, not their values",
+                fix="a range rule such as qj.ranges.MIN_MAX, or range=qj.RangeMode.LIVE",
+            )
+        fit = partial(quantizer.fitted, scale_shape=shape, rule=chosen)
+        return over_steps(fit, steps)(weight, bits)
+    if weight is None:
+        stats = _observed(entry, operand, state, bits)
+    else:
+        fresh = statistics.init(shape)
+        stats = over_steps(partial(statistics.update, fresh), steps)(weight)
+    return over_steps(partial(quantizer.qparams, rule=chosen), steps)(stats, bits, theta)
+
+
+def _live(format: Format, bits: jax.Array, theta: Theta) -> QParams:
     """The width alone; scale and zero point are read only by ``qj.check``."""
-    valid = format.valid_bits(bits)
+    valid = format.valid_bits(bits, theta)
     scale = jnp.where(valid, jnp.float32(1.0), jnp.nan)
     fault = jnp.float32(Fault.BITS_OUTSIDE_FORMAT)
-    return QParams(scale, jnp.where(valid, jnp.float32(0.0), fault), bits)
+    return QParams(scale, jnp.where(valid, jnp.float32(0.0), fault), bits, theta)
 
 
 def _observed(entry: SitePlan, operand: OperandPlan, state: State, bits: jax.Array) -> Statistics:
@@ -135,34 +164,43 @@ def _check_used(plan: Plan, bits: Bits | None, role: Role) -> None:
         )
 
 
-def _width(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> jax.Array:
-    """The width of one operand, of the shape of the site's steps."""
+def _width(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tuple[jax.Array, Theta]:
+    """The width of one operand and the format's parameters, of the shape of the site's steps."""
     assert operand.quantizer is not None
     name, steps = entry.site.name, entry.site.steps
     if isinstance(chosen, Mapping):
         chosen = chosen.get(name)
-    value = operand.quantizer.bits if chosen is None else chosen
-    where = f"site {name}, {operand.key}"
-    if np.shape(value) not in ((), steps):
+    value: Any = operand.quantizer.bits if chosen is None else chosen
+    format, where = operand.quantizer.format, f"site {name}, {operand.key}"
+    theta: Theta = ()
+    if isinstance(value, FloatBits):
+        if not isinstance(format, MinifloatFormat):
+            raise errors.BitsError(
+                f"exponent and mantissa bits for {format.name}, which is no minifloat",
+                where=where,
+                fix="a single width, or plan with qj.formats.E4M3FN",
+            )
+        value, theta = value.bits, value.theta
+    if any(np.shape(array) not in ((), steps) for array in (value, *jax.tree.leaves(theta))):
         needed = f"one of {steps}, a width for each layer, or a scalar" if steps else "a scalar"
         raise errors.BitsError(
             f"a width of shape {np.shape(value)} where {needed} is needed",
             where=where,
             fix="jax.vmap or jax.lax.map over the widths of a sweep",
         )
+    arrays = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), (value, theta))
+    bits, theta = jax.tree.map(lambda array: jnp.broadcast_to(array, steps), arrays)
     known = concrete(value)
-    limit = operand.quantizer.format.max_bits
-    if known is not None and not np.all(
-        (known >= 0) & (known <= limit) & (known == np.floor(known))
-    ):
+    if known is not None and format.known_valid(value, theta) is False:
         shown = ", ".join(f"{width:g}" for width in np.unique(known))
+        limit = format.max_bits
         raise errors.BitsError(
-            f"{shown} bits are outside the format {operand.quantizer.format.name}",
+            f"{shown} bits are outside the format {format.name}",
             where=where,
-            why=f"its container holds whole widths from 1 to {limit}, and 0 for bypass",
+            why=f"its container holds whole widths up to {limit}, and 0 for bypass",
             fix=f"a width of at most {limit}, or plan with qj.integer(max_bits=16)",
         )
-    return jnp.broadcast_to(jnp.asarray(value, jnp.float32), steps)
+    return bits, theta
 
 
 def _raise_problems(qstate: QState) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from quantjax._compat import concrete
-from quantjax.affine import divide_by_scale, is_bypassed
+from quantjax.affine import is_bypassed
 from quantjax.fake_quant import apply as apply_fake_quant
-from quantjax.granularity import expand
+from quantjax.fake_quant import is_clipped
 from quantjax.interpreter import Carried, Outcome, ProgramCache, Visit, evaluate
 from quantjax.interpreter.trace import Function
 from quantjax.planning import OperandPlan, Plan, SitePlan
@@ -26,6 +26,7 @@ from quantjax.transforms.fake_quantize import (
     quantized_product,
     site_values,
 )
+from quantjax.transforms.keys import Key, next_keys, site_keys
 from quantjax.transforms.sites import check_program
 from quantjax.transforms.steps import layers_first, over_steps
 
@@ -117,33 +118,35 @@ def compare(f: Function, plan: Plan) -> Callable[..., Report]:
 
     Runs the float and the quantized model on the same inputs. Works under ``jit`` and ``vmap``.
     Layers stacked in a scan are reported each; time steps together; of a ``while``, the last
-    iteration; a branch that was not taken is NaN.
+    iteration; a branch that was not taken is NaN. A plan with random roundings needs ``key=``.
 
     Raises (of the returned function): as ``qj.fake_quantize``.
     """
     programs = ProgramCache(f)
     planned = {entry.site.name: entry for entry in plan.quantized}
 
-    def comparing(qstate: QState, params: Any, *inputs: Any) -> Report:
+    def comparing(qstate: QState, params: Any, *inputs: Any, key: Key | None = None) -> Report:
         plan.check_params(params)
         check_qstate(plan, qstate)
+        keys = site_keys(plan, key)
         program = programs(params, *inputs)
         check_program(plan, program)
 
         def in_float(visit: Visit) -> Outcome:
             out = visit.product.bind(visit.lhs, visit.rhs)
+            after, drawn = next_keys(visit.state)
             sums = {
-                operand.key: _operand_sums(operand, (visit.lhs, visit.rhs), visit.value)
+                operand.key: _operand_sums(operand, (visit.lhs, visit.rhs), visit.value, drawn)
                 for operand in planned[visit.site.name].quantized
             }
-            return Outcome(out, record=(out, sums))
+            return Outcome(out, state=after, record=(out, sums))
 
         def in_codes(visit: Visit) -> Outcome:
-            out = quantized_product(planned[visit.site.name], visit)
-            return Outcome(out, record=out)
+            outcome = quantized_product(planned[visit.site.name], visit)
+            return outcome._replace(record=outcome.out)
 
         handled = frozenset(planned)
-        carried = Carried(site_values(plan, program, qstate, params), {})
+        carried = Carried(site_values(plan, program, qstate, params, keys), keys)
         records = [
             evaluate(program, handler, handled, carried, params, *inputs, collect=True).records
             for handler in (in_float, in_codes)
@@ -192,17 +195,18 @@ def _sqnr(signal: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def _operand_sums(
-    operand: OperandPlan, operands: tuple[jax.Array, jax.Array], value: SiteValue
+    operand: OperandPlan,
+    operands: tuple[jax.Array, jax.Array],
+    value: SiteValue,
+    keys: tuple[Key | None, Key | None],
 ) -> _OperandSums:
     quantizer = operand.quantizer
     assert quantizer is not None
     x = operands[operand.operand.side].astype(jnp.float32)
     qparams = live_qparams(operand, x, value.qparams[operand.key])
-    quantized = apply_fake_quant(x, qparams, quantizer.arithmetic)
-    low, high = quantizer.format.code_range(qparams.bits)
-    scaled = divide_by_scale(x, expand(qparams.scale, x.shape))
-    codes = quantizer.rounding.apply(scaled) + jnp.round(expand(qparams.zero_point, x.shape))
-    clipped = jnp.sum(((codes < low) | (codes > high)).astype(jnp.float32))
+    key = keys[operand.operand.side]
+    quantized = apply_fake_quant(x, qparams, quantizer.arithmetic, key)
+    clipped = jnp.sum(is_clipped(x, qparams, quantizer.arithmetic, key).astype(jnp.float32))
     return _OperandSums(
         jnp.sum(x**2),
         jnp.sum((x - quantized) ** 2),

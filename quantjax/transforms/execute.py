@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from quantjax.products import Coded, Execution, in_float, multiply
 from quantjax.qtensor import QTensor
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.fake_quantize import check_qstate, live_qparams
+from quantjax.transforms.keys import Key, next_keys, site_keys
 from quantjax.transforms.sites import check_program
 from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import StoredWeight, frozen_leaves, stored_weights, with_frozen
@@ -62,6 +64,9 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
         width 0, or a zero point that int8 does not hold.
       PlanMismatchError, CalibrationError: as ``qj.fake_quantize``.
 
+    Activations that are rounded at random need ``key=``; with the key of ``qj.fake_quantize`` they
+    are rounded alike.
+
     Sharp edges: integers cannot carry NaN. A NaN in an activation has the code of 0; under a trace,
     QParams that cannot be executed make the site's output NaN. Not differentiable. Call it under
     ``jax.jit``: eagerly, the floats of frozen weights are computed as well, and not used.
@@ -84,7 +89,7 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
     planned = {entry.site.name: entry for entry in plan.quantized}
     stored = {weight.entry.site.name: weight for weight in stored_weights(plan)}
 
-    def executing(qstate: QState, qparams: Any, *inputs: Any) -> Any:
+    def executing(qstate: QState, qparams: Any, *inputs: Any, key: Key | None = None) -> Any:
         params = dequantize_params(qparams)
         plan.check_params(params)
         frozen = frozen_leaves(qparams)
@@ -95,17 +100,39 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
         check_program(plan, program)
 
         def handler(visit: Visit) -> Outcome:
-            return Outcome(executed_product(planned[visit.site.name], visit).out)
+            executed = executed_product(planned[visit.site.name], visit)
+            return Outcome(executed.out, state=executed.state)
 
-        values = _values(plan, program, stored, qstate, frozen, params)
-        carried = Carried(values, {})
+        keys = site_keys(_not_frozen(plan, stored, frozen), key)
+        values = _values(plan, program, stored, qstate, frozen, params, keys)
+        carried = Carried(values, keys)
         return evaluate(program, handler, frozenset(planned), carried, params, *inputs).result
 
     return executing
 
 
+def _not_frozen(
+    plan: Plan, stored: Mapping[str, StoredWeight], frozen: Mapping[str, QTensor]
+) -> Plan:
+    """The plan without the quantizers of weights that are codes already: they need no key."""
+
+    def left(entry: SitePlan) -> SitePlan:
+        name = entry.site.name
+        ready = name in stored and stored[name].path in frozen
+        operands = [
+            dataclasses.replace(operand, quantizer=None) if ready and operand.is_weight else operand
+            for operand in entry.operands
+        ]
+        return dataclasses.replace(entry, operands=tuple(operands))
+
+    return dataclasses.replace(plan, sites=tuple(map(left, plan.sites)))
+
+
 class Codes(NamedTuple):
-    """One operand of a product: ``operand ≈ (codes - zero_point) · scale``; of any dtype."""
+    """One operand of a product: ``operand ≈ (codes - zero_point) · scale``; of any dtype.
+
+    Where codes are no integers, their levels stand for them.
+    """
 
     codes: jax.Array
     zero_point: jax.Array
@@ -120,14 +147,16 @@ class ExecutionValue(NamedTuple):
 
 
 class Executed(NamedTuple):
-    """One product: its result and its operands, by side; None for one in float."""
+    """One product: its result, its operands by side, None for one in float, and the next key."""
 
     out: jax.Array
     operands: tuple[Codes | None, Codes | None]
+    state: Key | None
 
 
 def executed_product(planned: SitePlan, visit: Visit) -> Executed:
     """One planned product in the form that the plan chose."""
+    keys = next_keys(visit.state)
     entry = resized(planned, visit.site)
     raw, value = (visit.lhs, visit.rhs), visit.value
     found: dict[int, Codes | None] = {}
@@ -139,9 +168,9 @@ def executed_product(planned: SitePlan, visit: Visit) -> Executed:
             found[side] = value.weight
         else:
             qparams = live_qparams(operand, raw[side], value.qparams[operand.key])
-            found[side] = encoded(raw[side], qparams, operand.quantizer)
+            found[side] = encoded(raw[side], qparams, operand.quantizer, keys.sides[side])
     pair = found[0], found[1]
-    return Executed(_multiplied(entry, visit.product, raw, pair), pair)
+    return Executed(_multiplied(entry, visit.product, raw, pair), pair, keys.after)
 
 
 def _multiplied(
@@ -168,10 +197,10 @@ def _multiplied(
     return multiply(product, raw, sides[0], sides[1], entry.sizing)
 
 
-def encoded(x: jax.Array, qparams: QParams, quantizer: Quantizer) -> Codes:
+def encoded(x: jax.Array, qparams: QParams, quantizer: Quantizer, key: Key | None) -> Codes:
     """The codes of a tensor that comes in float, as floats."""
     zero_point = jnp.round(jnp.asarray(qparams.zero_point, jnp.float32))
-    centered = centered_codes(x, qparams, quantizer.arithmetic)
+    centered = centered_codes(x, qparams, quantizer.arithmetic, key)
     centered = jnp.where(jnp.isnan(centered), 0.0, centered)
     scale = jnp.where(is_bypassed(qparams.bits), jnp.nan, qparams.scale)  # no codes to execute
     return Codes(centered + expand(zero_point, x.shape), zero_point, scale)
@@ -205,6 +234,7 @@ def _values(
     qstate: QState,
     frozen: Mapping[str, QTensor],
     params: Any,
+    keys: Mapping[str, Key],
 ) -> dict[str, ExecutionValue]:
     """Values of all sites; frozen weights, and those that the steps of a loop share, are codes."""
     leaves = leaves_by_path(params)
@@ -217,20 +247,25 @@ def _values(
             qparams = qstate[name][operand.key]
             if name in stored and stored[name].path in frozen:
                 tensor = frozen[stored[name].path]
-                codes = codes_in_product(tensor.codes, stored[name].moves)
+                codes = codes_in_product(tensor.levels(), stored[name].moves)
                 ready = Codes(codes, jnp.round(qparams.zero_point), qparams.scale)
             elif name in program.repeated:
                 weight = evaluate_origin(program.weights[name], leaves)
                 code = over_steps(partial(_encoded_weight, operand), entry.site.steps)
-                ready = code(weight, qparams)
+                ready = code(weight, qparams, keys.get(name))
         values[name] = ExecutionValue(dict(qstate[name]), ready)
     return values
 
 
-def _encoded_weight(operand: OperandPlan, weight: jax.Array, qparams: QParams) -> Codes:
+def _encoded_weight(
+    operand: OperandPlan, weight: jax.Array, qparams: QParams, key: Key | None
+) -> Codes:
     assert operand.quantizer is not None
-    codes = encoded(weight, live_qparams(operand, weight, qparams), operand.quantizer)
-    return codes._replace(codes=codes.codes.astype(operand.quantizer.format.storage_dtype))
+    format = operand.quantizer.format
+    codes = encoded(weight, live_qparams(operand, weight, qparams), operand.quantizer, key)
+    if format.largest_centered_code(symmetric=operand.quantizer.symmetric) is None:
+        return codes
+    return codes._replace(codes=codes.codes.astype(format.storage_dtype))
 
 
 def _check_widths(plan: Plan, qstate: QState) -> None:

@@ -27,7 +27,9 @@ from quantjax.planning import OperandPlan, Plan, SitePlan, resized
 from quantjax.policy import RangeMode
 from quantjax.printing import shape_text
 from quantjax.products import Coded, coded, in_float, multiply
+from quantjax.ranges import FitRule
 from quantjax.transforms.calibrate import QState
+from quantjax.transforms.keys import Key, next_keys, site_keys
 from quantjax.transforms.sites import check_program
 from quantjax.transforms.steps import over_steps
 
@@ -41,9 +43,13 @@ def fake_quantize(f: Function, plan: Plan) -> Callable[..., Any]:
     ``vmap``, ``grad``. Every number in ``qstate`` may be traced. A weight that the steps of a loop
     share is quantized once, ahead of the loop.
 
+    A plan with random roundings needs ``key=``: each site and each visit of it draws from a key of
+    its own.
+
     Raises (of the returned function):
       PlanMismatchError: other parameters or another program than those planned.
       CalibrationError: QParams are missing or of another granularity.
+      KeyMissingError: a random rounding and no key.
 
     >>> import jax.numpy as jnp, quantjax as qj
     >>> f = lambda p, x: x @ p["w"]
@@ -57,17 +63,17 @@ def fake_quantize(f: Function, plan: Plan) -> Callable[..., Any]:
     programs = ProgramCache(f)
     planned = {entry.site.name: entry for entry in plan.quantized}
 
-    def quantized(qstate: QState, params: Any, *inputs: Any) -> Any:
+    def quantized(qstate: QState, params: Any, *inputs: Any, key: Key | None = None) -> Any:
         plan.check_params(params)
         check_qstate(plan, qstate)
+        keys = site_keys(plan, key)
         program = programs(params, *inputs)
         check_program(plan, program)
 
         def handler(visit: Visit) -> Outcome:
-            return Outcome(quantized_product(planned[visit.site.name], visit))
+            return quantized_product(planned[visit.site.name], visit)
 
-        values = site_values(plan, program, qstate, params)
-        carried = Carried(values, {})
+        carried = Carried(site_values(plan, program, qstate, params, keys), keys)
         return evaluate(program, handler, frozenset(planned), carried, params, *inputs).result
 
     return quantized
@@ -80,7 +86,9 @@ class SiteValue(NamedTuple):
     weight: Coded | None = None
 
 
-def site_values(plan: Plan, program: Program, qstate: QState, params: Any) -> dict[str, SiteValue]:
+def site_values(
+    plan: Plan, program: Program, qstate: QState, params: Any, keys: Mapping[str, Key]
+) -> dict[str, SiteValue]:
     """The values of all planned sites; weights that the steps of a loop share are coded here."""
     values: dict[str, SiteValue] = {}
     leaves = leaves_by_path(params)
@@ -90,15 +98,15 @@ def site_values(plan: Plan, program: Program, qstate: QState, params: Any) -> di
             if operand.is_weight and name in program.repeated:
                 code = over_steps(partial(_coded, operand), entry.site.steps)
                 weight = evaluate_origin(program.weights[name], leaves)
-                shared = code(weight, qstate[name][operand.key])
+                shared = code(weight, qstate[name][operand.key], keys.get(name))
         values[name] = SiteValue(dict(qstate[name]), shared)
     return values
 
 
-def quantized_product(planned: SitePlan, visit: Visit) -> jax.Array:
-    """One planned product on codes."""
+def quantized_product(planned: SitePlan, visit: Visit) -> Outcome:
+    """One planned product on codes; the state is the site's key, if it has one."""
     entry, value = resized(planned, visit.site), visit.value
-    raw = visit.lhs, visit.rhs
+    raw, keys = (visit.lhs, visit.rhs), next_keys(visit.state)
     sides: dict[int, Coded] = {}
     for operand in entry.operands:
         x = raw[operand.operand.side]
@@ -107,15 +115,17 @@ def quantized_product(planned: SitePlan, visit: Visit) -> jax.Array:
         elif operand.is_weight and value.weight is not None:
             side = value.weight
         else:
-            side = _coded(operand, x, value.qparams[operand.key])
+            qparams, key = value.qparams[operand.key], keys.sides[operand.operand.side]
+            side = _coded(operand, x, qparams, key)
         sides[operand.operand.side] = side
     assert entry.sizing is not None
-    return multiply(visit.product, raw, sides[0], sides[1], entry.sizing)
+    out = multiply(visit.product, raw, sides[0], sides[1], entry.sizing)
+    return Outcome(out, state=keys.after)
 
 
-def _coded(operand: OperandPlan, x: jax.Array, qparams: QParams) -> Coded:
+def _coded(operand: OperandPlan, x: jax.Array, qparams: QParams, key: Key | None) -> Coded:
     assert operand.quantizer is not None
-    return coded(x, live_qparams(operand, x, qparams), operand.quantizer.arithmetic)
+    return coded(x, live_qparams(operand, x, qparams), operand.quantizer.arithmetic, key)
 
 
 def live_qparams(operand: OperandPlan, x: jax.Array, qparams: QParams) -> QParams:
@@ -124,8 +134,11 @@ def live_qparams(operand: OperandPlan, x: jax.Array, qparams: QParams) -> QParam
     if quantizer is None or quantizer.range is not RangeMode.LIVE:
         return qparams
     shape = quantizer.granularity.scale_shape(x.shape, operand.axes, is_weight=operand.is_weight)
-    stats = statistics.update(statistics.init(shape), jax.lax.stop_gradient(x))
-    return quantizer.qparams(stats, qparams.bits)
+    x = jax.lax.stop_gradient(x)
+    if isinstance(quantizer.rule, FitRule):
+        return quantizer.fitted(x, qparams.bits, scale_shape=shape, rule=quantizer.rule)
+    stats = statistics.update(statistics.init(shape), x)
+    return quantizer.qparams(stats, qparams.bits, qparams.theta)
 
 
 def _check_fits(scale_shape: Sequence[int], shape: Sequence[int], steps: tuple[int, ...]) -> None:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams, is_bypassed
-from quantjax.formats import Format
 from quantjax.interpreter import leaves_by_path
 from quantjax.layout import STEP, casts
 from quantjax.planning import Plan
-from quantjax.qtensor import QTensor, encode
-from quantjax.rounding import Rounding
+from quantjax.qtensor import QTensor, packed
 from quantjax.transforms.calibrate import QState
+from quantjax.transforms.encoding import Encoding, codes_by_parts, encoded_codes
 from quantjax.transforms.fake_quantize import check_qstate
+from quantjax.transforms.keys import Key, is_random, split_keys
+from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import (
     StoredWeight,
     parameter_qparams,
@@ -29,11 +29,8 @@ from quantjax.transforms.stored import (
     stored_weights,
 )
 
-PARTS = 16
-"""A parameter is encoded in at most so many parts, one after another."""
 
-
-def freeze(plan: Plan, qstate: QState, params: Any) -> Any:
+def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -> Any:
     """Replace each quantized weight by its codes: the same tree, with :class:`QTensor` leaves.
 
     ``qj.execute(f, plan)(qstate, qparams, x)`` runs it; ``qj.dequantize_params`` turns it back into
@@ -42,12 +39,18 @@ def freeze(plan: Plan, qstate: QState, params: Any) -> Any:
     What the plan does not quantize stays as it is, and so does a weight that is computed from
     parameters (the plan's table says so): ``qj.execute`` encodes it when it runs.
 
+    Containers of 4 bits and fewer are packed, 2, 4 or 8 codes a byte; symmetric weights have one
+    zero point for all. Containers of 8 bits, which a plan has so that a sweep can go there, shrink
+    to the width in use by ``qj.pack_params``.
+
     Args:
       plan: which weights.
       qstate: from ``qj.calibrate``; layers stacked in a scan have scales each.
       params: the tree that was planned for.
+      key: for weights that are rounded at random; the draws are not those of ``qj.fake_quantize``.
 
     Raises:
+      KeyMissingError: a random rounding and no key.
       FreezeError: a parameter that one site has in other codes than another, or that is used in
         float as well; a weight at width 0, which has no codes.
       PlanMismatchError, CalibrationError: as ``qj.fake_quantize``.
@@ -71,69 +74,90 @@ def freeze(plan: Plan, qstate: QState, params: Any) -> Any:
     _check_uses(plan, uses)
     leaves = leaves_by_path(params)
     frozen: dict[str, QTensor] = {}
-    for path, weights in uses.items():
+    for number, (path, weights) in enumerate(uses.items()):
         stated = [parameter_qparams(weight, qstate) for weight in weights]
         _check_agreement(weights, stated)
-        frozen[path] = _encode(weights[0], leaves[path], stated[0])
+        own = _key_for(weights[0], key, number)
+        frozen[path] = _encode(weights[0], leaves[path], stated[0], own)
     flat = [frozen.get(path, leaf) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(params), flat)
 
 
-def _encode(weight: StoredWeight, leaf: Any, qparams: QParams) -> QTensor:
+def _key_for(weight: StoredWeight, key: Key | None, number: int) -> Key | None:
+    if not is_random(weight.operand):
+        return None
+    if key is None:
+        raise errors.KeyMissingError(
+            "the weight is rounded at random and there is no key",
+            where=weight.where,
+            why="randomness comes from explicit keys only",
+            fix="qj.freeze(plan, qstate, params, key=jax.random.key(0))",
+        )
+    return jax.random.fold_in(key, number)
+
+
+def _encode(weight: StoredWeight, leaf: Any, qparams: QParams, key: Key | None) -> QTensor:
     quantizer = weight.operand.quantizer
     assert quantizer is not None
-    widths = concrete(qparams.bits)
+    _check_known(weight, leaf, qparams)
+    leaf, format = jnp.asarray(leaf), quantizer.format
+    stacked = 0  # leading axes of a stack of tensors, each of which has its width
+    while stacked < len(weight.moves) and weight.moves[stacked].name == STEP:
+        stacked += 1
+    layered = stacked == len(weight.entry.site.steps)
+    dtypes = tuple(map(jnp.dtype, casts(weight.moves)))
+    static = Encoding(format, quantizer.rounding, quantizer.scaling, dtypes)
+    # Under a trace nothing can be raised: what has no codes, or zero points that a symmetric tensor
+    # does not keep, become NaN.
+    usable = ~is_bypassed(qparams.bits)
+    if quantizer.symmetric:
+        usable &= qparams.zero_point == 0.0
+    scale = jnp.where(usable, qparams.scale, jnp.nan)
+    bits = qparams.bits.reshape(*qparams.bits.shape[:stacked], -1).max(axis=-1)
+    if format.is_elementwise(qparams.theta):
+        codes = codes_by_parts(leaf, qparams, static, key)
+    elif layered:
+        codes = over_steps(partial(encoded_codes, static), leaf.shape[:stacked])(
+            leaf, qparams._replace(bits=bits), split_keys(key, leaf.shape[:stacked])
+        )
+    else:
+        raise errors.FreezeError(
+            f"layers of {format.name} that are not stacked along the first axis of the parameter",
+            where=weight.where,
+            why="each layer has levels of its own, and its codes must be a slice of the whole",
+            fix="stack the layers along axis 0, or keep the site in float: qj.Scheme()",
+        )
+    zero_point = qparams.zero_point
+    if quantizer.symmetric and layered:
+        zero_point = jnp.zeros((*leaf.shape[:stacked], *(1,) * (leaf.ndim - stacked)))
+    kept = qparams._replace(scale=scale, zero_point=zero_point, bits=bits)
+    return packed(codes, kept, format, leaf.dtype)
+
+
+def _check_known(weight: StoredWeight, leaf: Any, qparams: QParams) -> None:
+    widths, zeros = concrete(qparams.bits), concrete(qparams.zero_point)
     if widths is not None and not widths.all():
         raise errors.FreezeError(
             "a weight at 0 bits (bypass) has no codes",
             where=weight.where,
             fix="calibrate with a width of 1 or more, or exempt the site: qj.Scheme()",
         )
-    leaf = jnp.asarray(leaf)
-    known = concrete(leaf)
+    quantizer, scales = weight.operand.quantizer, concrete(qparams.scale)
+    assert quantizer is not None
+    usable = scales is not None and not np.isnan(scales).any()
+    if quantizer.symmetric and usable and zeros is not None and zeros.any():
+        raise errors.FreezeError(
+            "a symmetric quantizer with a zero point",
+            where=weight.where,
+            fix="plan with symmetric=False, or leave the zero point at 0",
+        )
+    known = concrete(jnp.asarray(leaf))
     if known is not None and np.isnan(known).any():
         raise errors.DataError(
             "the weight holds NaN, for which no code stands",
             where=weight.where,
             fix="find its source with jax.config.update('jax_debug_nans', True)",
         )
-    dtypes = tuple(map(jnp.dtype, casts(weight.moves)))
-    codes = _codes(leaf, qparams, quantizer.format, quantizer.rounding, dtypes)
-    stacked = 0  # leading axes of a stack of tensors, each of which has its width
-    while stacked < len(weight.moves) and weight.moves[stacked].name == STEP:
-        stacked += 1
-    bits = qparams.bits.reshape(*qparams.bits.shape[:stacked], -1).max(axis=-1)
-    scale = jnp.where(is_bypassed(qparams.bits), jnp.nan, qparams.scale)  # under a trace
-    return QTensor(codes, qparams._replace(scale=scale, bits=bits), quantizer.format, leaf.dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _codes(
-    leaf: jax.Array, qparams: QParams, format: Format, rounding: Rounding, dtypes: tuple[Any, ...]
-) -> jax.Array:
-    """One compiled program a shape, some rows at a time: all at once would hold a leaf of floats,
-    and operation by operation several."""
-
-    def some(rows: jax.Array, qparams: QParams) -> jax.Array:
-        for dtype in dtypes:
-            rows = rows.astype(dtype)
-        return encode(rows, qparams, format, rounding=rounding).codes
-
-    if leaf.ndim == 0:
-        return some(leaf, qparams)
-    arrays = qparams.scale, qparams.zero_point, qparams.bits
-    sizes = {leaf.shape[0], *(a.shape[0] for a in arrays if a.shape[0] != 1)}
-    parts = max(n for n in range(1, PARTS + 1) if all(size % n == 0 for size in sizes))
-
-    def split(x: jax.Array) -> jax.Array:
-        if x.shape[0] == 1:
-            return jnp.broadcast_to(x, (parts, *x.shape))
-        return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
-
-    rows = split(leaf) if leaf.shape[0] != 1 else leaf[None]
-    scale, zero_point, bits = map(split, arrays)
-    codes = lax.map(lambda part: some(part[0], QParams(*part[1:])), (rows, scale, zero_point, bits))
-    return codes.reshape(leaf.shape)
 
 
 def _check_uses(plan: Plan, uses: Mapping[str, list[StoredWeight]]) -> None:
@@ -173,5 +197,7 @@ def _same_quantizer(first: StoredWeight, other: StoredWeight) -> bool:
     assert quantizers[0] is not None
     assert quantizers[1] is not None
     rounding = quantizers[0].rounding == quantizers[1].rounding
+    scaling = quantizers[0].scaling == quantizers[1].scaling
     same_casts = casts(first.moves) == casts(other.moves)
-    return quantizers[0].format == quantizers[1].format and rounding and same_casts
+    same_format = quantizers[0].format == quantizers[1].format
+    return same_format and rounding and scaling and same_casts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -60,7 +61,11 @@ def parameter_qparams(weight: StoredWeight, qstate: Mapping[str, Mapping[str, QP
         scale_in_parameter(array, weight.moves, layers)
         for array in (qparams.scale, qparams.zero_point, bits)
     )
-    return QParams(scale, zero_point, bits, qparams.theta)
+    quantizer = weight.operand.quantizer
+    assert quantizer is not None
+    move = lambda array: scale_in_parameter(array, weight.moves, layers)  # noqa: E731
+    theta = quantizer.format.map_groups(qparams.theta, move)
+    return QParams(scale, zero_point, bits, theta)
 
 
 def same_qparams(first: QParams, other: QParams) -> bool:
@@ -98,14 +103,18 @@ def with_frozen(
         _check_format(weight, tensor.format, quantizer.format)
         if key in merged.get(name, {}):
             _check_same(weight, parameter_qparams(weight, merged), tensor.qparams)
-        steps, shape = weight.entry.site.steps, weight.operand.scale_shape or ()
         given = merged.setdefault(name, {}).get(key)
         widths = jnp.max(tensor.qparams.bits) if given is None else given.bits
-        arrays = tensor.qparams.scale, tensor.qparams.zero_point
-        fitted = [_fitted(weight, array, (*steps, *shape)) for array in arrays]
-        scale, zero_point = (scale_in_product(array, weight.moves, shape) for array in fitted)
-        bits = jnp.broadcast_to(widths, steps)
-        merged[name][key] = QParams(scale, zero_point, bits, tensor.qparams.theta)
+
+        def moved(array: jax.Array, weight: StoredWeight = weight) -> jax.Array:
+            steps, shape = weight.entry.site.steps, weight.operand.scale_shape or ()
+            fitted = _fitted(weight, array, (*steps, *shape))
+            return scale_in_product(fitted, weight.moves, shape)
+
+        scale, zero_point = moved(tensor.qparams.scale), moved(tensor.qparams.zero_point)
+        bits = jnp.broadcast_to(widths, weight.entry.site.steps)
+        theta = tensor.format.map_groups(tensor.qparams.theta, moved)
+        merged[name][key] = QParams(scale, zero_point, bits, theta)
     return {entry.site.name: merged.get(entry.site.name, {}) for entry in plan.quantized}
 
 
@@ -127,7 +136,8 @@ def _fitted(weight: StoredWeight, array: jax.Array, planned: tuple[int, ...]) ->
 
 
 def _check_format(weight: StoredWeight, found: Format, planned: Format) -> None:
-    if found != planned:
+    narrower = found.max_bits <= planned.max_bits  # packed after freezing
+    if not narrower or dataclasses.replace(found, max_bits=planned.max_bits) != planned:
         raise errors.FreezeError(
             f"a weight frozen as {found.name}{found.max_bits}",
             where=weight.where,
@@ -137,6 +147,10 @@ def _check_format(weight: StoredWeight, found: Format, planned: Format) -> None:
 
 
 def _check_same(weight: StoredWeight, stated: QParams, stored: QParams) -> None:
+    shape = stated.zero_point.shape
+    if stored.zero_point.shape != shape and stored.zero_point.ndim == len(shape):
+        # One zero point for all that share it; symmetric weights are frozen so.
+        stored = stored._replace(zero_point=jnp.broadcast_to(stored.zero_point, shape))
     if not same_qparams(stated._replace(bits=stored.bits), stored):
         raise errors.FreezeError(
             "the weight was frozen with other QParams than those of the qstate",

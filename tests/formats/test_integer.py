@@ -24,7 +24,7 @@ WIDTHS = np.arange(1, 17, dtype=np.float32)
     "transform", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"]
 )
 def test_code_ranges(signed, narrow, transform):
-    low, high = transform(integer(max_bits=16, signed=signed, narrow=narrow).code_range)(WIDTHS)
+    low, high = transform(integer(max_bits=16, signed=signed, narrow=narrow).level_range)(WIDTHS)
     want = [bounds(Integers(bits, signed, narrow)) for bits in range(1, 17)]
     assert low.dtype == high.dtype == jnp.float32
     assert list(zip(low.tolist(), high.tolist(), strict=True)) == want
@@ -38,7 +38,7 @@ def test_code_ranges_by_hand():
         (False, True): [(0, 1), (1, 3), (1, 255), (1, 65535)],
     }
     for (signed, narrow), rows in table.items():
-        low, high = integer(max_bits=16, signed=signed, narrow=narrow).code_range(
+        low, high = integer(max_bits=16, signed=signed, narrow=narrow).level_range(
             jnp.array([1.0, 2.0, 8.0, 16.0])
         )
         assert list(zip(low.tolist(), high.tolist(), strict=True)) == rows
@@ -97,22 +97,23 @@ def test_snap_gives_the_nearest_code(signed, narrow, rounding, bits):
     zero_point = 1.0
     # Off the ties, where both roundings agree; far below and above too.
     scaled = np.arange(-300, 300, dtype=np.float32) + np.float32(0.3)
-    got = np.asarray(format.snap(jnp.asarray(scaled), zero_point, jnp.float32(bits), rounding))
+    snapped = format.snap(jnp.asarray(scaled), zero_point, jnp.float32(bits), rounding)
+    got = np.asarray(snapped.level)
     distance = np.abs(scaled[:, None] + zero_point - np.array(codes, np.float64))
     assert_array_equal(got, np.array(codes)[distance.argmin(1)])
 
 
 def test_snap_follows_its_rounding_on_ties():
     ties, zero, bits = jnp.array([-2.5, -0.5, 0.5, 1.5, 2.5]), jnp.float32(1), jnp.float32(8)
-    assert integer().snap(ties, zero, bits, HALF_EVEN).tolist() == [-1, 1, 1, 3, 3]
-    assert integer().snap(ties, zero, bits, HALF_AWAY).tolist() == [-2, 0, 2, 3, 4]
+    assert integer().snap(ties, zero, bits, HALF_EVEN).level.tolist() == [-1, 1, 1, 3, 3]
+    assert integer().snap(ties, zero, bits, HALF_AWAY).level.tolist() == [-2, 0, 2, 3, 4]
 
 
 def test_one_signed_bit_is_a_sign_and_zero_is_plus_one():
     x = jnp.array([-jnp.inf, -5.0, -1e-30, -0.0, 0.0, 1e-30, 0.4, jnp.inf, jnp.nan])
     for narrow in (True, False):
         format = integer(signed=True, narrow=narrow)
-        got = format.snap(x, jnp.float32(0), jnp.float32(1), HALF_EVEN)
+        got = format.snap(x, jnp.float32(0), jnp.float32(1), HALF_EVEN).level
         assert_array_equal(got, [-1, -1, -1, 1, 1, 1, 1, 1, np.nan])
 
 

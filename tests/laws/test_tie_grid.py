@@ -12,7 +12,7 @@ from jax import lax
 from numpy.testing import assert_array_equal
 
 from quantjax import QParams, encode, fake_quant, integer
-from quantjax.affine import divide_by_scale
+from quantjax.formats import divide_by_scale
 
 ROWS, STEPS, GROUPS = 4000, 256, 8
 CODES = np.arange(-STEPS // 2, STEPS // 2, dtype=np.float64)

@@ -13,11 +13,13 @@ import numpy as np
 from hypothesis import strategies as st
 
 import quantjax as qj
+from quantjax.affine import DIVIDED, RECIPROCAL, RECIPROCAL_ADDED
 from quantjax.estimators import CLIPPED, STRAIGHT_THROUGH, Estimator
-from quantjax.formats import IntegerFormat
+from quantjax.formats import BUILT_IN, IntegerFormat, codebook, minifloat
+from quantjax.granularity import Remainder
 from quantjax.policy import Quantizer
-from quantjax.ranges import MIN_MAX, MOVING_AVERAGE, RangeRule
-from quantjax.rounding import HALF_AWAY, HALF_EVEN, Rounding
+from quantjax.ranges import K_MEANS, MIN_MAX, MOVING_AVERAGE, TTQ, TWN, XNOR, RangeRule
+from quantjax.rounding import ROUNDINGS, Rounding
 from quantjax.selectors import Selector
 from quantjax.storage.codec import decode, encode
 from tests import models
@@ -63,12 +65,25 @@ OWN = (DOWN, ZERO, HALF_RANGE, Side, Sided, Marked)
 integer_formats = st.builds(
     qj.integer, max_bits=st.integers(1, 16), signed=st.booleans(), narrow=st.booleans()
 )
+library_formats = st.one_of(
+    integer_formats,
+    st.sampled_from(BUILT_IN),
+    st.builds(minifloat, st.integers(1, 5), st.integers(0, 10)),
+    st.sets(st.integers(-9, 9), min_size=2, max_size=5).map(tuple).map(codebook),
+)
 axes = st.none() | st.integers(-3, 3)
 granularities = st.one_of(
     st.builds(qj.PerTensor),
     st.builds(qj.PerToken),
     st.builds(qj.PerChannel, axis=axes),
-    st.builds(qj.PerGroup, st.integers(1, 4096), axis=axes),
+    st.builds(qj.PerGroup, st.integers(1, 4096), axis=axes, remainder=st.sampled_from(Remainder)),
+    st.builds(
+        qj.PerBlock,
+        st.integers(1, 512),
+        st.integers(1, 512),
+        axes=st.none() | st.tuples(st.just(0), st.integers(1, 3)),
+        remainder=st.sampled_from(Remainder),
+    ),
 )
 library_selectors = st.one_of(
     st.builds(qj.everything), st.builds(qj.weighted), st.builds(qj.path, st.text(max_size=12))
@@ -83,7 +98,7 @@ own_selectors = st.builds(
 
 
 @st.composite
-def quantizers(draw: Any, formats: Any = integer_formats, own: tuple[Any, ...] = ()) -> Any:
+def quantizers(draw: Any, formats: Any = library_formats, own: tuple[Any, ...] = ()) -> Any:
     """Any quantizer that can exist; ``own`` named values beside the library's."""
 
     def named(*library: Any) -> Any:
@@ -94,13 +109,14 @@ def quantizers(draw: Any, formats: Any = integer_formats, own: tuple[Any, ...] =
     token = isinstance(granularity, qj.PerToken)
     return Quantizer(
         format=format,
-        bits=draw(st.integers(0, format.max_bits)),
-        symmetric=draw(st.booleans()),
+        bits=draw(st.integers(0, format.max_bits).filter(format.known_valid)),
+        symmetric=not format.has_zero_point or draw(st.booleans()),
         granularity=granularity,
-        rule=named(MIN_MAX, MOVING_AVERAGE),
+        rule=named(MIN_MAX, MOVING_AVERAGE, K_MEANS, TTQ, TWN, XNOR),
         range=qj.RangeMode.LIVE if token else draw(st.sampled_from(qj.RangeMode)),
-        rounding=named(HALF_EVEN, HALF_AWAY),
+        rounding=named(*ROUNDINGS),
         estimator=named(CLIPPED, STRAIGHT_THROUGH),
+        scaling=named(DIVIDED, RECIPROCAL, RECIPROCAL_ADDED),
     )
 
 

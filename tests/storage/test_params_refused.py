@@ -163,7 +163,7 @@ def saved(path):
         ('"type": "IntegerFormat"', '"type": "PerTensor"', "PerTensor has no field"),
         ('"max_bits": 8', '"max_bits": 80', "integer containers hold 1 to 16 bits"),
         ('"zero_point"', '"zero"', "keys scale, zero_point, bits, theta"),
-        ('"codes"', '"code"', "keys format, dtype, codes, qparams"),
+        ('"stored"', '"store"', "keys format, dtype, packing, stored, qparams"),
     ],
 )
 def test_documents_with_a_mistake(saved, old, new, reason):

@@ -39,14 +39,26 @@ GOLDEN = """\
           "type": "Scheme",
           "weights": {
             "type": "Quantizer",
-            "format": {"type": "IntegerFormat", "max_bits": 8, "signed": true, "narrow": false},
+            "format": {
+              "type": "IntegerFormat",
+              "max_bits": 8,
+              "signed": true,
+              "scale_rule": {"scale_rule": "real"},
+              "narrow": false
+            },
             "bits": 4,
             "symmetric": true,
-            "granularity": {"type": "PerGroup", "size": 64, "axis": null},
+            "granularity": {
+              "type": "PerGroup",
+              "size": 64,
+              "axis": null,
+              "remainder": {"enum": "Remainder.REFUSE"}
+            },
             "rule": {"range_rule": "min_max"},
             "range": {"enum": "RangeMode.FIXED"},
             "rounding": {"rounding": "half_even"},
-            "estimator": {"estimator": "clipped"}
+            "estimator": {"estimator": "clipped"},
+            "scaling": {"scaling": "divided"}
           },
           "activations": null
         },
@@ -329,7 +341,7 @@ def test_traced_states_are_refused(path):
         ('"type": "Policy"', '"type": "Rule"', "Rule has no field 'rules'"),
         ('"bits": 4,', '"bits": 4, "bits": 8,', "stands twice"),
         ('"bits": 4,', '"bits": 12,', "12 bits do not fit a container of 8"),
-        ('"size": 64, ', "", "PerGroup needs the field 'size'"),
+        ('"size": 64,', "", "PerGroup needs the field 'size'"),
         ('"half_even"', '"half_evn"', "'half_even'"),
         ('"optional": true', '"optional": "yes"', "'yes' is no bool"),
     ],

@@ -60,7 +60,7 @@ def recording_execution(case: Case, plan: Plan) -> Callable[..., Recorded]:
         params, frozen = dequantize_params(qparams), frozen_leaves(qparams)
         program = trace(case.f, params, x)
         merged = with_frozen(plan, stored, qstate, frozen)
-        carried = Carried(_values(plan, program, stored, merged, frozen, params), {})
+        carried = Carried(_values(plan, program, stored, merged, frozen, params, {}), {})
         found = evaluate(program, handler, frozenset(planned), carried, params, x, collect=True)
         return found.result, found.records
 
@@ -83,7 +83,7 @@ def recording_simulation(case: Case, plan: Plan) -> Callable[..., Recorded]:
     def handler(visit: Visit) -> Outcome:
         entry, raw = planned[visit.site.name], (visit.lhs, visit.rhs)
         products[visit.site.name] = visit.product
-        out = quantized_product(entry, visit)
+        out = quantized_product(entry, visit).out
         sides = sorted(entry.operands, key=lambda operand: operand.operand.side)
         both = [side_of(o, x, visit.value) for o, x in zip(sides, raw, strict=True)]
         sums = visit.product.in_float32(*(side.values for side in both))
@@ -92,7 +92,7 @@ def recording_simulation(case: Case, plan: Plan) -> Callable[..., Recorded]:
     @jax.jit
     def run(qstate: Any, params: Any, x: Any) -> Any:
         program = trace(case.f, params, x)
-        carried = Carried(site_values(plan, program, qstate, params), {})
+        carried = Carried(site_values(plan, program, qstate, params, {}), {})
         found = evaluate(program, handler, frozenset(planned), carried, params, x, collect=True)
         return found.result, found.records
 

@@ -87,7 +87,12 @@ SCALES = {
 @pytest.mark.parametrize("name", SCALES)
 def test_a_scale_is_stored_once_for_all_that_share_it(name):
     leaf = frozen_by(name).way.leaf(frozen_by(name).params)
-    assert leaf.qparams.scale.shape == leaf.qparams.zero_point.shape == SCALES[name]
+    assert leaf.qparams.scale.shape == SCALES[name]
+    # Symmetric codes have one zero point for all, of each layer if the first axes are layers.
+    steps = leaf.qparams.bits.shape
+    ones = (*steps, *(1,) * (leaf.ndim - len(steps)))
+    assert leaf.qparams.zero_point.shape == (SCALES[name] if name == "stack_axis_1" else ones)
+    assert not leaf.qparams.zero_point.any()
 
 
 def test_the_tree_keeps_its_structure(frozen):

@@ -1,0 +1,153 @@
+"""Thresholds and levels of ternary weights: TWN and the starting point of TTQ."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from quantjax import errors
+from quantjax.affine import QParams, qparams_from_range
+from quantjax.formats import Format, divide_by_scale
+from quantjax.formats.ternary import TernaryFormat
+from quantjax.granularity import expand, reduce_to
+from quantjax.ranges.base import FitRule
+
+TWN_FACTOR = 0.7
+
+
+def _ternary(format: Format, rule: str) -> TernaryFormat:
+    if isinstance(format, TernaryFormat):
+        return format
+    raise errors.FormatError(
+        f"the format {format.name} has no threshold",
+        where=f"the range rule {rule}",
+        fix="quantjax.formats.ternary()",
+    )
+
+
+def _mean_where(
+    values: jax.Array, where: jax.Array, scale_shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The mean over some of the entries of each group, 0 over none, and how many there are."""
+    total = reduce_to(jnp.where(where, values, 0.0), scale_shape, jnp.sum)
+    count = reduce_to(where.astype(jnp.float32), scale_shape, jnp.sum)
+    return total / jnp.maximum(count, 1.0), count
+
+
+def _symmetric(reach: jax.Array, format: Format, bits: jax.Array) -> QParams:
+    return qparams_from_range(
+        -reach, reach, bits, format=format, symmetric=True, calibrated=jnp.asarray(True)
+    )
+
+
+def _twn(
+    tensor: jax.Array, scale_shape: tuple[int, ...], format: Format, bits: jax.Array
+) -> QParams:
+    learned = _ternary(format, "twn").learned
+    magnitudes = jnp.abs(tensor.astype(jnp.float32))
+    delta = TWN_FACTOR * reduce_to(magnitudes, scale_shape, jnp.mean)
+    above = magnitudes > expand(delta, magnitudes.shape)
+    alpha, _ = _mean_where(magnitudes, above, scale_shape)
+    # Nothing lies above NaN or infinity: without this, a broken tensor would look all-zero.
+    alpha = jnp.where(jnp.isfinite(delta), alpha, delta)
+    qparams = _symmetric(alpha, format, bits)
+    theta = {"threshold": divide_by_scale(delta, qparams.scale)}
+    if learned:
+        ones = jnp.ones_like(qparams.scale)
+        theta |= {"negative": ones, "positive": ones}
+    return qparams._replace(theta=theta)
+
+
+TWN = FitRule("twn", _twn)
+"""``Δ = 0.7 mean |w|``, ``scale = mean of |w| over |w| > Δ``, for each group.
+
+Given ``Δ``, that scale minimizes ``‖w - scale · t‖²`` over ternary codes ``t``; the factor is the
+paper's approximation of the best ``Δ``, for weights between uniform and normal. The threshold in
+``theta`` is ``Δ / scale``, always below the level 1. Learned levels start at 1.
+
+An all-zero group has scale 1 and threshold 0, and stays all-zero. No other group is without an
+entry above its ``Δ``.
+
+Raises:
+  FormatError: a format that is not ternary.
+
+Sharp edges: sums are accumulated in float32; where they overflow, the scale is NaN and the fault
+``NOT_FINITE``. An entry within a rounding error of ``Δ`` may count for the scale and be zero.
+
+>>> from quantjax.formats.ternary import TERNARY
+>>> qparams = TWN.fit(jnp.array([0.0, 1.0, -3.0, 4.0]), (1,), TERNARY, jnp.float32(2))
+>>> qparams.scale.tolist(), qparams.theta["threshold"].tolist()
+([3.5], [0.4000000059604645])
+
+Source: Li et al., Ternary weight networks, 2016, equations 5 and 6.
+"""
+
+
+@functools.cache
+def ttq(*, threshold: float = 0.05) -> FitRule:
+    """The starting point of trained ternary quantization, to be followed by gradients of ``theta``.
+
+    ``scale = max |w|`` and ``threshold = t``. The levels start at the mean of ``|w| / scale`` over
+    their own region, ``w > t max |w|`` or ``w < -t max |w|``, where the squared error is least;
+    that start is a choice of this library. A region without entries takes the other's level; an
+    all-zero group has scale and levels 1 and threshold 0.
+
+    Args:
+      threshold: ``t``, from 0 up to but not including 1. It ends up in ``theta`` as an array, where
+        a sweep can replace it.
+
+    Raises:
+      QuantizerError: a threshold outside [0, 1).
+      FormatError, on use: a format that is not ``ternary(learned=True)``.
+
+    Sharp edges: the paper passes gradients to weights scaled by the level, ``positive``, 1 or
+    ``negative``; that is for the estimator to do. Sums are accumulated in float32.
+
+    >>> from quantjax.formats.ternary import ternary
+    >>> w = jnp.array([0.04, 1.0, -0.5, 0.5])
+    >>> qparams = ttq().fit(w, (1,), ternary(learned=True), jnp.float32(2))
+    >>> {name: round(float(array[0]), 2) for name, array in qparams.theta.items()}
+    {'threshold': 0.05, 'negative': 0.5, 'positive': 0.75}
+
+    Source: Zhu et al., Trained ternary quantization, 2017, section 3.
+    """
+    if not 0.0 <= threshold < 1.0:
+        raise errors.QuantizerError(
+            f"a threshold of {threshold} times the maximum",
+            why="no weight would be left beyond it, or zero would be no level",
+            fix="threshold=0.05",
+        )
+
+    def fit(
+        tensor: jax.Array, scale_shape: tuple[int, ...], format: Format, bits: jax.Array
+    ) -> QParams:
+        if not _ternary(format, "ttq").learned:
+            raise errors.FormatError(
+                f"the levels of the format {format.name} cannot be learned",
+                where="the range rule ttq",
+                fix="quantjax.formats.ternary(learned=True)",
+            )
+        tensor = tensor.astype(jnp.float32)
+        largest = reduce_to(jnp.abs(tensor), scale_shape, jnp.max)
+        qparams = _symmetric(largest, format, bits)
+        border = divide_by_scale(threshold * largest, qparams.scale)
+        # The quotient that the format compares, so that regions are those of the codes.
+        scaled = divide_by_scale(tensor, expand(qparams.scale, tensor.shape))
+        spread = expand(border, tensor.shape)
+        positive, above = _mean_where(scaled, scaled > spread, scale_shape)
+        negative, below = _mean_where(-scaled, scaled < -spread, scale_shape)
+        either = jnp.where(above + below > 0.0, jnp.maximum(positive, negative), 1.0)
+        theta = {
+            "threshold": border,
+            "negative": jnp.where(below > 0.0, negative, either),
+            "positive": jnp.where(above > 0.0, positive, either),
+        }
+        return qparams._replace(theta=theta)
+
+    return FitRule("ttq" if threshold == 0.05 else f"ttq({threshold:g})", fit)
+
+
+TTQ = ttq()
+"""``scale = max |w|``, threshold 0.05, levels at the means of their regions; see :func:`ttq`."""

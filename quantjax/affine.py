@@ -150,7 +150,8 @@ def qparams_from_range(
     return mark_faults(
         QParams(scale, zero_point, bits, theta),
         calibrated=calibrated,
-        finite=jnp.isfinite(low) & jnp.isfinite(high),
+        # A scale may depend on the ranges of other groups, too.
+        finite=jnp.isfinite(low) & jnp.isfinite(high) & ~jnp.isnan(scale),
         valid=format.valid_bits(bits, theta),
     )
 

@@ -79,8 +79,9 @@ def dequantize_params(qparams: PyTree) -> PyTree:
 
 
 def pack_params(qparams: PyTree) -> PyTree:
-    """Each :class:`QTensor` in the smallest container for the width in use: codes of 3 and 4 bits
-    two a byte, of 2 bits four, of 1 bit eight.
+    """Each integer :class:`QTensor` in the smallest container for the width in use: codes of 3 and
+    4 bits two a byte, of 2 bits four, of 1 bit eight. Other formats have containers of their own,
+    ``max_bits``, and are packed from the start.
 
     Plans have containers of 8 bits by default, so that one compiled program serves a sweep; this is
     for what is kept. ``qj.execute`` with the plan at hand takes either. Codes and values stay.

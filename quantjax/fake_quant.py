@@ -247,6 +247,12 @@ def fake_quant(
     if bits is None:
         bits = 8 if format is None else format.max_bits
     width = jnp.asarray(bits, jnp.float32)
+    if width.ndim:
+        raise errors.BitsError(
+            f"widths of shape {width.shape} for one tensor",
+            where=f"qj.fake_quant of shape {x.shape}",
+            fix="jax.vmap(lambda bits: qj.fake_quant(x, scale, bits=bits, ...))(bits)",
+        )
     _check_concrete(scale, zero_point, bits, theta, container)
     for shaped in (scale, zero_point):
         if jnp.ndim(shaped) > 0:

@@ -112,7 +112,7 @@ class Quantizer:
                 fix="a range rule such as qj.ranges.MIN_MAX, or range=qj.RangeMode.LIVE",
             )
         low, high, calibrated = chosen.range(stats, self.format, bits)
-        return qparams_from_range(
+        qparams = qparams_from_range(
             low,
             high,
             bits,
@@ -121,6 +121,12 @@ class Quantizer:
             calibrated=calibrated,
             theta=theta,
         )
+        if not theta:
+            return qparams
+        # What the quantizer checked of its own exponent bits, for those of a sweep.
+        yes = jnp.ones((), bool)
+        fits = ~levels_overflow(self.format, bits, theta)
+        return mark_faults(qparams, calibrated=yes, finite=yes, valid=fits)
 
     def fitted(
         self,
@@ -234,19 +240,27 @@ def activation_quantizer(
     )
 
 
-def _overflows(format: Format, bits: int) -> bool:
+def levels_overflow(format: Format, bits: jax.Array, theta: Theta) -> jax.Array:
     """Whether sums of products of two levels can leave float32."""
-    if bits == 0 or format.scale_rule == UNIT or format.largest_centered_code(symmetric=False):
-        return False
+    _, high = format.level_range(bits, theta)
+    is_scaled = format.scale_rule != UNIT
+    return (high > LARGEST_LEVEL) & (bits != 0.0) & is_scaled
+
+
+def _overflows(format: Format, bits: int) -> bool:
     try:
         with jax.ensure_compile_time_eval():
-            _, high = format.level_range(jnp.asarray(bits, jnp.float32))
+            return bool(levels_overflow(format, jnp.asarray(bits, jnp.float32), ()))
     except errors.FormatError:  # levels that only calibration will give, about 1
         return False
-    return bool(high > LARGEST_LEVEL)
 
 
 def _width(bits: int | None, format: Format | None) -> int:
+    if format is not None and not isinstance(format, Format):
+        raise errors.QuantizerError(
+            f"{format!r} is no number format",
+            fix="format=qj.integer(max_bits=8), qj.formats.E4M3FN or another of qj.formats",
+        )
     if bits is not None:
         return bits
     if format is None or format.known_valid(8):

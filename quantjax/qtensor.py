@@ -30,8 +30,10 @@ class QTensor:
     """Codes with the parameters that give them meaning; a pytree.
 
     Codes of 4, 2 and 1 bits are stored 2, 4 and 8 a byte, along the last axis. Groups are found
-    from the shapes of codes and scale, never from stored axes, so a ``QTensor`` survives ``vmap``,
-    ``scan``, slicing and stacking of its leaves along every axis but the last.
+    from the shapes of codes and scale, never from stored axes, so a stack of layers from
+    ``qj.freeze`` survives ``vmap``, ``scan`` and slicing of its leaves along the axes of layers,
+    and tensors of one shape can be stacked. A tensor of ``qj.quantize_params`` is one, with one
+    width; ``jax.vmap(qj.encode, ...)`` makes a stack.
 
     Attributes:
       stored: the codes as they lie in memory; packed where ``packing`` says so.
@@ -114,7 +116,9 @@ class QTensor:
         if bits is None or not np.issubdtype(bits.dtype, np.number):  # a tracer or a spec
             label = f"{self.format.name}?"
         elif np.unique(bits).size == 1:
-            label = self.format.label(int(np.ravel(bits)[0]))
+            width = int(np.ravel(bits)[0])
+            own = "exponent_bits" in (self.qparams.theta or ())  # not those that the format states
+            label = f"{self.format.name}*{width}" if own else self.format.label(width)
         else:
             label = self.format.name + ",".join(f"{b:g}" for b in np.ravel(bits)[:4])
         return f"QTensor({label}[{shape}], scale[{scales}], {self.dtype})"

@@ -181,7 +181,8 @@ class Format(abc.ABC):
 
         Where it is False, ``bits`` is a scalar and layers are taken one by one.
         """
-        return not theta
+        del theta
+        return False
 
     def narrowed(self, bits: int) -> Format:
         """The format of the smallest container for codes of ``bits``; itself where codes differ."""

@@ -97,6 +97,11 @@ class IntegerFormat(Format):
         half = _power_of_two(bits - 1.0)
         return jnp.maximum(half - 1.0, 1.0) if self.narrow else half
 
+    def is_elementwise(self, theta: Theta) -> bool:
+        """The level is the code."""
+        del theta
+        return True
+
     def snap(
         self,
         scaled: jax.Array,

@@ -146,6 +146,11 @@ class LogFormat(Format):
         held = super().valid_bits(bits, theta)
         return held & (bits != 1.0) if self.signed else held
 
+    def is_elementwise(self, theta: Theta) -> bool:
+        """A code means the same at every width."""
+        del theta
+        return True
+
     def snap(
         self,
         scaled: jax.Array,

@@ -79,10 +79,12 @@ belongs to the scale: what a file of the specification stores is ``64 scale``.
 
 
 def _two_levels(span: Span) -> jax.Array:
+    largest = jnp.max(span.largest, initial=0.0)
     # Of a quotient, XLA would divide once by the product: hence the barrier.
-    largest, quotient = lax.optimization_barrier((jnp.max(span.largest), span.quotient))
+    largest, quotient = lax.optimization_barrier((largest, span.quotient))
     whole = divide_by_scale(largest, span.top * _LARGEST_BLOCK_SCALE)
     whole = jnp.maximum(whole, _SMALLEST_NORMAL)  # a tensor of zeros
+    whole = jnp.where(jnp.isfinite(largest), whole, jnp.nan)  # no block has a scale any more
     ratio = divide_by_scale(quotient, whole)
     bits = jnp.float32(E4M3FN.max_bits)
     block = E4M3FN.snap(ratio, jnp.float32(0.0), bits, HALF_EVEN).level

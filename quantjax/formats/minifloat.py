@@ -128,6 +128,10 @@ class MinifloatFormat(Format):
         fields = self._in_use(bits, theta)
         return power_of_two(patterns.top_exponent(fields, self.specials) - fields.mantissa)
 
+    def is_elementwise(self, theta: Theta) -> bool:
+        """Codes are the container's patterns, unless ``theta`` says how wide the exponent is."""
+        return not theta
+
     def snap(
         self,
         scaled: jax.Array,

@@ -146,6 +146,8 @@ UNIT = ScaleRule("unit", _one, is_power_of_two=True)
 POWER_OF_TWO = ScaleRule("pow2", _unclipped, is_power_of_two=True)
 """The smallest power of two that clips nothing: ``2^⌈log2(span / steps)⌉``.
 
+(But for the highest code of full-range signed integers, which a positive maximum exceeds by one.)
+
 The rule of dynamic fixed point, whose fraction length is ``-log2 scale``, and the one that
 microscaling toolkits call RCEIL.
 

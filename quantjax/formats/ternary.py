@@ -83,6 +83,10 @@ class TernaryFormat(Format):
         ones = jnp.ones_like(jnp.asarray(bits, jnp.float32))
         return ones if symmetric else 2.0 * ones
 
+    def is_elementwise(self, theta: Theta) -> bool:
+        """Not with a threshold, and levels, of each layer."""
+        return not theta
+
     def snap(
         self,
         scaled: jax.Array,

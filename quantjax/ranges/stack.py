@@ -64,4 +64,11 @@ def stack(rules: Sequence[RangeRule]) -> RuleStack:
     """
     if not rules:
         raise errors.PolicyError("a stack of no rules", fix="qj.ranges.stack([qj.ranges.MIN_MAX])")
+    for rule in rules:
+        if not isinstance(rule, RangeRule):
+            raise errors.PolicyError(
+                f"{getattr(rule, 'name', rule)} is no range rule, and cannot be stacked",
+                why="rules under one index all go from statistics to a range",
+                fix="qj.ranges.stack([qj.ranges.MIN_MAX, qj.ranges.MOVING_AVERAGE])",
+            )
     return RuleStack(tuple(rules))

@@ -55,8 +55,8 @@ def _twn(
     qparams = _symmetric(alpha, format, bits)
     theta = {"threshold": divide_by_scale(delta, qparams.scale)}
     if learned:
-        ones = jnp.ones_like(qparams.scale)
-        theta |= {"negative": ones, "positive": ones}
+        # Two arrays, so that their buffers can be donated.
+        theta |= {name: jnp.ones_like(qparams.scale) for name in ("negative", "positive")}
     return qparams._replace(theta=theta)
 
 

@@ -17,7 +17,7 @@ from quantjax.affine import Fault, QParams
 from quantjax.formats import FloatBits, Format, MinifloatFormat, Theta
 from quantjax.interpreter import Role, evaluate_origin, leaves_by_path
 from quantjax.planning import OperandPlan, Plan, SitePlan
-from quantjax.policy import RangeMode
+from quantjax.policy import RangeMode, levels_overflow
 from quantjax.ranges import FitRule, IndexedRule, RangeRule
 from quantjax.statistics import Statistics
 from quantjax.transforms.check import check
@@ -110,6 +110,12 @@ def _derived(
                 why="calibration keeps statistics of activations, not their values",
                 fix="a range rule such as qj.ranges.MIN_MAX, or range=qj.RangeMode.LIVE",
             )
+        if theta:
+            raise errors.CalibrationError(
+                f"exponent bits for the rule {chosen.name}, which is told the width alone",
+                where=f"site {entry.site.name}, {operand.key}",
+                fix="a range rule such as qj.ranges.MIN_MAX, or a plan for each exponent width",
+            )
         fit = partial(quantizer.fitted, scale_shape=shape, rule=chosen)
         return over_steps(fit, steps)(weight, bits)
     if weight is None:
@@ -188,18 +194,31 @@ def _width(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tuple[
             where=where,
             fix="jax.vmap or jax.lax.map over the widths of a sweep",
         )
-    arrays = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), (value, theta))
+    # Copies: sites that share an array could not donate it, nor could the caller keep it.
+    arrays = jax.tree.map(lambda array: jnp.array(array, jnp.float32), (value, theta))
     bits, theta = jax.tree.map(lambda array: jnp.broadcast_to(array, steps), arrays)
     known = concrete(value)
     if known is not None and format.known_valid(value, theta) is False:
         shown = ", ".join(f"{width:g}" for width in np.unique(known))
-        limit = format.max_bits
+        every = [b for b in range(1, format.max_bits + 1) if format.known_valid(b, theta)]
+        held = f"whole widths from {every[0]} up to {every[-1]}" if every else "no width"
+        if theta:
+            held += f" with {np.unique(np.asarray(theta['exponent_bits']))} exponent bits"
         raise errors.BitsError(
             f"{shown} bits are outside the format {format.name}",
             where=where,
-            why=f"its container holds whole widths up to {limit}, and 0 for bypass",
-            fix=f"a width of at most {limit}, or plan with qj.integer(max_bits=16)",
+            why=f"its container holds {held}, and 0 for bypass",
+            fix=f"{every[-1] if every else 0} bits, or plan with qj.integer(max_bits=16)",
         )
+    if theta and format.known_valid(value, theta):
+        with jax.ensure_compile_time_eval():
+            if bool(jnp.any(levels_overflow(format, bits, theta))):
+                raise errors.BitsError(
+                    "so many exponent bits have levels that are too large for sums of products",
+                    where=where,
+                    why="products multiply levels, in float32, and scale what they give",
+                    fix="6 exponent bits at most, or a format with scale_rule=qj.formats.UNIT",
+                )
     return bits, theta
 
 

@@ -22,7 +22,7 @@ REASONS: Mapping[Fault, tuple[str, str]] = {
     ),
     Fault.BITS_OUTSIDE_FORMAT: (
         "the width is outside the format",
-        "whole widths up to the container's, or plan with qj.integer(max_bits=16)",
+        "a width that the format has (quantjax.contract.widths), or qj.integer(max_bits=16)",
     ),
 }
 UNUSABLE = (

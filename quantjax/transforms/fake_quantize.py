@@ -136,6 +136,12 @@ def live_qparams(operand: OperandPlan, x: jax.Array, qparams: QParams) -> QParam
     shape = quantizer.granularity.scale_shape(x.shape, operand.axes, is_weight=operand.is_weight)
     x = jax.lax.stop_gradient(x)
     if isinstance(quantizer.rule, FitRule):
+        if qparams.theta:
+            raise errors.CalibrationError(
+                f"exponent bits for the rule {quantizer.rule.name}, which is told the width alone",
+                where=operand.key,
+                fix="a range rule such as qj.ranges.MIN_MAX, or a plan for each exponent width",
+            )
         return quantizer.fitted(x, qparams.bits, scale_shape=shape, rule=quantizer.rule)
     stats = statistics.update(statistics.init(shape), x)
     return quantizer.qparams(stats, qparams.bits, qparams.theta)

@@ -70,6 +70,9 @@ def parameter_qparams(weight: StoredWeight, qstate: Mapping[str, Mapping[str, QP
 
 def same_qparams(first: QParams, other: QParams) -> bool:
     """Equal where both are known; under a trace, of equal shapes."""
+    structures: list[Any] = [jax.tree.structure(qparams) for qparams in (first, other)]
+    if structures[0] != structures[1]:
+        return False
     for left, right in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
         if left.shape != right.shape:
             return False

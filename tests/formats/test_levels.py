@@ -148,7 +148,8 @@ def test_monotone_and_nearest(max_bits):
     format, theta = Given(max_bits=max_bits), {"levels": jnp.asarray(levels)}
     bits = jnp.float32(max_bits)
     for rounding in (HALF_EVEN, HALF_AWAY, FLOOR, CEIL):
-        y = np.asarray(format.snap(jnp.asarray(x), ZERO, bits, rounding, theta).level)
+        snap = jax.jit(functools.partial(format.snap, rounding=rounding))
+        y = np.asarray(snap(x, ZERO, bits, theta=theta).level)
         assert (np.diff(y) >= 0).all()
         if rounding.is_nearest:
             closest = np.abs(np.float64(x)[:, None] - np.float64(levels)).min(1)
@@ -178,9 +179,8 @@ def test_the_fraction_is_not_rounded_into_the_index():
     # At index 201, 201 + t would lose all but 16 bits of t.
     levels = np.arange(256, dtype=np.float32)
     tiny = np.float32(201) + np.float32(2.0**-16)
-    for max_bits in (8,):
-        assert run(levels, [tiny], CEIL, max_bits)[0].tolist() == [202]
-        assert run(levels, [np.float32(202) - np.float32(2.0**-16)], FLOOR, max_bits)[0] == 201
+    assert run(levels, [tiny], CEIL, 8)[0].tolist() == [202]
+    assert run(levels, [np.float32(202) - np.float32(2.0**-16)], FLOOR, 8)[0].tolist() == [201]
 
 
 @example(levels=np.float32([-3, -1]), share=0.3)
@@ -259,8 +259,9 @@ def test_traced_widths_equal_static_ones_in_one_compilation(max_bits):
         for got in (cells[cell], [m[cell] for m in mapped], [m[cell] for m in looped]):
             for one, other in zip(got, static, strict=True):
                 assert_array_equal(one, other)
-        narrow = Squares(max_bits=width).snap(x, ZERO, jnp.float32(width), HALF_EVEN)
-        assert_array_equal(static[0], narrow.level)
+        if width in (1, 3):  # a container, and a compilation, each
+            narrow = Squares(max_bits=width).snap(x, ZERO, jnp.float32(width), HALF_EVEN)
+            assert_array_equal(static[0], narrow.level)
 
 
 @pytest.mark.parametrize("max_bits", [3, 5])
@@ -269,16 +270,20 @@ def test_stacked_layers_have_a_width_and_a_table_each(max_bits):
     format, widths = Given(max_bits=max_bits), jnp.array([1.0, 2.0, 3.0])
     theta = {"levels": jnp.sort(jnp.asarray(rng.normal(size=(3, 1 << max_bits)), jnp.float32))}
     x = jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32)
-    level, unclipped = format.snap(x, ZERO, widths, HALF_EVEN, theta)
-    codes = format.encode(level, widths, theta)
+
+    @jax.jit
+    def run(x, bits, theta):
+        level, unclipped = format.snap(x, ZERO, bits, HALF_EVEN, theta)
+        codes = format.encode(level, bits, theta)
+        back = format.decode(codes, bits, theta)
+        return level, unclipped, codes, back, *format.level_range(bits, theta)
+
+    together = level, _, _, back, low, high = run(x, widths, theta)
     for layer in range(3):
-        bits, own = widths[layer], {"levels": theta["levels"][layer]}
-        alone = format.snap(x[layer], ZERO, bits, HALF_EVEN, own)
-        assert_array_equal(level[layer], alone.level)
-        assert_array_equal(unclipped[layer], alone.unclipped)
-        assert_array_equal(codes[layer], format.encode(alone.level, bits, own))
-    assert_array_equal(format.decode(codes, widths, theta), level)
-    low, high = format.level_range(widths, theta)
+        alone = run(x[layer], widths[layer], {"levels": theta["levels"][layer]})
+        for stacked, own in zip(together, alone, strict=True):
+            assert_array_equal(stacked[layer], own)
+    assert_array_equal(back, level)
     assert_array_equal(low, theta["levels"][:, 0])
     assert_array_equal(high, theta["levels"][:, -1])
 
@@ -291,11 +296,17 @@ def test_the_gradient_of_a_level_is_the_sum_over_its_entries(max_bits):
     x = jnp.asarray(rng.normal(size=200), jnp.float32)
     cotangent = rng.normal(size=200).astype(np.float32)
     format, bits = Given(max_bits=max_bits), jnp.float32(max_bits)
-    codes = format.encode(format.snap(x, ZERO, bits, HALF_EVEN, theta).level, bits, theta)
-    decoded = jax.grad(lambda t: (format.decode(codes, bits, t) * cotangent).sum())(theta)
-    snapped = jax.grad(
-        lambda t: (format.snap(x, ZERO, bits, HALF_EVEN, t).level * cotangent).sum()
-    )(theta)
+
+    def snap(theta):
+        return format.snap(x, ZERO, bits, HALF_EVEN, theta).level
+
+    @jax.jit
+    def gradients(theta):
+        codes = format.encode(snap(theta), bits, theta)
+        decoded = jax.grad(lambda t: jnp.vdot(format.decode(codes, bits, t), cotangent))(theta)
+        return codes, decoded, jax.grad(lambda t: jnp.vdot(snap(t), cotangent))(theta)
+
+    codes, decoded, snapped = gradients(theta)
     want = np.bincount(np.asarray(codes), np.float64(cotangent), size)
     np.testing.assert_allclose(decoded["levels"], want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(snapped["levels"], want, rtol=1e-5, atol=1e-5)

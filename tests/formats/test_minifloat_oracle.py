@@ -148,6 +148,9 @@ def test_every_number_keeps_its_pattern(peer):
     is_number = ~np.isnan(np.asarray(numbers))
     assert_array_equal(back[is_number], codes[is_number])
     assert np.all(np.isnan(np.asarray(decoded(format, back))) == ~is_number)
+    # Where -0 is no number, its pattern is that of 0 and not of NaN.
+    zeros = np.full(codes.shape, -0.0, np.float32)
+    assert_array_equal(encoded(format, zeros), zeros.astype(peer_dtype(peer)).view(codes.dtype))
 
 
 @PEER

@@ -160,6 +160,15 @@ def test_few_distinct_values_are_exact(bits, data):
     assert_allclose(y, x, rtol=3e-7, atol=0)  # a quotient and a product
 
 
+def test_sums_over_a_large_tensor_are_exact():
+    """A float32 sum would lose the small cluster; int32 would overflow if digits were larger."""
+    x = np.random.default_rng(16).uniform(0.999, 1.0, size=(2, 600_000)).astype(np.float32)
+    x[1, -3:] = -1.0, -0.75, -0.5
+    qparams, _ = fitted(x, 1)
+    means = [-0.75, x[x > 0].mean(dtype=np.float64)]
+    assert_allclose(qparams.theta["levels"][:2], means, rtol=0, atol=2.0**-22)
+
+
 @ANY
 def test_the_order_of_entries_does_not_matter(kind):
     x = drawn(kind, 5)
@@ -279,7 +288,7 @@ def test_a_model_runs_with_it():
     plan = models.planned(case, qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=weights))]))
     qstate = jax.jit(lambda params: qj.calibrate(plan, {}, params))(case.params)
     simulated = jax.jit(qj.fake_quantize(case.f, plan))(qstate, case.params, case.x)
-    frozen = qj.freeze(plan, qstate, case.params)
+    frozen = jax.jit(functools.partial(qj.freeze, plan))(qstate, case.params)
     executed = jax.jit(qj.execute(case.f, plan))(qstate, frozen, case.x)
     assert_array_equal(executed, simulated)
     is_tensor = lambda leaf: isinstance(leaf, qj.QTensor)  # noqa: E731

@@ -292,3 +292,48 @@ def test_a_width_for_each_layer_of_a_stack():
     tensor = qj.freeze(plan, qstate, PARAMS)["stack"].dequantize()
     for layer, bits in enumerate((2, 3, 4)):
         assert len(np.unique(np.abs(tensor[layer, :, 0]))) <= 2 ** (bits - 1)
+
+
+@pytest.mark.parametrize("format", formats.BUILT_IN, ids=lambda f: f.label(f.max_bits))
+def test_every_format_is_frozen_as_it_is_simulated(format):
+    if not format.signed:
+        pytest.skip("a weight has negative values")
+    f, params = (lambda params, x: x @ params["first"]), {"first": PARAMS["first"]}
+    rule = ranges.K_MEANS if format == formats.learned_codebook(max_bits=4) else MIN_MAX
+    weights = qj.weight_quantizer(format=format, rule=rule, granularity=qj.PerGroup(16))
+    scheme = qj.Scheme(weights=weights)
+    plan = qj.plan(qj.Policy([qj.rule(qj.weighted(), scheme)]), qj.sites(f, params, X))
+    qstate = qj.calibrate(plan, {}, params)
+    frozen = qj.freeze(plan, qstate, params)
+    simulated = jax.jit(qj.fake_quantize(f, plan))(qstate, params, X)
+    assert_array_equal(jax.jit(qj.execute(f, plan))(qstate, frozen, X), simulated)
+
+
+def layers_on_axis_1(params, x):
+    stack = jnp.moveaxis(params["w"], 1, 0)
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, stack)[0]
+
+
+def planned_on_axis_1(quantizer: qj.Quantizer):
+    params = {"w": models.normal(5, WIDTH, LAYERS, WIDTH)}
+    x = models.normal(6, 4, WIDTH)
+    policy = qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=quantizer))])
+    return qj.plan(policy, qj.sites(layers_on_axis_1, params, x)), params, x
+
+
+@pytest.mark.parametrize("format", [formats.normal_float(max_bits=4), formats.apot(max_bits=8)])
+def test_codes_that_depend_on_the_width_are_not_mixed(format):
+    plan, params, _ = planned_on_axis_1(qj.weight_quantizer(format=format))
+    qstate = qj.calibrate(plan, {}, params, weight_bits=jnp.array([2.0, 3.0, 4.0]))
+    with refused(qj.errors.FreezeError, "not stacked along the first axis"):
+        qj.freeze(plan, qstate, params)
+
+
+def test_codes_that_do_not_depend_on_it_are():
+    plan, params, x = planned_on_axis_1(qj.weight_quantizer(format=formats.E4M3FN))
+    qstate = qj.calibrate(plan, {}, params, weight_bits=jnp.array([6.0, 7.0, 8.0]))
+    frozen = qj.freeze(plan, qstate, params)
+    executed = jax.jit(qj.execute(layers_on_axis_1, plan))(qstate, frozen, x)
+    assert_array_equal(
+        executed, jax.jit(qj.fake_quantize(layers_on_axis_1, plan))(qstate, params, x)
+    )

@@ -56,6 +56,9 @@ def divide_by_scale(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float
     depends by a comparison with NaN, which is never true; the barrier keeps XLA from knowing so,
     and from evaluating the comparison where ``x`` is a constant of the program.
 
+    Sharp edge: of a quotient, XLA divides once by the product of both divisors, unless a barrier
+    stands between the two.
+
     Args:
       x: float32 values.
       scale: positive, broadcastable against ``x`` (equal rank or scalar).

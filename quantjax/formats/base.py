@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.formats.scales import REAL, ScaleRule
 from quantjax.rounding import Rounding
@@ -57,6 +58,18 @@ class Snapped(NamedTuple):
 
     level: jax.Array
     unclipped: jax.Array
+
+
+def parameter(theta: Theta, name: str, family: str) -> jax.Array:
+    """``theta[name]``; FormatError where it is missing."""
+    if name not in theta:
+        raise errors.FormatError(
+            f"theta of {family} has no {name}",
+            where=f"theta with {', '.join(map(str, theta))}",
+            fix=f'theta={{"{name}": ...}}, or theta=() for what the format has by itself',
+        )
+    value: jax.Array = theta[name]
+    return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

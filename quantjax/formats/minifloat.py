@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from quantjax import errors
 from quantjax.formats import float_patterns as patterns
-from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta
+from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta, parameter
 from quantjax.formats.float_patterns import MAX_EXPONENT_BITS, MAX_MANTISSA_BITS, Layout, Specials
 from quantjax.formats.scales import REAL, UNIT, ScaleRule, power_of_two
 from quantjax.rounding import Rounding
@@ -197,7 +197,9 @@ class MinifloatFormat(Format):
         return (bits == 0.0) | (whole & fits & (bits >= lowest))
 
     def _exponent(self, theta: Theta) -> int | jax.Array:
-        return theta["exponent_bits"] if isinstance(theta, dict) else self.exponent_bits
+        if not isinstance(theta, dict):
+            return self.exponent_bits
+        return parameter(theta, "exponent_bits", self.name)
 
     def _in_use(self, bits: jax.Array, theta: Theta) -> Layout:
         return patterns.layout(self._exponent(theta), bits, self.specials)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta
+from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta, parameter
 from quantjax.formats.scales import REAL, ScaleRule
 from quantjax.rounding import Rounding
 
@@ -160,8 +160,11 @@ class TernaryFormat(Format):
         if not theta:
             return 0.5 * one, one, one
         if not self.learned:
-            return theta["threshold"], one, one
-        return theta["threshold"], theta["negative"], theta["positive"]
+            return parameter(theta, "threshold", self.name), one, one
+        threshold, negative, positive = (
+            parameter(theta, name, self.name) for name in ("threshold", "negative", "positive")
+        )
+        return threshold, negative, positive
 
 
 def ternary(*, learned: bool = False, scale_rule: ScaleRule = REAL) -> TernaryFormat:

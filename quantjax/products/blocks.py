@@ -66,7 +66,8 @@ def _pad_last(x: jax.Array, multiple: int) -> jax.Array:
 
 def _split_last(x: jax.Array, block: int) -> jax.Array:
     x = _pad_last(x, block)
-    return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, block), -2, 0)
+    count = x.shape[-1] // block  # not -1, which an empty batch leaves open
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], count, block), -2, 0)
 
 
 def _split_dot(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> Blocks:

@@ -136,3 +136,27 @@ def test_nothing_has_a_range_in_an_empty_tensor():
         formats.Span(span, span, jnp.float32(6.0), jnp.float32(2.0))
     )
     assert scale.shape == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("format", "theta", "name"),
+    [
+        (formats.E4M3FN, {"exponent": 4.0}, "exponent_bits"),
+        (formats.TERNARY, {"border": 0.3}, "threshold"),
+        (formats.ternary(learned=True), {"threshold": 0.3}, "negative"),
+    ],
+)
+def test_a_parameter_that_is_missing_is_named(format, theta, name):
+    theta = {key: jnp.float32(value) for key, value in theta.items()}
+    with refused(errors.FormatError, f"has no {name}"):
+        qj.fake_quant(X, 0.1, format=format, theta=theta)
+
+
+@pytest.mark.parametrize("format", [qj.integer(), formats.MXFP4], ids=["int8", "mxfp4"])
+def test_a_batch_of_nothing(format):
+    live = qj.activation_quantizer(
+        format=format, symmetric=True, granularity=qj.PerGroup(16), range=qj.RangeMode.LIVE
+    )
+    plan = planned(activations=live)
+    qstate = qj.calibrate(plan, {}, PARAMS)
+    assert qj.fake_quantize(f, plan)(qstate, PARAMS, X[:0]).shape == (0, 6)

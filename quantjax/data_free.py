@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from quantjax import errors, statistics
+from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import Fault
 from quantjax.granularity import OperandAxes, PerChannel, PerGroup
@@ -16,7 +16,6 @@ from quantjax.interpreter import Op, Operand, Role, Site, leaves_by_path
 from quantjax.policy import Policy, Quantizer
 from quantjax.printing import shape_text
 from quantjax.qtensor import QTensor, encode, is_quantized, packed
-from quantjax.ranges import FitRule
 
 
 def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None = None) -> PyTree:
@@ -164,10 +163,7 @@ def _quantize(name: str, leaf: Any, quantizer: Quantizer, key: PRNGKeyArray | No
     leaf = jnp.asarray(leaf)
     shape = granularity.scale_shape(leaf.shape, OperandAxes((), ()), is_weight=True)
     bits = jnp.asarray(quantizer.bits, jnp.float32)
-    if isinstance(quantizer.rule, FitRule):
-        qparams = quantizer.fitted(leaf, bits, scale_shape=shape, rule=quantizer.rule)
-    else:
-        qparams = quantizer.qparams(statistics.update(statistics.init(shape), leaf), bits)
+    qparams = quantizer.qparams_of(leaf, bits, scale_shape=shape)
     fault = concrete(qparams.zero_point)
     scale = concrete(qparams.scale)
     if scale is not None and fault is not None and (scale != scale).any():

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from quantjax import errors
+from quantjax import errors, statistics
 from quantjax.affine import DIVIDED, QParams, Scaling, mark_faults, qparams_from_range
 from quantjax.estimators import CLIPPED, Estimator
 from quantjax.fake_quant import Arithmetic
 from quantjax.formats import UNIT, Format, Theta, integer
 from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken, reduce_to
 from quantjax.interpreter import Site
+from quantjax.printing import shape_text
 from quantjax.ranges import MIN_MAX, FitRule, IndexedRule, RangeRule
 from quantjax.rounding import HALF_EVEN, Rounding
 from quantjax.selectors import Selector, weighted
@@ -78,7 +80,7 @@ class Quantizer:
                 f"{self.bits} bits are no width of {self.format.label(self.format.max_bits)}",
                 fix=f"bits={self.format.max_bits}, or a format that has this width",
             )
-        if _overflows(self.format, self.bits):
+        if known_overflow(self.format, self.bits):
             raise errors.QuantizerError(
                 f"the levels of {self.format.label(self.bits)} are too large for sums of products",
                 why="products multiply levels, in float32, and scale what they give",
@@ -106,11 +108,7 @@ class Quantizer:
     ) -> QParams:
         """QParams from statistics at a width, by another rule than the quantizer's own if given."""
         chosen = rule or self.rule
-        if isinstance(chosen, FitRule):
-            raise errors.CalibrationError(
-                f"the rule {chosen.name} needs the tensor itself, and only statistics are there",
-                fix="a range rule such as qj.ranges.MIN_MAX, or range=qj.RangeMode.LIVE",
-            )
+        assert not isinstance(chosen, FitRule)
         low, high, calibrated = chosen.range(stats, self.format, bits)
         qparams = qparams_from_range(
             low,
@@ -121,27 +119,56 @@ class Quantizer:
             calibrated=calibrated,
             theta=theta,
         )
-        if not theta:
-            return qparams
-        # What the quantizer checked of its own exponent bits, for those of a sweep.
-        yes = jnp.ones((), bool)
-        fits = ~levels_overflow(self.format, bits, theta)
-        return mark_faults(qparams, calibrated=yes, finite=yes, valid=fits)
+        return qparams if self._is_bounded else self._marked(qparams)
 
-    def fitted(
+    def qparams_of(
         self,
         tensor: jax.Array,
         bits: jax.Array,
+        theta: Theta = (),
         *,
         scale_shape: tuple[int, ...],
-        rule: FitRule,
+        rule: RangeRule | IndexedRule | FitRule | None = None,
     ) -> QParams:
-        """QParams from the tensor itself at a width."""
+        """QParams of the tensor at hand at a width: by its statistics, or fitted to it.
+
+        Raises:
+          CalibrationError: the format's parameters are given, and the rule would find its own.
+        """
+        chosen = self.rule if rule is None else rule
+        if not isinstance(chosen, FitRule):
+            stats = statistics.update(statistics.init(scale_shape), tensor)
+            return self.qparams(stats, bits, theta, rule=chosen)
+        if theta:
+            raise errors.CalibrationError(
+                f"exponent bits for the rule {chosen.name}, which is told the width alone",
+                where=f"{self.format.name}, tensor {shape_text(tensor.shape)}",
+                fix="a range rule such as qj.ranges.MIN_MAX, or a plan for each exponent width",
+            )
         x = jnp.asarray(tensor, jnp.float32)
         finite = reduce_to(jnp.isfinite(x), scale_shape, jnp.all)
-        qparams = rule.fit(jnp.where(jnp.isfinite(x), x, 0.0), scale_shape, self.format, bits)
-        valid = self.format.valid_bits(qparams.bits, qparams.theta)
-        return mark_faults(qparams, calibrated=jnp.ones((), bool), finite=finite, valid=valid)
+        qparams = chosen.fit(jnp.where(jnp.isfinite(x), x, 0.0), scale_shape, self.format, bits)
+        return self._marked(qparams, finite=finite)
+
+    def width(self, bits: jax.Array, theta: Theta = ()) -> QParams:
+        """The width alone, for a range that is not known yet: scale 1, or its fault."""
+        one = jnp.ones_like(bits)
+        return self._marked(QParams(one, jnp.zeros_like(one), bits, theta))
+
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether levels are integers of a container, whose sums float32 always holds."""
+        return self.format.largest_centered_code(symmetric=self.symmetric) is not None
+
+    def _marked(self, qparams: QParams, *, finite: jax.Array | None = None) -> QParams:
+        """With the faults of widths, where there are such."""
+        bits, theta, yes = qparams.bits, qparams.theta, jnp.ones((), bool)
+        valid = self.format.valid_bits(bits, theta)
+        if not self._is_bounded:
+            valid &= ~levels_overflow(self.format, bits, theta)
+        return mark_faults(
+            qparams, calibrated=yes, finite=yes if finite is None else finite, valid=valid
+        )
 
     def __str__(self) -> str:
         """``int4/channel``, ``uint8/tensor``, ``int8/token/live``."""
@@ -241,16 +268,19 @@ def activation_quantizer(
 
 
 def levels_overflow(format: Format, bits: jax.Array, theta: Theta) -> jax.Array:
-    """Whether sums of products of two levels can leave float32."""
+    """Where sums of products of two levels can leave float32 (bool, the shape of ``bits``)."""
     _, high = format.level_range(bits, theta)
     is_scaled = format.scale_rule != UNIT
     return (high > LARGEST_LEVEL) & (bits != 0.0) & is_scaled
 
 
-def _overflows(format: Format, bits: int) -> bool:
+def known_overflow(format: Format, bits: Any, theta: Theta = ()) -> bool:
+    """Whether they do so at these widths; False where one is not known yet."""
     try:
+        if not format.known_valid(bits, theta):
+            return False
         with jax.ensure_compile_time_eval():
-            return bool(levels_overflow(format, jnp.asarray(bits, jnp.float32), ()))
+            return bool(jnp.any(levels_overflow(format, jnp.asarray(bits, jnp.float32), theta)))
     except errors.FormatError:  # levels that only calibration will give, about 1
         return False
 

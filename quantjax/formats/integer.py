@@ -9,16 +9,15 @@ import jax.numpy as jnp
 
 from quantjax import errors
 from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta
-from quantjax.formats.scales import REAL, ScaleRule
+from quantjax.formats.scales import REAL, ScaleRule, power_of_two
 from quantjax.rounding import Rounding
 
 MAX_CONTAINER_BITS = 16
 
 
-def _power_of_two(exponent: jax.Array) -> jax.Array:
-    """``2^exponent`` exactly, for integer-valued exponents 0..30 (``exp2`` is off by ulps)."""
-    whole = jnp.clip(exponent, 0.0, 30.0).astype(jnp.int32)
-    return jnp.left_shift(jnp.ones_like(whole), whole).astype(jnp.float32)
+def _two_to(exponent: jax.Array) -> jax.Array:
+    """``2^exponent`` of integer-valued float32 numbers."""
+    return power_of_two(exponent.astype(jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,11 +79,11 @@ class IntegerFormat(Format):
         bits = jnp.asarray(bits, jnp.float32)
         one = bits == 1.0
         if self.signed:
-            half = _power_of_two(bits - 1.0)
+            half = _two_to(bits - 1.0)
             low = -half + 1.0 if self.narrow else -half
             return jnp.where(one, -1.0, low), jnp.where(one, 1.0, half - 1.0)
         low = jnp.where(one, 0.0, 1.0) if self.narrow else jnp.zeros_like(bits)
-        return low, _power_of_two(bits) - 1.0
+        return low, _two_to(bits) - 1.0
 
     def steps(self, bits: jax.Array, *, symmetric: bool, theta: Theta = ()) -> jax.Array:
         """Symmetric signed: ``2^(b-1)`` full, ``2^(b-1)-1`` narrow; otherwise ``high - low``."""
@@ -94,7 +93,7 @@ class IntegerFormat(Format):
             return high - low
         if not self.signed:
             return high
-        half = _power_of_two(bits - 1.0)
+        half = _two_to(bits - 1.0)
         return jnp.maximum(half - 1.0, 1.0) if self.narrow else half
 
     def is_elementwise(self, theta: Theta) -> bool:

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from quantjax import errors, statistics
+from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import Fault, QParams
-from quantjax.formats import FloatBits, Format, MinifloatFormat, Theta
+from quantjax.affine import QParams
+from quantjax.formats import FloatBits, MinifloatFormat, Theta
 from quantjax.interpreter import Role, evaluate_origin, leaves_by_path
 from quantjax.planning import OperandPlan, Plan, SitePlan
-from quantjax.policy import RangeMode, levels_overflow
+from quantjax.policy import RangeMode, known_overflow
 from quantjax.ranges import FitRule, IndexedRule, RangeRule
 from quantjax.statistics import Statistics
 from quantjax.transforms.check import check
@@ -77,7 +77,7 @@ def calibrate(
             chosen = weight_bits if operand.is_weight else activation_bits
             bits, theta = _width(entry, operand, chosen)
             if operand.quantizer.range is RangeMode.LIVE:
-                qstate[name][operand.key] = _live(operand.quantizer.format, bits, theta)
+                qstate[name][operand.key] = operand.quantizer.width(bits, theta)
                 continue
             weight = None
             if operand.is_weight and plan.weights[name].derivable:
@@ -100,38 +100,20 @@ def _derived(
     """QParams of one operand with a fixed range, from the weight itself or from statistics."""
     quantizer, steps = operand.quantizer, entry.site.steps
     assert quantizer is not None
-    shape = operand.scale_shape or ()
+    if weight is not None:
+        shape = operand.scale_shape or ()
+        fit = partial(quantizer.qparams_of, scale_shape=shape, rule=rule)
+        return over_steps(fit, steps)(weight, bits, theta)
     chosen = quantizer.rule if rule is None else rule
     if isinstance(chosen, FitRule):
-        if weight is None:
-            raise errors.CalibrationError(
-                f"the rule {chosen.name} needs the tensor itself",
-                where=f"site {entry.site.name}, {operand.key}",
-                why="calibration keeps statistics of activations, not their values",
-                fix="a range rule such as qj.ranges.MIN_MAX, or range=qj.RangeMode.LIVE",
-            )
-        if theta:
-            raise errors.CalibrationError(
-                f"exponent bits for the rule {chosen.name}, which is told the width alone",
-                where=f"site {entry.site.name}, {operand.key}",
-                fix="a range rule such as qj.ranges.MIN_MAX, or a plan for each exponent width",
-            )
-        fit = partial(quantizer.fitted, scale_shape=shape, rule=chosen)
-        return over_steps(fit, steps)(weight, bits)
-    if weight is None:
-        stats = _observed(entry, operand, state, bits)
-    else:
-        fresh = statistics.init(shape)
-        stats = over_steps(partial(statistics.update, fresh), steps)(weight)
+        raise errors.CalibrationError(
+            f"the rule {chosen.name} needs the tensor itself",
+            where=f"site {entry.site.name}, {operand.key}",
+            why="calibration keeps statistics of activations, not their values",
+            fix="a range rule such as qj.ranges.MIN_MAX, or range=qj.RangeMode.LIVE",
+        )
+    stats = _observed(entry, operand, state, bits)
     return over_steps(partial(quantizer.qparams, rule=chosen), steps)(stats, bits, theta)
-
-
-def _live(format: Format, bits: jax.Array, theta: Theta) -> QParams:
-    """The width alone; scale and zero point are read only by ``qj.check``."""
-    valid = format.valid_bits(bits, theta)
-    scale = jnp.where(valid, jnp.float32(1.0), jnp.nan)
-    fault = jnp.float32(Fault.BITS_OUTSIDE_FORMAT)
-    return QParams(scale, jnp.where(valid, jnp.float32(0.0), fault), bits, theta)
 
 
 def _observed(entry: SitePlan, operand: OperandPlan, state: State, bits: jax.Array) -> Statistics:
@@ -210,15 +192,13 @@ def _width(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tuple[
             why=f"its container holds {held}, and 0 for bypass",
             fix=f"{every[-1] if every else 0} bits, or plan with qj.integer(max_bits=16)",
         )
-    if theta and format.known_valid(value, theta):
-        with jax.ensure_compile_time_eval():
-            if bool(jnp.any(levels_overflow(format, bits, theta))):
-                raise errors.BitsError(
-                    "so many exponent bits have levels that are too large for sums of products",
-                    where=where,
-                    why="products multiply levels, in float32, and scale what they give",
-                    fix="6 exponent bits at most, or a format with scale_rule=qj.formats.UNIT",
-                )
+    if known_overflow(format, value, theta):
+        raise errors.BitsError(
+            "so many exponent bits have levels that are too large for sums of products",
+            where=where,
+            why="products multiply levels, in float32, and scale what they give",
+            fix="6 exponent bits at most, or a format with scale_rule=qj.formats.UNIT",
+        )
     return bits, theta
 
 

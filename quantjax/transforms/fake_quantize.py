@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quantjax import errors, statistics
+from quantjax import errors
 from quantjax.affine import QParams
 from quantjax.granularity import check_scale_shape
 from quantjax.interpreter import (
@@ -27,7 +27,6 @@ from quantjax.planning import OperandPlan, Plan, SitePlan, resized
 from quantjax.policy import RangeMode
 from quantjax.printing import shape_text
 from quantjax.products import Coded, coded, in_float, multiply
-from quantjax.ranges import FitRule
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.keys import Key, next_keys, site_keys
 from quantjax.transforms.sites import check_program
@@ -135,16 +134,7 @@ def live_qparams(operand: OperandPlan, x: jax.Array, qparams: QParams) -> QParam
         return qparams
     shape = quantizer.granularity.scale_shape(x.shape, operand.axes, is_weight=operand.is_weight)
     x = jax.lax.stop_gradient(x)
-    if isinstance(quantizer.rule, FitRule):
-        if qparams.theta:
-            raise errors.CalibrationError(
-                f"exponent bits for the rule {quantizer.rule.name}, which is told the width alone",
-                where=operand.key,
-                fix="a range rule such as qj.ranges.MIN_MAX, or a plan for each exponent width",
-            )
-        return quantizer.fitted(x, qparams.bits, scale_shape=shape, rule=quantizer.rule)
-    stats = statistics.update(statistics.init(shape), x)
-    return quantizer.qparams(stats, qparams.bits, qparams.theta)
+    return quantizer.qparams_of(x, qparams.bits, qparams.theta, scale_shape=shape)
 
 
 def _check_fits(scale_shape: Sequence[int], shape: Sequence[int], steps: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""``qj.freeze``: weights as integer codes, in the tree that they came in."""
+"""``qj.freeze``: weights as codes, in the tree that they came in."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -
       DataError: a concrete weight with NaN.
 
     Memory: one parameter at a time is encoded, in parts; beyond input and output, a fraction of a
-    leaf of floats.
+    leaf of floats. Formats whose codes depend on the width or on ``theta`` (tables, learned levels)
+    are encoded layer by layer, without parts.
 
     >>> import jax.numpy as jnp, quantjax as qj
     >>> f = lambda p, x: x @ p["w"]

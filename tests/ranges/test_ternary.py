@@ -15,6 +15,7 @@ from quantjax.fake_quant import Arithmetic, apply
 from quantjax.formats import POWER_OF_TWO, integer
 from quantjax.formats.ternary import TERNARY, ternary
 from quantjax.ranges.ternary import TTQ, TWN, ttq
+from tests.oracles.groups import by_group
 
 SHAPE, GROUPS = (6, 8), ((1, 1), (1, 8), (6, 1), (3, 8), (6, 2))
 LEARNED, TWO = ternary(learned=True), jnp.float32(2)
@@ -29,13 +30,6 @@ def fitting(rule, format, groups):
 
 def weights(seed: int = 0, shape=SHAPE) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def by_group(x: np.ndarray, groups: tuple[int, ...]):
-    """Each group's index and entries."""
-    for home in np.ndindex(groups):
-        steps = [n // g for n, g in zip(x.shape, groups, strict=True)]
-        yield home, x[tuple(slice(i * k, i * k + k) for i, k in zip(home, steps, strict=True))]
 
 
 @pytest.mark.parametrize("groups", GROUPS)

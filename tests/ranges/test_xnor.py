@@ -15,6 +15,7 @@ from quantjax.formats import POWER_OF_TWO, integer
 from quantjax.formats.logarithmic import lognet
 from quantjax.formats.ternary import TERNARY
 from quantjax.ranges.xnor import XNOR
+from tests.oracles.groups import by_group
 
 SHAPE, GROUPS = (6, 8), ((1, 1), (1, 8), (6, 1), (3, 8), (6, 2))
 BINARY, ONE = integer(max_bits=1), jnp.float32(1)
@@ -27,13 +28,6 @@ def fitting(groups, format=BINARY):
 
 def weights(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=SHAPE).astype(np.float32)
-
-
-def by_group(x: np.ndarray, groups: tuple[int, ...]):
-    """Each group's index and entries."""
-    for home in np.ndindex(groups):
-        steps = [n // g for n, g in zip(x.shape, groups, strict=True)]
-        yield home, x[tuple(slice(i * k, i * k + k) for i, k in zip(home, steps, strict=True))]
 
 
 @pytest.mark.parametrize("groups", GROUPS)

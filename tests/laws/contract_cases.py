@@ -1,6 +1,5 @@
 """Which trials the contract test makes of every format: granularities, roundings, dtypes."""
 
-import itertools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -66,13 +65,6 @@ def pairwise() -> list[Row]:
             rounding = ROUNDINGS[(i + j) % len(ROUNDINGS)]
             rows.append(Row(format, granularity, rounding, DTYPES[(i + 2 * j) % len(DTYPES)]))
     return rows
-
-
-def full() -> list[Row]:
-    """All of them."""
-    return list(
-        itertools.starmap(Row, itertools.product(BUILT_IN, GRANULARITIES, ROUNDINGS, DTYPES))
-    )
 
 
 def some_widths(format: Format) -> list[int]:

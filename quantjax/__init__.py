@@ -22,18 +22,9 @@ from quantjax.granularity import (
 )
 from quantjax.interpreter import Site
 from quantjax.planning import Plan, SiteTable, plan
-from quantjax.policy import (
-    Policy,
-    Quantizer,
-    RangeMode,
-    Rule,
-    Scheme,
-    activation_quantizer,
-    rule,
-    uniform_policy,
-    weight_quantizer,
-)
+from quantjax.policy import Policy, Rule, Scheme, rule, uniform_policy
 from quantjax.qtensor import QTensor, encode
+from quantjax.quantizer import Quantizer, RangeMode, activation_quantizer, weight_quantizer
 from quantjax.ranges import FitRule, RangeRule
 from quantjax.rounding import Rounding
 from quantjax.selectors import Selector, everything, path, weighted

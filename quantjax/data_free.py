@@ -13,9 +13,10 @@ from quantjax._compat import concrete
 from quantjax.affine import Fault
 from quantjax.granularity import OperandAxes, PerChannel, PerGroup
 from quantjax.interpreter import Op, Operand, Role, Site, leaves_by_path
-from quantjax.policy import Policy, Quantizer
+from quantjax.policy import Policy
 from quantjax.printing import shape_text
 from quantjax.qtensor import QTensor, encode, is_quantized, packed
+from quantjax.quantizer import Quantizer
 
 
 def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None = None) -> PyTree:

@@ -13,9 +13,10 @@ import numpy as np
 from quantjax import errors
 from quantjax.granularity import OperandAxes
 from quantjax.interpreter import Op, Operand, Origin, Role, Site, SiteStatus, leaves_by_path
-from quantjax.policy import Policy, Quantizer, RangeMode, Rule
+from quantjax.policy import Policy, Rule
 from quantjax.printing import columns, shape_text
 from quantjax.products import Form, Sizing, execution_form, group_length, sizing, sum_length
+from quantjax.quantizer import Quantizer, RangeMode
 
 
 @dataclasses.dataclass(frozen=True)

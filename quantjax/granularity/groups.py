@@ -143,3 +143,39 @@ def _reduced(
     if mask is not None:
         options = {**options, "where": mask.reshape(split)}
     return reduce(x.reshape(split), axis=tuple(reduced), **options).reshape(scale_shape)
+
+
+def group_counts(shape: Sequence[int], scale_shape: Sequence[int]) -> np.ndarray:
+    """How many entries each group has, at the shape of the scale (int64).
+
+    >>> group_counts((5, 3), (2, 1)).tolist()
+    [[9], [6]]
+    """
+    check_scale_shape(shape, scale_shape)
+    counts = np.ones((), np.int64)
+    for n, groups in zip(shape, scale_shape, strict=True):
+        size = group_size(n, groups)
+        counts = np.multiply.outer(counts, np.minimum(size, n - size * np.arange(groups)))
+    return counts
+
+
+def groups_last(x: jax.Array, scale_shape: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """The entries of each group along a last axis, ``[*scale_shape, n]``, and where there are some.
+
+    Groups that are shorter are filled up, with what the mask leaves out.
+
+    >>> values, some = groups_last(jnp.array([1.0, 2.0, 3.0]), (2,))
+    >>> values.tolist(), some.tolist()
+    ([[1.0, 2.0], [3.0, 0.0]], [[True, True], [True, False]])
+    """
+    check_scale_shape(x.shape, scale_shape)
+    sizes = [group_size(n, groups) for n, groups in zip(x.shape, scale_shape, strict=True)]
+    missing = [g * s - n for n, g, s in zip(x.shape, scale_shape, sizes, strict=True)]
+    split = [length for pair in zip(scale_shape, sizes, strict=True) for length in pair]
+    axes = [*range(0, 2 * x.ndim, 2), *range(1, 2 * x.ndim, 2)]
+
+    def gathered(array: jax.Array) -> jax.Array:
+        filled = jnp.pad(array, [(0, m) for m in missing]) if any(missing) else array
+        return filled.reshape(split).transpose(axes).reshape(*scale_shape, -1)
+
+    return gathered(x), gathered(jnp.ones(x.shape, bool))

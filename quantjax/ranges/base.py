@@ -1,16 +1,19 @@
-"""What a range rule is."""
+"""What a range rule is, and what it is told."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from quantjax.affine import QParams
-from quantjax.formats import Format
-from quantjax.statistics import Statistics
+from quantjax._compat import concrete
+from quantjax.affine import QParams, qparams_from_range
+from quantjax.fake_quant import Arithmetic, apply, is_clipped
+from quantjax.formats import Format, Theta
 
 
 class Range(NamedTuple):
@@ -23,7 +26,45 @@ class Range(NamedTuple):
 
     low: Float[Array, "..."]
     high: Float[Array, "..."]
-    calibrated: Bool[Array, ""]
+    calibrated: Bool[Array, "..."]
+
+
+class Target(NamedTuple):
+    """What a range is for: the codes that have to cover it.
+
+    Attributes:
+      format: which codes; static.
+      symmetric: whether the zero point is 0, so that the larger bound decides; static.
+      bits: the width, a scalar that may be traced.
+      theta: of the format.
+    """
+
+    format: Format
+    symmetric: bool
+    bits: Float[Array, ""]
+    theta: Theta = ()
+
+    def qparams(self, low: jax.Array, high: jax.Array) -> QParams:
+        """The QParams that cover a range."""
+        return qparams_from_range(
+            low,
+            high,
+            self.bits,
+            format=self.format,
+            symmetric=self.symmetric,
+            calibrated=jnp.asarray(True),
+            theta=self.theta,
+        )
+
+    def quantize(
+        self, x: jax.Array, low: jax.Array, high: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What becomes of ``x`` under a range, rounded to the nearest, and what of it is clipped.
+
+        ``x`` is of one group, so ``low`` and ``high`` are scalars.
+        """
+        qparams, arithmetic = self.qparams(low, high), Arithmetic(self.format)
+        return apply(x, qparams, arithmetic), is_clipped(x, qparams, arithmetic)
 
 
 class RangeRule(NamedTuple):
@@ -31,12 +72,34 @@ class RangeRule(NamedTuple):
 
     Attributes:
       name: what it prints as.
-      range: ``(statistics, format, bits) -> Range``; ``bits`` may be traced. Rules that do not
-        look at the width ignore it.
+      range: ``(statistics, target, *parameters) -> Range``. Where ``reads_distribution``, it is
+        called for one group at a time: statistics of shape ``()``, a sample of shape ``(n,)``.
+        Otherwise for all of them, statistics at the shape of the scale.
+      reads_distribution: whether it looks at ``statistics.sample`` or ``statistics.distribution``.
+      parameters: numbers, or arrays where a sweep varies them.
     """
 
     name: str
-    range: Callable[[Statistics, Format, jax.Array], Range]
+    range: Callable[..., Range]
+    reads_distribution: bool = False
+    parameters: tuple[Any, ...] = ()
+
+
+def rule_of(
+    family: str,
+    range: Callable[..., Range],
+    *parameters: float | jax.Array,
+    reads_distribution: bool = False,
+) -> RangeRule:
+    """A rule of a family, with the numbers in its name unless they are traced.
+
+    >>> rule_of("percentile", lambda *_: None, 0.99).name
+    'percentile(0.99)'
+    """
+    known = [concrete(number) for number in parameters]
+    shown = [f"{float(np.float32(k)):.7g}" for k in known if k is not None]
+    name = f"{family}({', '.join(shown)})" if len(shown) == len(parameters) else family
+    return RangeRule(name, range, reads_distribution, parameters)
 
 
 class FitRule(NamedTuple):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import jax
-
-from quantjax.formats import Format
-from quantjax.ranges.base import Range, RangeRule
+from quantjax.ranges.base import Range, RangeRule, Target
 from quantjax.statistics import Statistics
 
 
-def _range(statistics: Statistics, format: Format, bits: jax.Array) -> Range:
-    del format, bits
+def _range(statistics: Statistics, target: Target) -> Range:
+    del target
     low, high = statistics.extremes
     return Range(low, high, statistics.batches > 0)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
-from quantjax.formats import Format
-from quantjax.ranges.base import Range, RangeRule
+from quantjax.ranges.base import Range, RangeRule, Target
 from quantjax.statistics import Statistics
 from quantjax.statistics.extremes import Extremes, seen
 
 
-def _range(statistics: Statistics, format: Format, bits: jax.Array) -> Range:
-    del format, bits
+def _range(statistics: Statistics, target: Target) -> Range:
+    del target
     low, high, _ = statistics.moving
     return Range(low, high, jnp.all(seen(Extremes(low, high))))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,31 +13,66 @@ from jaxtyping import Array, Int
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.formats import Format
-from quantjax.ranges.base import Range, RangeRule
+from quantjax.affine import QParams
+from quantjax.ranges.base import FitRule, Range, RangeRule, Target
 from quantjax.statistics import Statistics
 
 
 class IndexedRule(NamedTuple):
-    """One rule of a stack, chosen by an array; stands wherever a :class:`RangeRule` does."""
+    """One rule of a stack, chosen by an array; stands wherever one of its rules does."""
 
-    rules: tuple[RangeRule, ...]
+    rules: tuple[RangeRule | FitRule, ...]
     chosen: Int[Array, ""]
 
-    def range(self, statistics: Statistics, format: Format, bits: jax.Array) -> Range:
+    @property
+    def name(self) -> str:
+        """``one of min_max, percentile``."""
+        return f"one of {', '.join(rule.name for rule in self.rules)}"
+
+    @property
+    def fits(self) -> tuple[FitRule, ...]:
+        """The rules that need the tensor itself."""
+        return tuple(rule for rule in self.rules if isinstance(rule, FitRule))
+
+    @property
+    def reads_distribution(self) -> bool:
+        """Whether one of the rules does."""
+        return any(isinstance(r, RangeRule) and r.reads_distribution for r in self.rules)
+
+    @property
+    def parameters(self) -> tuple[Any, ...]:
+        """Those of all rules are in :meth:`range`."""
+        return ()
+
+    def range(self, statistics: Statistics, target: Target) -> Range:
         """The range by the rule that ``chosen`` points at."""
 
-        def branch(rule: RangeRule) -> Callable[[Statistics, jax.Array], Range]:
-            return lambda statistics, bits: rule.range(statistics, format, bits)
+        def branch(rule: RangeRule | FitRule) -> Callable[[Statistics], Range]:
+            assert isinstance(rule, RangeRule)
+            shape = statistics.scale_shape
 
-        return lax.switch(self.chosen, [branch(rule) for rule in self.rules], statistics, bits)
+            def found(statistics: Statistics) -> Range:
+                low, high, calibrated = rule.range(statistics, target, *rule.parameters)
+                everywhere = jnp.broadcast_to(jnp.asarray(calibrated), shape)
+                low, high = (jnp.asarray(end, jnp.float32) for end in (low, high))
+                low, high = (jnp.broadcast_to(end, shape) for end in (low, high))
+                return Range(low, high, everywhere)
+
+            return found
+
+        return lax.switch(self.chosen, [branch(rule) for rule in self.rules], statistics)
+
+    def qparams(self, of_rule: Callable[[RangeRule | FitRule], QParams]) -> QParams:
+        """The QParams by the rule that ``chosen`` points at, all of one shape."""
+        branches = [lambda rule=rule: of_rule(rule) for rule in self.rules]
+        return lax.switch(self.chosen, branches)
 
 
 @dataclasses.dataclass(frozen=True)
 class RuleStack:
     """An ordered set of rules; ``stack[i]`` takes an array as well as a number."""
 
-    rules: tuple[RangeRule, ...]
+    rules: tuple[RangeRule | FitRule, ...]
 
     def __getitem__(self, index: int | jax.Array) -> IndexedRule:
         known = concrete(index)
@@ -55,8 +90,14 @@ class RuleStack:
         return tuple(rule.name for rule in self.rules)
 
 
-def stack(rules: Sequence[RangeRule]) -> RuleStack:
+def stack(rules: Sequence[RangeRule | FitRule]) -> RuleStack:
     """Rules under one index.
+
+    A stack with fit rules among them serves weights, whose tensor is at hand; all of its rules have
+    to give ``theta`` of one structure.
+
+    Raises:
+      PolicyError: no rules, or something else than a rule.
 
     >>> from quantjax.ranges import MIN_MAX, MOVING_AVERAGE
     >>> stack([MIN_MAX, MOVING_AVERAGE]).names
@@ -65,10 +106,10 @@ def stack(rules: Sequence[RangeRule]) -> RuleStack:
     if not rules:
         raise errors.PolicyError("a stack of no rules", fix="qj.ranges.stack([qj.ranges.MIN_MAX])")
     for rule in rules:
-        if not isinstance(rule, RangeRule):
+        if not isinstance(rule, RangeRule | FitRule):
             raise errors.PolicyError(
-                f"{getattr(rule, 'name', rule)} is no range rule, and cannot be stacked",
-                why="rules under one index all go from statistics to a range",
+                f"{getattr(rule, 'name', rule)} is no rule, and cannot be stacked",
+                why="rules go from statistics to a range, or from a tensor to QParams",
                 fix="qj.ranges.stack([qj.ranges.MIN_MAX, qj.ranges.MOVING_AVERAGE])",
             )
     return RuleStack(tuple(rules))

@@ -4,17 +4,38 @@
 plan, of constant size, and works under ``jit``, ``scan`` and ``vmap``.
 """
 
-from quantjax.statistics.collection import Statistics, init, merge, merge_unordered, update
+from quantjax.statistics.collection import (
+    Statistics,
+    init,
+    merge,
+    merge_unordered,
+    of_tensor,
+    update,
+)
+from quantjax.statistics.count import Count, as_float, as_integer
+from quantjax.statistics.devices import AxisName
 from quantjax.statistics.extremes import Extremes
+from quantjax.statistics.histogram import BINS, Histogram
+from quantjax.statistics.moments import Moments
 from quantjax.statistics.moving import TORCH_AVERAGING_CONSTANT, MovingExtremes
+from quantjax.statistics.sample import Sample
 
 __all__ = [
+    "BINS",
     "TORCH_AVERAGING_CONSTANT",
+    "AxisName",
+    "Count",
     "Extremes",
+    "Histogram",
+    "Moments",
     "MovingExtremes",
+    "Sample",
     "Statistics",
+    "as_float",
+    "as_integer",
     "init",
     "merge",
     "merge_unordered",
+    "of_tensor",
     "update",
 ]

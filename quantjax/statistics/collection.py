@@ -11,45 +11,96 @@ from jaxtyping import Array, Bool, Float, Int
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.statistics import extremes, moving
+from quantjax.granularity import group_counts, reduce_to
+from quantjax.statistics import count, extremes, histogram, moments, moving, sample
+from quantjax.statistics.count import Count
+from quantjax.statistics.devices import AxisName, over_devices
 from quantjax.statistics.extremes import Extremes
+from quantjax.statistics.histogram import BINS, Histogram
+from quantjax.statistics.moments import Moments
 from quantjax.statistics.moving import TORCH_AVERAGING_CONSTANT, MovingExtremes
+from quantjax.statistics.sample import Sample
 
 
 class Statistics(NamedTuple):
-    """What was seen of one operand.
+    """What was seen of one operand; its size does not depend on how much that was.
 
     Attributes:
       batches: updates that held at least one value.
-      extremes: unordered; merges exactly.
-      moving: ordered; refuses to merge.
+      number: how many values, exactly.
+      extremes: smallest and largest; unordered, merge exactly.
+      moving: their moving average; ordered, refuses to merge.
+      moments: mean, variance, mean magnitude.
+      distribution: a histogram, which merges exactly; the values themselves where a tensor is at
+        hand; None where neither was asked for.
     """
 
     batches: Int[Array, ""]
+    number: Count
     extremes: Extremes
     moving: MovingExtremes
+    moments: Moments
+    distribution: Histogram | Sample | None = None
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
         """Shape of the scales that are derived from these statistics."""
         return tuple(self.extremes.low.shape)
 
+    @property
+    def sample(self) -> Sample:
+        """Values and weights that stand for what was seen.
+
+        Raises:
+          StatisticsError: no histogram was kept.
+        """
+        found = self.distribution
+        if found is None:
+            raise errors.StatisticsError(
+                "these statistics hold no histogram",
+                why="it was left out when they were made",
+                fix="qj.init(plan) with histogram_bins as they are by default",
+            )
+        return sample.of_histogram(found) if isinstance(found, Histogram) else found
+
 
 def init(
     scale_shape: Sequence[int],
     *,
     averaging_constant: float | jax.Array = TORCH_AVERAGING_CONSTANT,
+    histogram_bins: int | None = BINS,
 ) -> Statistics:
     """Statistics of nothing, at the granularity of ``scale_shape``.
+
+    Args:
+      averaging_constant: of the moving average; an array may be traced.
+      histogram_bins: a power of two; None keeps no histogram.
 
     >>> int(init((1, 1)).batches)
     0
     """
     return Statistics(
         jnp.zeros((), jnp.int32),
+        count.zero(scale_shape),
         extremes.init(scale_shape),
         moving.init(scale_shape, averaging_constant),
+        moments.init(scale_shape),
+        None if histogram_bins is None else histogram.init(scale_shape, histogram_bins),
     )
+
+
+def of_tensor(
+    x: Float[Array, "..."], scale_shape: Sequence[int], *, with_values: bool
+) -> Statistics:
+    """Statistics of a tensor that is at hand, its values in place of a histogram.
+
+    >>> float(of_tensor(jnp.array([1.0, 3.0]), (1,), with_values=True).moments.mean[0])
+    2.0
+    """
+    seen = update(init(scale_shape, histogram_bins=None), x)
+    if not with_values:
+        return seen
+    return seen._replace(distribution=sample.of_tensor(x, tuple(scale_shape)))
 
 
 def update(
@@ -57,24 +108,58 @@ def update(
     x: Float[Array, "..."],
     *,
     where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName = None,
 ) -> Statistics:
     """Statistics after one more tensor.
 
     Args:
       x: the tensor; its axes are multiples of the scale's.
       where: True for entries that count; broadcastable to ``x``.
+      axis_name: inside ``shard_map``, the mesh axes that the batch is spread over: each device has
+        the statistics of the whole batch then, its moving average included.
+
+    Raises:
+      StatisticsError: the values themselves are kept, of one tensor.
 
     >>> s = update(init((1,)), jnp.array([-1.0, 3.0]))
     >>> float(s.extremes.low[0]), float(s.extremes.high[0]), int(s.batches)
     (-1.0, 3.0, 1)
     """
-    batch = extremes.of_batch(x, statistics.scale_shape, where)
-    some = jnp.any(extremes.seen(batch)).astype(jnp.int32)
+    shape, kept = statistics.scale_shape, _kept(statistics)
+    batch = extremes.of_batch(x, shape, where, axis_name=axis_name)
+    number = count.of(over_devices(jax.lax.psum, _number(x, shape, where), axis_name))
+    seen = extremes.merge(statistics.extremes, batch)
     return Statistics(
-        statistics.batches + some,
-        extremes.merge(statistics.extremes, batch),
+        statistics.batches + jnp.any(number.low > 0).astype(jnp.int32),
+        count.add(statistics.number, number),
+        seen,
         moving.update(statistics.moving, batch),
+        moments.merge(
+            statistics.moments,
+            moments.of_batch(x, shape, where, count.as_float(number), axis_name=axis_name),
+            count.as_float(statistics.number),
+            count.as_float(number),
+        ),
+        kept and histogram.update(kept, x, seen, where, axis_name=axis_name),
     )
+
+
+def _number(x: jax.Array, scale_shape: tuple[int, ...], where: jax.Array | None) -> jax.Array:
+    if where is None:
+        return jnp.asarray(group_counts(x.shape, scale_shape), jnp.uint32)
+    mask = jnp.broadcast_to(jnp.asarray(where), x.shape)
+    return reduce_to(mask.astype(jnp.uint32), scale_shape, jnp.sum)
+
+
+def _kept(statistics: Statistics) -> Histogram | None:
+    """The histogram, if there is one."""
+    if isinstance(statistics.distribution, Sample):
+        raise errors.StatisticsError(
+            "these statistics hold the values of one tensor, and cannot take in another",
+            why="their size would grow with what is seen",
+            fix="qj.statistics.init(shape), which keeps a histogram",
+        )
+    return statistics.distribution
 
 
 def merge(left: Statistics, right: Statistics) -> Statistics:
@@ -98,9 +183,34 @@ def merge(left: Statistics, right: Statistics) -> Statistics:
 
 
 def merge_unordered(left: Statistics, right: Statistics) -> Statistics:
-    """Exact merge of all that does not depend on order; the moving average starts anew."""
+    """Both as one, without the moving average, which starts anew.
+
+    Count, extremes and histogram are exactly those of all values; moments up to rounding. The
+    number of batches is the sum.
+
+    Raises:
+      StatisticsError: other granularities, or histograms of other sizes.
+    """
+    if left.scale_shape != right.scale_shape:
+        raise errors.StatisticsError(
+            f"statistics of shape {left.scale_shape} and of {right.scale_shape}",
+            why="the granularity is fixed when statistics are made",
+            fix="make both by the same qj.init(plan)",
+        )
+    one, other = _kept(left), _kept(right)
+    if (one is None) != (other is None):
+        raise errors.StatisticsError(
+            "one of the two holds a histogram, and the other does not",
+            fix="make both by the same qj.init(plan)",
+        )
+    seen = extremes.merge(left.extremes, right.extremes)
     return Statistics(
         left.batches + right.batches,
-        extremes.merge(left.extremes, right.extremes),
+        count.add(left.number, right.number),
+        seen,
         moving.init(left.scale_shape, left.moving.constant),
+        moments.merge(
+            left.moments, right.moments, count.as_float(left.number), count.as_float(right.number)
+        ),
+        one and other and histogram.merge(one, other, seen),
     )

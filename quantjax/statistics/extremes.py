@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from quantjax.granularity import reduce_to
+from quantjax.statistics.devices import AxisName, over_devices
 
 
 class Extremes(NamedTuple):
@@ -29,14 +30,23 @@ def of_batch(
     x: Float[Array, "..."],
     scale_shape: Sequence[int],
     where: Bool[Array, "..."] | None = None,
+    *,
+    axis_name: AxisName = None,
 ) -> Extremes:
-    """The extremes of one tensor; masked entries do not count; NaN propagates."""
+    """The extremes of one tensor, or of all devices' tensors; masked entries do not count.
+
+    NaN propagates.
+    """
     x = x.astype(jnp.float32)
     options = {} if where is None else {"where": where}
-    return Extremes(
-        reduce_to(x, scale_shape, jnp.min, initial=jnp.inf, **options),
-        reduce_to(x, scale_shape, jnp.max, initial=-jnp.inf, **options),
-    )
+    low = reduce_to(x, scale_shape, jnp.min, initial=jnp.inf, **options)
+    high = reduce_to(x, scale_shape, jnp.max, initial=-jnp.inf, **options)
+    if axis_name is not None:
+        # A reduction over devices may lose NaN, which a sum does not.
+        broken = over_devices(jax.lax.psum, jnp.isnan(low).astype(jnp.int32), axis_name) > 0
+        low = jnp.where(broken, jnp.nan, over_devices(jax.lax.pmin, low, axis_name))
+        high = jnp.where(broken, jnp.nan, over_devices(jax.lax.pmax, high, axis_name))
+    return Extremes(low, high)
 
 
 def merge(left: Extremes, right: Extremes) -> Extremes:

@@ -19,19 +19,23 @@ from typing import Any
 import numpy as np
 
 from quantjax import errors
-from quantjax.storage.known import BUILT_IN, KINDS, Known, kind_of, with_extra
+from quantjax._compat import concrete
+from quantjax.ranges import RangeRule
+from quantjax.storage.known import BUILT_IN, FAMILIES, KINDS, Known, kind_of, with_extra
 
 Json = Any
 """None, a boolean, a number, text, a list or a dictionary with text for keys."""
 
 TYPE, ENUM, FLOAT, DTYPE = "type", "enum", "float", "dtype"
+RANGE_RULE, PARAMETERS = "range_rule", "parameters"
 
 
 def encode(value: Any, *, at: str = "value") -> Json:
     """JSON data for a static value: policies, formats, selectors, sites and what they hold.
 
     Dataclasses become ``{"type": name, field: ...}``, members of enumerations
-    ``{"enum": "RangeMode.FIXED"}``, named functions ``{"rounding": "half_even"}``, tuples lists.
+    ``{"enum": "RangeMode.FIXED"}``, named functions ``{"rounding": "half_even"}``, a rule with
+    numbers ``{"range_rule": "percentile", "parameters": [0.999]}``, tuples lists.
     A user's own class or named value is written by its name; :func:`decode` has to be told of it.
 
     Args:
@@ -46,6 +50,8 @@ def encode(value: Any, *, at: str = "value") -> Json:
     {'type': 'PerChannel', 'axis': 1}
     """
     kind = kind_of(value)
+    if isinstance(value, RangeRule) and value.parameters:
+        return _encode_rule(value, at)
     if kind is not None:
         _check_own(BUILT_IN.named.get((kind, value.name), value), value, f"{kind} {value.name}", at)
         return {kind: value.name}
@@ -102,6 +108,8 @@ def decode_known(data: Json, known: Known, at: str) -> Any:
         return data
     if TYPE in data:
         return _decode_dataclass(data, known, at)
+    if data.keys() == {RANGE_RULE, PARAMETERS}:
+        return _decode_rule(data, at)
     if len(data) == 1:
         ((word, name),) = data.items()
         if isinstance(name, str):
@@ -143,6 +151,47 @@ def _check_own(library: Any, own: Any, name: str, at: str) -> None:
             why="the file would be read back as another value",
             fix="rename your own",
         )
+
+
+def _encode_rule(rule: RangeRule, at: str) -> Json:
+    """A rule of one of the library's families, whose numbers are known."""
+    family = rule.name.partition("(")[0]
+    numbers = [float(k) for k in map(concrete, rule.parameters) if k is not None]
+    known, made = len(numbers) == len(rule.parameters), FAMILIES.get(family)
+    if made is None or not known or made(*rule.parameters).range is not rule.range:
+        raise errors.StorageError(
+            f"the rule {rule.name} cannot be written to a file",
+            where=at,
+            why="its numbers are traced" if made else f"known families: {', '.join(FAMILIES)}",
+            fix="a rule whose numbers are Python numbers"
+            if made
+            else "a rule of your own without parameters, read back with extra=(rule,)",
+        )
+    return {RANGE_RULE: family, PARAMETERS: numbers}
+
+
+def _decode_rule(data: dict[str, Json], at: str) -> Any:
+    family = _look_up(FAMILIES, data[RANGE_RULE], "family of range rules", at)
+    numbers = data[PARAMETERS]
+    if not isinstance(numbers, list) or any(type(n) not in (int, float) for n in numbers):
+        raise errors.StorageError(
+            f"{numbers!r:.80} are no parameters of a rule",
+            where=f"{at}.{PARAMETERS}",
+            fix="a list of numbers",
+        )
+    try:
+        return family(*map(float, numbers))
+    except errors.QuantizerError as error:
+        raise errors.StorageError(
+            f"this rule cannot exist: {error.what}", where=at, why=error.why, fix=error.fix
+        ) from None
+    except TypeError as error:
+        raise errors.StorageError(
+            f"{len(numbers)} numbers do not make a rule {data[RANGE_RULE]}",
+            where=at,
+            why=str(error),
+            fix="as many as the function of that name takes",
+        ) from None
 
 
 def _encode_dataclass(value: Any, at: str) -> Json:

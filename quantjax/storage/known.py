@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from quantjax import errors
@@ -43,16 +43,36 @@ from quantjax.granularity import (
 )
 from quantjax.interpreter import Op, Operand, Role, Site, SiteStatus
 from quantjax.packing import Packing
-from quantjax.policy import Policy, Quantizer, RangeMode, Rule, Scheme
+from quantjax.policy import Policy, Rule, Scheme
+from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.ranges import (
+    ACIQ_GAUSSIAN,
+    ACIQ_LAPLACIAN,
+    ADMM,
+    COSINE,
+    HQO_SCALE,
+    HQO_ZERO_POINT,
     K_MEANS,
+    KL_MODELOPT,
+    KL_ONNXRUNTIME,
+    KL_TENSORRT,
+    LEAST_SQUARES,
+    LSQ,
     MIN_MAX,
     MOVING_AVERAGE,
+    MSE,
+    SAWB,
     TTQ,
     TWN,
     XNOR,
     FitRule,
     RangeRule,
+    Solved,
+    constant,
+    l_p,
+    percentile,
+    sigma,
+    sqnr,
 )
 from quantjax.rounding import ROUNDINGS, Rounding
 from quantjax.selectors import Everything, Path, Weighted
@@ -92,17 +112,30 @@ ENUMS: tuple[type[enum.Enum], ...] = (
     Remainder,
     Role,
     SiteStatus,
+    Solved,
     Specials,
 )
 """Written as ``{"enum": "RangeMode.FIXED"}``."""
 
 NAMED: tuple[Any, ...] = (
+    ACIQ_GAUSSIAN,
+    ACIQ_LAPLACIAN,
+    ADMM,
     CLIPPED,
+    COSINE,
     DIVIDED,
+    HQO_SCALE,
+    HQO_ZERO_POINT,
     INQ_SCALE,
+    KL_MODELOPT,
+    KL_ONNXRUNTIME,
+    KL_TENSORRT,
     K_MEANS,
+    LEAST_SQUARES,
+    LSQ,
     MIN_MAX,
     MOVING_AVERAGE,
+    MSE,
     MX_CEIL,
     MX_EVEN,
     MX_FLOOR,
@@ -112,6 +145,7 @@ NAMED: tuple[Any, ...] = (
     REAL,
     RECIPROCAL,
     RECIPROCAL_ADDED,
+    SAWB,
     STRAIGHT_THROUGH,
     TTQ,
     TWN,
@@ -120,6 +154,15 @@ NAMED: tuple[Any, ...] = (
     *ROUNDINGS,
 )
 """NamedTuples of functions, written as ``{"rounding": "half_even"}``."""
+
+FAMILIES: Mapping[str, Callable[..., RangeRule]] = {
+    "constant": constant,
+    "l_p": l_p,
+    "percentile": percentile,
+    "sigma": sigma,
+    "sqnr": sqnr,
+}
+"""Rules with numbers, written as ``{"range_rule": "percentile", "parameters": [0.999]}``."""
 
 KINDS: Mapping[str, type] = {
     "estimator": Estimator,

@@ -14,7 +14,8 @@ import orbax.checkpoint as ocp
 
 from quantjax import errors
 from quantjax.planning import Plan, plan
-from quantjax.policy import Quantizer, Rule
+from quantjax.policy import Rule
+from quantjax.quantizer import Quantizer
 from quantjax.ranges import RangeRule, stack
 from quantjax.sweep.grid import FLOAT_CELL, Cell, Grid
 from quantjax.sweep.progress import Progress, Silent

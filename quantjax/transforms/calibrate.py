@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from quantjax import errors
+from quantjax import errors, statistics
 from quantjax._compat import concrete
 from quantjax.affine import QParams
 from quantjax.formats import FloatBits, MinifloatFormat, Theta
 from quantjax.interpreter import Role, evaluate_origin, leaves_by_path
 from quantjax.planning import OperandPlan, Plan, SitePlan
-from quantjax.policy import RangeMode, known_overflow
-from quantjax.ranges import FitRule, IndexedRule, RangeRule
+from quantjax.quantizer import RangeMode, known_overflow
+from quantjax.ranges import FitRule, IndexedRule, RangeRule, Target, derive_many
 from quantjax.statistics import Statistics
 from quantjax.transforms.check import check
 from quantjax.transforms.observe import State, statistics_of
 from quantjax.transforms.steps import over_steps
 
 QState = dict[str, dict[str, QParams]]
+AnyRule = RangeRule | IndexedRule | FitRule
 Bits = Float[Array, ""] | int | float | FloatBits | Mapping[str, Any]
 
 
@@ -35,7 +36,9 @@ def calibrate(
     *,
     weight_bits: Bits | None = None,
     activation_bits: Bits | None = None,
-    rule: RangeRule | IndexedRule | FitRule | None = None,
+    rule: AnyRule | None = None,
+    weight_rule: AnyRule | None = None,
+    activation_rule: AnyRule | None = None,
 ) -> QState:
     """Derive ``{site: {operand: QParams}}`` from what was observed; runs no model.
 
@@ -53,9 +56,11 @@ def calibrate(
       rule: one range rule for all, in place of each quantizer's own; ``qj.ranges.stack(...)[i]``
         makes the rule itself a traced axis. Live ranges keep their own. A fit (``qj.ranges.TWN``)
         needs the tensor, so it serves weights.
+      weight_rule, activation_rule: the same for one kind of operand; they go before ``rule``.
 
     Raises:
-      CalibrationError: a site was never observed.
+      CalibrationError: a site was never observed, or its histogram was left out and the rule reads
+        one.
       BitsError: a width that the container cannot hold.
       PolicyError: a width for operands that are not quantized.
       PlanMismatchError: a parameter tree that is not the one planned for.
@@ -68,52 +73,112 @@ def calibrate(
     leaves = leaves_by_path(params)
     _check_used(plan, weight_bits, Role.WEIGHT)
     _check_used(plan, activation_bits, Role.ACTIVATION)
-    qstate: QState = {}
+    weight_rule, activation_rule = weight_rule or rule, activation_rule or rule
+    found: dict[tuple[str, str], QParams] = {}
+    jobs: list[_Job] = []
     for entry in plan.quantized:
         name = entry.site.name
-        qstate[name] = {}
         for operand in entry.quantized:
-            assert operand.quantizer is not None
-            chosen = weight_bits if operand.is_weight else activation_bits
-            bits, theta = _width(entry, operand, chosen)
-            if operand.quantizer.range is RangeMode.LIVE:
-                qstate[name][operand.key] = operand.quantizer.width(bits, theta)
+            quantizer, is_weight = operand.quantizer, operand.is_weight
+            assert quantizer is not None
+            bits, theta = _width(entry, operand, weight_bits if is_weight else activation_bits)
+            if quantizer.range is RangeMode.LIVE:
+                found[name, operand.key] = quantizer.width(bits, theta)
                 continue
+            given = weight_rule if is_weight else activation_rule
+            chosen = quantizer.rule if given is None else given
             weight = None
-            if operand.is_weight and plan.weights[name].derivable:
+            if is_weight and plan.weights[name].derivable:
                 weight = evaluate_origin(plan.weights[name], leaves)
-            derived = _derived(entry, operand, state, weight, rule, bits, theta)
-            qstate[name][operand.key] = derived
+            if weight is not None and _fits(chosen):
+                shape = operand.scale_shape or ()
+                fit = partial(quantizer.qparams_of, scale_shape=shape, rule=chosen)
+                found[name, operand.key] = over_steps(fit, entry.site.steps)(weight, bits, theta)
+            else:
+                ranged = _ranged(entry, operand, chosen)
+                stats = _statistics(entry, operand, state, weight, ranged, bits)
+                jobs.append(_Job(entry, operand, ranged, stats, quantizer.target(bits, theta)))
+    for job, qparams in _by_rule(jobs):
+        found[job.entry.site.name, job.operand.key] = qparams
+    qstate = {
+        entry.site.name: {o.key: found[entry.site.name, o.key] for o in entry.quantized}
+        for entry in plan.quantized
+    }
     _raise_problems(qstate)
     return qstate
 
 
-def _derived(
-    entry: SitePlan,
-    operand: OperandPlan,
-    state: State,
-    weight: jax.Array | None,
-    rule: RangeRule | IndexedRule | FitRule | None,
-    bits: jax.Array,
-    theta: Theta,
-) -> QParams:
-    """QParams of one operand with a fixed range, from the weight itself or from statistics."""
-    quantizer, steps = operand.quantizer, entry.site.steps
-    assert quantizer is not None
-    if weight is not None:
-        shape = operand.scale_shape or ()
-        fit = partial(quantizer.qparams_of, scale_shape=shape, rule=rule)
-        return over_steps(fit, steps)(weight, bits, theta)
-    chosen = quantizer.rule if rule is None else rule
-    if isinstance(chosen, FitRule):
+def _ranged(entry: SitePlan, operand: OperandPlan, rule: AnyRule) -> RangeRule | IndexedRule:
+    """A rule that goes by statistics."""
+    if isinstance(rule, FitRule) or (isinstance(rule, IndexedRule) and rule.fits):
         raise errors.CalibrationError(
-            f"the rule {chosen.name} needs the tensor itself",
+            f"the rule {rule.name} needs the tensor itself",
             where=f"site {entry.site.name}, {operand.key}",
             why="calibration keeps statistics of activations, not their values",
             fix="a range rule such as qj.ranges.MIN_MAX, or range=qj.RangeMode.LIVE",
         )
+    return rule
+
+
+class _Job(NamedTuple):
+    """One operand whose range comes from statistics."""
+
+    entry: SitePlan
+    operand: OperandPlan
+    rule: RangeRule | IndexedRule
+    statistics: Statistics
+    target: Target
+
+
+def _fits(rule: AnyRule) -> bool:
+    return isinstance(rule, FitRule) or bool(isinstance(rule, IndexedRule) and rule.fits)
+
+
+def _by_rule(jobs: list[_Job]) -> Iterator[tuple[_Job, QParams]]:
+    """QParams of all operands, those of one rule in one program."""
+    while jobs:
+        first = jobs[0].rule
+        same = [job for job in jobs if job.rule is first]
+        jobs = [job for job in jobs if job.rule is not first]
+        found = derive_many(first, [(job.statistics, job.target) for job in same])
+        for job, range_found in zip(same, found, strict=True):
+            quantizer, steps = job.operand.quantizer, job.entry.site.steps
+            assert quantizer is not None
+            calibrated = jnp.broadcast_to(
+                _trailing(range_found.calibrated, range_found.low.ndim), range_found.low.shape
+            )
+            qparams = over_steps(quantizer.qparams_from, steps)(
+                range_found._replace(calibrated=calibrated), job.target.bits, job.target.theta
+            )
+            yield job, qparams
+
+
+def _trailing(x: jax.Array, ndim: int) -> jax.Array:
+    return x.reshape(x.shape + (1,) * (ndim - x.ndim))
+
+
+def _statistics(
+    entry: SitePlan,
+    operand: OperandPlan,
+    state: State,
+    weight: jax.Array | None,
+    rule: RangeRule | IndexedRule,
+    bits: jax.Array,
+) -> Statistics:
+    """Of the weight itself, or of what was observed."""
+    if weight is not None:
+        shape, values = operand.scale_shape or (), rule.reads_distribution
+        seen = partial(statistics.of_tensor, scale_shape=shape, with_values=values)
+        return cast(Statistics, over_steps(seen, entry.site.steps)(weight))
     stats = _observed(entry, operand, state, bits)
-    return over_steps(partial(quantizer.qparams, rule=chosen), steps)(stats, bits, theta)
+    if rule.reads_distribution and stats.distribution is None:
+        raise errors.CalibrationError(
+            f"the rule {rule.name} reads a histogram, and none was kept",
+            where=f"site {entry.site.name}, {operand.key}",
+            why="qj.init(plan, histogram_bins=None) leaves it out",
+            fix="qj.init(plan), and observe again",
+        )
+    return stats
 
 
 def _observed(entry: SitePlan, operand: OperandPlan, state: State, bits: jax.Array) -> Statistics:

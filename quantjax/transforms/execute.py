@@ -32,9 +32,9 @@ from quantjax.interpreter import (
 from quantjax.interpreter.trace import Function
 from quantjax.layout import codes_in_product
 from quantjax.planning import OperandPlan, Plan, SitePlan, resized
-from quantjax.policy import Quantizer
 from quantjax.products import Coded, Execution, in_float, multiply
 from quantjax.qtensor import QTensor
+from quantjax.quantizer import Quantizer
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.fake_quantize import check_qstate, live_qparams
 from quantjax.transforms.keys import Key, next_keys, site_keys

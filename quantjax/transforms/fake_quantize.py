@@ -24,9 +24,9 @@ from quantjax.interpreter import (
 )
 from quantjax.interpreter.trace import Function
 from quantjax.planning import OperandPlan, Plan, SitePlan, resized
-from quantjax.policy import RangeMode
 from quantjax.printing import shape_text
 from quantjax.products import Coded, coded, in_float, multiply
+from quantjax.quantizer import RangeMode
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.keys import Key, next_keys, site_keys
 from quantjax.transforms.sites import check_program

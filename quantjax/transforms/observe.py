@@ -26,7 +26,7 @@ from quantjax.interpreter import (
 from quantjax.interpreter.trace import Function
 from quantjax.planning import OperandPlan, Plan, SitePlan
 from quantjax.printing import shape_text
-from quantjax.statistics import TORCH_AVERAGING_CONSTANT, Statistics
+from quantjax.statistics import BINS, TORCH_AVERAGING_CONSTANT, AxisName, Statistics
 from quantjax.transforms.sites import check_program
 from quantjax.transforms.steps import repeat_steps
 
@@ -42,7 +42,12 @@ def observed_operands(plan: Plan, entry: SitePlan) -> tuple[OperandPlan, ...]:
     return tuple(o for o in entry.quantized if o.scale_shape is not None and not derivable(o))
 
 
-def init(plan: Plan, *, averaging_constant: float | jax.Array = TORCH_AVERAGING_CONSTANT) -> State:
+def init(
+    plan: Plan,
+    *,
+    averaging_constant: float | jax.Array = TORCH_AVERAGING_CONSTANT,
+    histogram_bins: int | None = BINS,
+) -> State:
     """Empty statistics, ``{site: {operand: Statistics}}``, for all that has to be observed.
 
     Weights are not among them: ``qj.calibrate`` reads them from the parameters. Nor are live
@@ -50,24 +55,41 @@ def init(plan: Plan, *, averaging_constant: float | jax.Array = TORCH_AVERAGING_
 
     Args:
       averaging_constant: of the moving average; an array may be traced.
+      histogram_bins: of each group, a power of two. None keeps no histogram: observing then takes
+        about half as long, and what is left are the rules that read none (``MIN_MAX``,
+        ``MOVING_AVERAGE``, ``sigma``, ``ACIQ_GAUSSIAN``, ``SAWB``, ``LSQ``).
     """
     state: State = {}
     for entry in plan.quantized:
         operands = observed_operands(plan, entry)
         if operands:
             fresh = {
-                o.key: statistics.init(o.scale_shape or (), averaging_constant=averaging_constant)
+                o.key: statistics.init(
+                    o.scale_shape or (),
+                    averaging_constant=averaging_constant,
+                    histogram_bins=histogram_bins,
+                )
                 for o in operands
             }
             state[entry.site.name] = repeat_steps(fresh, entry.site.steps)
     return state
 
 
-def observe(f: Function, plan: Plan) -> Callable[..., tuple[Any, State]]:
+def observe(
+    f: Function, plan: Plan, *, axis_name: AxisName = None
+) -> Callable[..., tuple[Any, State]]:
     """``observe(f, plan)(state, params, *inputs, where=None) -> (f(params, *inputs), state)``.
 
     Runs the model in float, bit for bit as it is, and updates the statistics of every operand whose
     range is fixed. Works under ``jit``, ``scan`` and ``vmap``.
+
+    A batch that is spread over devices: under ``jit`` with sharded inputs, nothing has to be done.
+    Inside ``shard_map``, give ``axis_name``, and each device has the statistics of the whole batch.
+    Shards that were observed apart are merged by ``qj.statistics.merge_unordered``, without their
+    moving averages.
+
+    Args:
+      axis_name: the mesh axes that the batch is spread over.
 
     Args (of the returned function):
       state: from ``qj.init`` or an earlier call.
@@ -92,7 +114,7 @@ def observe(f: Function, plan: Plan) -> Callable[..., tuple[Any, State]]:
         check_program(plan, program)
 
         def handler(visit: Visit) -> Outcome:
-            after = {operand.key: _update(visit, operand) for operand in planned[visit.site.name]}
+            after = {o.key: _update(visit, o, axis_name) for o in planned[visit.site.name]}
             return Outcome(visit.product.bind(visit.lhs, visit.rhs), after)
 
         states = {
@@ -149,7 +171,7 @@ def _aside(product: Product, side: int, x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x).reshape(shape)
 
 
-def _update(visit: Visit, operand: OperandPlan) -> Statistics:
+def _update(visit: Visit, operand: OperandPlan, axis_name: AxisName) -> Statistics:
     site, side, mask = visit.site, operand.operand.side, visit.shared
     x = _aside(visit.product, side, (visit.lhs, visit.rhs)[side])
     where = f"site {site.name} ({site.op.value}), {operand.key} {shape_text(x.shape)}"
@@ -169,7 +191,7 @@ def _update(visit: Visit, operand: OperandPlan) -> Statistics:
             )
         else:
             mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-    return statistics.update(visit.state[operand.key], x, where=mask)
+    return statistics.update(visit.state[operand.key], x, where=mask, axis_name=axis_name)
 
 
 def _check_inputs(inputs: Any, where: Any) -> None:

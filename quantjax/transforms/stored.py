@@ -17,9 +17,9 @@ from quantjax.formats import Format
 from quantjax.interpreter import leaves_by_path
 from quantjax.layout import Move, moves_of, scale_in_parameter, scale_in_product
 from quantjax.planning import OperandPlan, Plan, SitePlan
-from quantjax.policy import RangeMode
 from quantjax.printing import shape_text
 from quantjax.qtensor import QTensor, is_quantized
+from quantjax.quantizer import RangeMode
 from quantjax.transforms.calibrate import QState
 
 

@@ -12,13 +12,14 @@ from scipy import stats
 
 from quantjax import QParams, encode, fake_quant, integer, statistics
 from quantjax.affine import qparams_from_range
-from quantjax.ranges import MIN_MAX
+from quantjax.ranges import MIN_MAX, Target
 
 
 def min_max(x: jax.Array, groups: tuple[int, ...], bits: int, *, symmetric=True) -> QParams:
     """QParams of the whole range of ``x``."""
     width = jnp.float32(bits)
-    low, high, seen = MIN_MAX.range(statistics.update(statistics.init(groups), x), integer(), width)
+    collected = statistics.update(statistics.init(groups), x)
+    low, high, seen = MIN_MAX.range(collected, Target(integer(), symmetric, width))
     return qparams_from_range(
         low, high, width, format=integer(), symmetric=symmetric, calibrated=seen
     )

@@ -9,8 +9,7 @@ import quantjax as qj
 from quantjax import errors, statistics
 from quantjax.ranges import MIN_MAX, MOVING_AVERAGE, IndexedRule, RangeRule, stack
 
-FORMAT = qj.integer()
-BITS = jnp.float32(8)
+TARGET = qj.ranges.Target(qj.integer(), True, jnp.float32(8))
 RULES = (MIN_MAX, MOVING_AVERAGE)
 
 
@@ -23,14 +22,14 @@ def seen():
 
 
 def test_min_max_is_all_that_was_seen(seen):
-    low, high, calibrated = MIN_MAX.range(seen, FORMAT, BITS)
+    low, high, calibrated = MIN_MAX.range(seen, TARGET)
     np.testing.assert_array_equal(low, seen.extremes.low)
     np.testing.assert_array_equal(high, seen.extremes.high)
     assert bool(calibrated)
 
 
 def test_moving_average_is_inside_the_whole_range(seen):
-    low, high, calibrated = MOVING_AVERAGE.range(seen, FORMAT, BITS)
+    low, high, calibrated = MOVING_AVERAGE.range(seen, TARGET)
     assert np.all(low >= seen.extremes.low)
     assert np.all(high <= seen.extremes.high)
     assert np.any(low > seen.extremes.low)
@@ -41,28 +40,28 @@ def test_moving_average_is_inside_the_whole_range(seen):
 def test_one_batch_gives_its_own_range_by_every_rule(rule):
     x = jnp.array([[-2.0, 1.0], [3.0, 0.5]])
     state = statistics.update(statistics.init((1, 2)), x)
-    low, high, _ = rule.range(state, FORMAT, BITS)
+    low, high, _ = rule.range(state, TARGET)
     np.testing.assert_array_equal(low, [[-2.0, 0.5]])
     np.testing.assert_array_equal(high, [[3.0, 1.0]])
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_nothing_seen_is_said(rule):
-    assert not bool(rule.range(statistics.init((1, 3)), FORMAT, BITS).calibrated)
+    assert not bool(rule.range(statistics.init((1, 3)), TARGET).calibrated)
 
 
 def test_merged_shards_have_no_moving_average(seen):
     merged = statistics.merge_unordered(seen, seen)
-    assert bool(MIN_MAX.range(merged, FORMAT, BITS).calibrated)
-    assert not bool(MOVING_AVERAGE.range(merged, FORMAT, BITS).calibrated)
+    assert bool(MIN_MAX.range(merged, TARGET).calibrated)
+    assert not bool(MOVING_AVERAGE.range(merged, TARGET).calibrated)
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_stacked_rule_equals_the_rule_alone(seen, index):
-    alone = RULES[index].range(seen, FORMAT, BITS)
+    alone = RULES[index].range(seen, TARGET)
     rules = stack(RULES)
-    jax.tree.map(np.testing.assert_array_equal, rules[index].range(seen, FORMAT, BITS), alone)
-    traced = jax.jit(lambda i: rules[i].range(seen, FORMAT, BITS))(jnp.int32(index))
+    jax.tree.map(np.testing.assert_array_equal, rules[index].range(seen, TARGET), alone)
+    traced = jax.jit(lambda i: rules[i].range(seen, TARGET))(jnp.int32(index))
     jax.tree.map(np.testing.assert_array_equal, traced, alone)
 
 
@@ -71,13 +70,13 @@ def test_the_rule_is_an_axis(seen, transform):
     rules = stack(RULES)
 
     def one(index):
-        return rules[index].range(seen, FORMAT, BITS)
+        return rules[index].range(seen, TARGET)
 
     indices = jnp.arange(2)
     many = jax.vmap(one)(indices) if transform == "vmap" else jax.lax.map(one, indices)
     for index, rule in enumerate(RULES):
         picked = jax.tree.map(lambda leaf, index=index: leaf[index], many)
-        jax.tree.map(np.testing.assert_array_equal, picked, rule.range(seen, FORMAT, BITS))
+        jax.tree.map(np.testing.assert_array_equal, picked, rule.range(seen, TARGET))
 
 
 def test_an_indexed_rule_is_a_pytree_argument(seen):
@@ -88,7 +87,7 @@ def test_an_indexed_rule_is_a_pytree_argument(seen):
         traces.append(1)
         rule = rules[index]
         assert isinstance(rule, IndexedRule)
-        return rule.range(seen, FORMAT, BITS).low
+        return rule.range(seen, TARGET).low
 
     assert not np.array_equal(low(jnp.int32(0)), low(jnp.int32(1)))
     assert len(traces) == 1
@@ -106,13 +105,12 @@ def test_a_stack_of_nothing_raises():
 
 
 def test_a_rule_of_the_users_own_is_ten_lines(seen):
-    def half_range(state, format, bits):
-        del format, bits
-        low, high, calibrated = MIN_MAX.range(state, FORMAT, BITS)
+    def half_range(state, target):
+        low, high, calibrated = MIN_MAX.range(state, target)
         return qj.ranges.Range(0.5 * low, 0.5 * high, calibrated)
 
     half = RangeRule("half", half_range)
     both = stack([MIN_MAX, half])
-    np.testing.assert_array_equal(both[1].range(seen, FORMAT, BITS).low, 0.5 * seen.extremes.low)
+    np.testing.assert_array_equal(both[1].range(seen, TARGET).low, 0.5 * seen.extremes.low)
     assert both.names == ("min_max", "half")
     assert stack([MIN_MAX, half]) == both

@@ -9,11 +9,16 @@ from numpy.testing import assert_array_equal
 
 from quantjax import RangeRule, errors, integer, ranges, statistics
 from quantjax.affine import Fault, qparams_from_range
-from quantjax.ranges import MIN_MAX, MOVING_AVERAGE, Range
+from quantjax.ranges import MIN_MAX, MOVING_AVERAGE, Range, Target
 from tests.oracles.extremes import group_extremes, moving_average
 
 FORMAT, BITS, GROUPS = integer(), jnp.float32(8), (1, 3)
+TARGET = Target(FORMAT, True, BITS)
 X = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32)
+
+
+def target(bits) -> Target:
+    return TARGET._replace(bits=bits)
 
 
 def collect(*batches, where=None) -> statistics.Statistics:
@@ -23,10 +28,10 @@ def collect(*batches, where=None) -> statistics.Statistics:
     return collected
 
 
-def half(collected: statistics.Statistics, format, bits) -> Range:
+def half(collected: statistics.Statistics, target: Target) -> Range:
     """A rule that looks at the width: half the range at one bit, less at more."""
     low, high = collected.extremes
-    return Range(low / (bits + 1), high / (bits + 1), collected.batches > 0)
+    return Range(low / (target.bits + 1), high / (target.bits + 1), collected.batches > 0)
 
 
 HALF = RangeRule("half", half)
@@ -34,7 +39,7 @@ RULES = (MIN_MAX, MOVING_AVERAGE, HALF)
 
 
 def test_min_max_is_the_whole_range():
-    low, high, calibrated = MIN_MAX.range(collect(*X), FORMAT, BITS)
+    low, high, calibrated = MIN_MAX.range(collect(*X), TARGET)
     want = group_extremes(X.reshape(20, 3), GROUPS)
     assert_array_equal(low, want[0])
     assert_array_equal(high, want[1])
@@ -42,7 +47,7 @@ def test_min_max_is_the_whole_range():
 
 
 def test_moving_average_is_that_of_each_batchs_range():
-    low, high, calibrated = MOVING_AVERAGE.range(collect(*X), FORMAT, BITS)
+    low, high, calibrated = MOVING_AVERAGE.range(collect(*X), TARGET)
     ends = np.array([group_extremes(batch, GROUPS) for batch in X])
     for got, end in ((low, 0), (high, 1)):
         want = [moving_average(ends[:, end, 0, column], 0.01) for column in range(3)]
@@ -53,21 +58,21 @@ def test_moving_average_is_that_of_each_batchs_range():
 @pytest.mark.parametrize("rule", [MIN_MAX, MOVING_AVERAGE], ids=lambda rule: rule.name)
 def test_a_rule_is_the_same_under_any_trace_and_width(rule):
     collected = collect(*X)
-    want = rule.range(collected, FORMAT, BITS)
+    want = rule.range(collected, TARGET)
     for bits in (jnp.float32(0), jnp.float32(16), jnp.float32(jnp.nan)):
-        jitted = jax.jit(lambda s, b: rule.range(s, FORMAT, b))(collected, bits)
+        jitted = jax.jit(lambda s, b: rule.range(s, target(b)))(collected, bits)
         jax.tree.map(assert_array_equal, jitted, want)
 
 
 @pytest.mark.parametrize("rule", [MIN_MAX, MOVING_AVERAGE], ids=lambda rule: rule.name)
 def test_a_rule_without_data_says_so(rule):
-    assert bool(rule.range(collect(jnp.zeros((0, 3)), X[0]), FORMAT, BITS).calibrated)
+    assert bool(rule.range(collect(jnp.zeros((0, 3)), X[0]), TARGET).calibrated)
     for empty in (
         collect(),
         collect(jnp.zeros((0, 3))),
         collect(X[0], where=jnp.zeros((4, 3), bool)),
     ):
-        low, high, calibrated = rule.range(empty, FORMAT, BITS)
+        low, high, calibrated = rule.range(empty, TARGET)
         assert not bool(calibrated)
         qparams = qparams_from_range(
             low, high, BITS, format=FORMAT, symmetric=True, calibrated=calibrated
@@ -78,15 +83,15 @@ def test_a_rule_without_data_says_so(rule):
 
 def test_merged_shards_have_a_whole_range_and_no_average():
     merged = statistics.merge_unordered(collect(X[0]), collect(X[1]))
-    assert bool(MIN_MAX.range(merged, FORMAT, BITS).calibrated)
-    assert not bool(MOVING_AVERAGE.range(merged, FORMAT, BITS).calibrated)
+    assert bool(MIN_MAX.range(merged, TARGET).calibrated)
+    assert not bool(MOVING_AVERAGE.range(merged, TARGET).calibrated)
 
 
 @pytest.mark.parametrize("rule", [MIN_MAX, MOVING_AVERAGE], ids=lambda rule: rule.name)
 def test_nan_in_one_channel_is_a_fault_of_that_channel(rule):
     broken = X[1].copy()
     broken[2, 1] = np.nan
-    low, high, calibrated = rule.range(collect(X[0], broken, X[2]), FORMAT, BITS)
+    low, high, calibrated = rule.range(collect(X[0], broken, X[2]), TARGET)
     qparams = qparams_from_range(
         low, high, BITS, format=FORMAT, symmetric=False, calibrated=calibrated
     )
@@ -98,14 +103,14 @@ def test_a_stack_is_each_rule_alone():
     stacked, collected = ranges.stack(RULES), collect(*X)
 
     def at(index, bits):
-        return stacked[index].range(collected, FORMAT, bits)
+        return stacked[index].range(collected, target(bits))
 
     indices = jnp.array([2, 0, 1, 0, 2])
     widths = jnp.array([1.0, 2.0, 3.0, 4.0, 5.0])
     vmapped = jax.jit(jax.vmap(at))(indices, widths)
     mapped = jax.jit(lambda *sweep: lax.map(lambda cell: at(*cell), sweep))(indices, widths)
     for i, index in enumerate([2, 0, 1, 0, 2]):
-        want = RULES[index].range(collected, FORMAT, widths[i])
+        want = RULES[index].range(collected, target(widths[i]))
         for got in (
             jax.tree.map(lambda leaf, i=i: leaf[i], vmapped),
             jax.tree.map(lambda leaf, i=i: leaf[i], mapped),
@@ -119,9 +124,9 @@ def test_a_stack_runs_under_vmap_of_statistics():
     each = [collect(X[i]) for i in range(3)]
     many = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     stacked = ranges.stack(RULES)
-    got = jax.vmap(lambda s, i: stacked[i].range(s, FORMAT, BITS))(many, jnp.arange(3))
+    got = jax.vmap(lambda s, i: stacked[i].range(s, TARGET))(many, jnp.arange(3))
     for i, rule in enumerate(RULES):
-        want = rule.range(each[i], FORMAT, BITS)
+        want = rule.range(each[i], TARGET)
         assert_array_equal(got.low[i], want.low)
         assert_array_equal(got.high[i], want.high)
 

@@ -133,6 +133,7 @@ def test_half_precision_is_collected_in_float32(dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(collected)} == {
         jnp.dtype("float32"),
         jnp.dtype("int32"),
+        jnp.dtype("uint32"),
     }
     same(collected.extremes, collect((1, 6), x.astype(jnp.float32)).extremes)
 

@@ -17,7 +17,7 @@ from quantjax.affine import DIVIDED, RECIPROCAL, RECIPROCAL_ADDED
 from quantjax.estimators import CLIPPED, STRAIGHT_THROUGH, Estimator
 from quantjax.formats import BUILT_IN, IntegerFormat, codebook, minifloat
 from quantjax.granularity import Remainder
-from quantjax.policy import Quantizer
+from quantjax.quantizer import Quantizer
 from quantjax.ranges import K_MEANS, MIN_MAX, MOVING_AVERAGE, TTQ, TWN, XNOR, RangeRule
 from quantjax.rounding import ROUNDINGS, Rounding
 from quantjax.selectors import Selector

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import quantjax as qj
-from quantjax import errors, formats, ranges
+from quantjax import errors, formats, ranges, rounding
 from quantjax.affine import Fault, qparams_from_range
 from quantjax.ranges import FitRule
 from tests import models
@@ -106,9 +106,17 @@ def test_one_tensor_has_one_width():
         qj.fake_quant(jnp.ones((2, 2)), 0.1, bits=jnp.array([2.0, 8.0]))
 
 
-def test_rules_that_need_the_tensor_do_not_stack():
-    with refused(errors.PolicyError, "twn"):
-        ranges.stack([ranges.MIN_MAX, ranges.TWN])
+def test_what_is_no_rule_does_not_stack():
+    with refused(errors.PolicyError, "half_even"):
+        ranges.stack([ranges.MIN_MAX, rounding.HALF_EVEN])
+
+
+def test_a_stack_with_a_rule_that_needs_the_tensor_serves_no_activations():
+    case = models.mlp()
+    plan = models.planned(case, qj.uniform_policy(weight_bits=2, activation_bits=8))
+    rule = ranges.stack([ranges.MIN_MAX, ranges.TWN])[0]
+    with refused(errors.CalibrationError, "min_max, twn", "needs the tensor itself", "activation"):
+        qj.calibrate(plan, qj.init(plan), case.params, rule=rule)
 
 
 def test_a_dtype_is_no_format():

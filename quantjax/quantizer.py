@@ -1,0 +1,322 @@
+"""How one tensor is quantized: format, granularity, range rule, rounding; static and hashable."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantjax import errors, statistics
+from quantjax.affine import DIVIDED, QParams, Scaling, mark_faults, qparams_from_range
+from quantjax.estimators import CLIPPED, Estimator
+from quantjax.fake_quant import Arithmetic
+from quantjax.formats import UNIT, Format, Theta, integer
+from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken, reduce_to
+from quantjax.printing import shape_text
+from quantjax.ranges import (
+    MIN_MAX,
+    FitRule,
+    IndexedRule,
+    Range,
+    RangeRule,
+    Target,
+    derive,
+)
+from quantjax.rounding import HALF_EVEN, Rounding
+from quantjax.statistics import Statistics
+
+LARGEST_LEVEL = 2.0**60  # of which sums of 2^7 products of two are float32 numbers
+
+
+class RangeMode(enum.Enum):
+    """When a range is determined.
+
+    ``FIXED``: by ``qj.calibrate``, once; a fixed range that the user's optimizer moves is a learned
+    one. ``LIVE``: from each tensor as it comes (dynamic quantization).
+    """
+
+    FIXED = "fixed"
+    LIVE = "live"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantizer:
+    """How one tensor is quantized.
+
+    Attributes:
+      format: which codes; its ``max_bits`` bounds every width of a sweep.
+      bits: the width unless ``qj.calibrate`` is told another.
+      symmetric: zero point 0, or one that fits the range; only integers have one.
+      granularity: who shares a scale.
+      rule: statistics to range, or a fit to the tensor itself, unless ``qj.calibrate`` is told
+        another.
+      range: fixed or live.
+      rounding, estimator: forward and backward of a code.
+      scaling: how a real is divided by the scale.
+    """
+
+    format: Format
+    bits: int
+    symmetric: bool
+    granularity: Granularity
+    rule: RangeRule | FitRule = MIN_MAX
+    range: RangeMode = RangeMode.FIXED
+    rounding: Rounding = HALF_EVEN
+    estimator: Estimator = CLIPPED
+    scaling: Scaling = DIVIDED
+
+    def __post_init__(self) -> None:
+        if not self.symmetric and not self.format.has_zero_point:
+            raise errors.QuantizerError(
+                f"{self.format.name} has no zero point, so its range cannot be asymmetric",
+                why="its levels are no integers that could be moved",
+                fix="symmetric=True, or an integer format",
+            )
+        if not 0 <= self.bits <= self.format.max_bits:
+            raise errors.BitsError(
+                f"{self.bits} bits do not fit a container of {self.format.max_bits}",
+                fix=f"format=qj.integer(max_bits={max(self.bits, 1)}), or fewer bits",
+            )
+        if self.format.known_valid(self.bits) is False:
+            raise errors.BitsError(
+                f"{self.bits} bits are no width of {self.format.label(self.format.max_bits)}",
+                fix=f"bits={self.format.max_bits}, or a format that has this width",
+            )
+        if known_overflow(self.format, self.bits):
+            raise errors.QuantizerError(
+                f"the levels of {self.format.label(self.bits)} are too large for sums of products",
+                why="products multiply levels, in float32, and scale what they give",
+                fix="scale_rule=qj.formats.UNIT, which makes it a cast, or fewer exponent bits",
+            )
+        numbers = self.rule.parameters if isinstance(self.rule, RangeRule) else ()
+        if any(isinstance(number, jax.Array | np.ndarray) for number in numbers):
+            raise errors.QuantizerError(
+                f"the rule {self.rule.name} has an array for a parameter",
+                why="a quantizer is static: programs are compared by it",
+                fix="qj.calibrate(..., activation_rule=rule), which takes arrays, or float(number)",
+            )
+        if isinstance(self.granularity, PerToken) and self.range is RangeMode.FIXED:
+            raise errors.QuantizerError(
+                "scales per token cannot be fixed beforehand",
+                why="the number of tokens changes from call to call",
+                fix="range=qj.RangeMode.LIVE",
+            )
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The part that the arithmetic of one tensor needs."""
+        return Arithmetic(self.format, self.rounding, self.estimator, self.scaling)
+
+    def target(self, bits: jax.Array, theta: Theta = ()) -> Target:
+        """What a range has to serve, for range rules."""
+        return Target(self.format, self.symmetric, bits, theta)
+
+    def qparams(
+        self,
+        stats: Statistics,
+        bits: jax.Array,
+        theta: Theta = (),
+        *,
+        rule: RangeRule | IndexedRule | None = None,
+    ) -> QParams:
+        """QParams from statistics at a width, by another rule than the quantizer's own if given."""
+        chosen = rule or self.rule
+        assert not isinstance(chosen, FitRule)
+        return self.qparams_from(derive(chosen, stats, self.target(bits, theta)), bits, theta)
+
+    def qparams_from(self, found: Range, bits: jax.Array, theta: Theta = ()) -> QParams:
+        """QParams that cover a range at a width."""
+        qparams = qparams_from_range(
+            found.low,
+            found.high,
+            bits,
+            format=self.format,
+            symmetric=self.symmetric,
+            calibrated=found.calibrated,
+            theta=theta,
+        )
+        return qparams if self._is_bounded else self._marked(qparams)
+
+    def qparams_of(
+        self,
+        tensor: jax.Array,
+        bits: jax.Array,
+        theta: Theta = (),
+        *,
+        scale_shape: tuple[int, ...],
+        rule: RangeRule | IndexedRule | FitRule | None = None,
+    ) -> QParams:
+        """QParams of the tensor at hand at a width: by its statistics, or fitted to it.
+
+        Raises:
+          CalibrationError: the format's parameters are given, and the rule would find its own.
+        """
+        chosen = self.rule if rule is None else rule
+        if isinstance(chosen, IndexedRule) and chosen.fits:
+            of_rule = partial(self.qparams_of, tensor, bits, theta, scale_shape=scale_shape)
+            return chosen.qparams(lambda one: of_rule(rule=one))
+        if not isinstance(chosen, FitRule):
+            stats = statistics.of_tensor(tensor, scale_shape, with_values=chosen.reads_distribution)
+            return self.qparams(stats, bits, theta, rule=chosen)
+        if theta:
+            raise errors.CalibrationError(
+                f"exponent bits for the rule {chosen.name}, which is told the width alone",
+                where=f"{self.format.name}, tensor {shape_text(tensor.shape)}",
+                fix="a range rule such as qj.ranges.MIN_MAX, or a plan for each exponent width",
+            )
+        x = jnp.asarray(tensor, jnp.float32)
+        finite = reduce_to(jnp.isfinite(x), scale_shape, jnp.all)
+        qparams = chosen.fit(jnp.where(jnp.isfinite(x), x, 0.0), scale_shape, self.format, bits)
+        return self._marked(qparams, finite=finite)
+
+    def width(self, bits: jax.Array, theta: Theta = ()) -> QParams:
+        """The width alone, for a range that is not known yet: scale 1, or its fault."""
+        one = jnp.ones_like(bits)
+        return self._marked(QParams(one, jnp.zeros_like(one), bits, theta))
+
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether levels are integers of a container, whose sums float32 always holds."""
+        return self.format.largest_centered_code(symmetric=self.symmetric) is not None
+
+    def _marked(self, qparams: QParams, *, finite: jax.Array | None = None) -> QParams:
+        """With the faults of widths, where there are such."""
+        bits, theta, yes = qparams.bits, qparams.theta, jnp.ones((), bool)
+        valid = self.format.valid_bits(bits, theta)
+        if not self._is_bounded:
+            valid &= ~levels_overflow(self.format, bits, theta)
+        return mark_faults(
+            qparams, calibrated=yes, finite=yes if finite is None else finite, valid=valid
+        )
+
+    def __str__(self) -> str:
+        """``int4/channel``, ``uint8/tensor``, ``int8/token/live``."""
+        parts = [self.format.label(self.bits), self.granularity.name]
+        if self.range is not RangeMode.FIXED:
+            parts.append(self.range.value)
+        return "/".join(parts)
+
+
+def weight_quantizer(
+    *,
+    bits: int | None = None,
+    format: Format | None = None,
+    symmetric: bool = True,
+    granularity: Granularity | None = None,
+    rule: RangeRule | FitRule = MIN_MAX,
+    range: RangeMode = RangeMode.FIXED,
+    rounding: Rounding = HALF_EVEN,
+    estimator: Estimator = CLIPPED,
+    scaling: Scaling = DIVIDED,
+) -> Quantizer:
+    """Signed symmetric full-range codes, one scale an output channel, unless told otherwise.
+
+    Without ``bits``, 8, or the width of a format's container that has no 8.
+
+    Raises:
+      QuantizerError: an unsigned format with a symmetric range, which has no negative codes.
+
+    >>> str(weight_quantizer(bits=4))
+    'int4/channel'
+    """
+    bits = _width(bits, format)
+    format = format or integer(max_bits=max(bits, 8))
+    if symmetric and not format.signed:
+        raise errors.QuantizerError(
+            "unsigned codes about zero would clip every negative weight to 0",
+            where=f"format {format.name}",
+            fix="a signed format, or symmetric=False",
+        )
+    return Quantizer(
+        format=format,
+        bits=bits,
+        symmetric=symmetric,
+        granularity=granularity or PerChannel(),
+        rule=rule,
+        range=range,
+        rounding=rounding,
+        estimator=estimator,
+        scaling=scaling,
+    )
+
+
+def activation_quantizer(
+    *,
+    bits: int | None = None,
+    format: Format | None = None,
+    symmetric: bool | None = None,
+    granularity: Granularity | None = None,
+    rule: RangeRule | FitRule = MIN_MAX,
+    range: RangeMode = RangeMode.FIXED,
+    rounding: Rounding = HALF_EVEN,
+    estimator: Estimator = CLIPPED,
+    scaling: Scaling = DIVIDED,
+) -> Quantizer:
+    """Unsigned asymmetric codes, one scale a tensor, unless told otherwise.
+
+    Without ``bits``, 8, or the width of a format's container that has no 8. A format without a zero
+    point is symmetric.
+
+    Raises:
+      QuantizerError: a fixed range by a rule that needs the tensor itself; parts that contradict
+        one another.
+
+    >>> str(activation_quantizer(bits=8))
+    'uint8/tensor'
+    """
+    bits = _width(bits, format)
+    if symmetric is None:
+        symmetric = format is not None and not format.has_zero_point
+    if isinstance(rule, FitRule) and range is RangeMode.FIXED:
+        raise errors.QuantizerError(
+            f"the rule {rule.name} needs the tensor itself, which calibration does not keep",
+            where="activations with a fixed range",
+            fix="range=qj.RangeMode.LIVE, or a range rule such as qj.ranges.MIN_MAX",
+        )
+    return Quantizer(
+        format=format or integer(max_bits=max(bits, 8), signed=symmetric),
+        bits=bits,
+        symmetric=symmetric,
+        granularity=granularity or PerTensor(),
+        rule=rule,
+        range=range,
+        rounding=rounding,
+        estimator=estimator,
+        scaling=scaling,
+    )
+
+
+def levels_overflow(format: Format, bits: jax.Array, theta: Theta) -> jax.Array:
+    """Where sums of products of two levels can leave float32 (bool, the shape of ``bits``)."""
+    _, high = format.level_range(bits, theta)
+    is_scaled = format.scale_rule != UNIT
+    return (high > LARGEST_LEVEL) & (bits != 0.0) & is_scaled
+
+
+def known_overflow(format: Format, bits: Any, theta: Theta = ()) -> bool:
+    """Whether they do so at these widths; False where one is not known yet."""
+    try:
+        if not format.known_valid(bits, theta):
+            return False
+        with jax.ensure_compile_time_eval():
+            return bool(jnp.any(levels_overflow(format, jnp.asarray(bits, jnp.float32), theta)))
+    except errors.FormatError:  # levels that only calibration will give, about 1
+        return False
+
+
+def _width(bits: int | None, format: Format | None) -> int:
+    if format is not None and not isinstance(format, Format):
+        raise errors.QuantizerError(
+            f"{format!r} is no number format",
+            fix="format=qj.integer(max_bits=8), qj.formats.E4M3FN or another of qj.formats",
+        )
+    if bits is not None:
+        return bits
+    if format is None or format.known_valid(8):
+        return 8
+    return format.max_bits

@@ -1,0 +1,153 @@
+"""From rules to ranges: group by group, many groups at once."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from quantjax.ranges.base import Range, RangeRule, Target
+from quantjax.ranges.stack import IndexedRule
+from quantjax.statistics import Histogram, Sample, Statistics
+
+ENTRIES_AT_ONCE = 1 << 24  # of all groups together: 64 MiB an array
+
+
+def derive(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target) -> Range:
+    """The range of each group by a rule, at the shape of the scale.
+
+    Where statistics hold NaN or infinity, the range is NaN whatever the rule: none that it could
+    give holds all that was seen.
+    """
+    (found,) = derive_many(rule, [(statistics, target)])
+    return found
+
+
+def derive_many(
+    rule: RangeRule | IndexedRule, jobs: Sequence[tuple[Statistics, Target]]
+) -> list[Range]:
+    """:func:`derive` for many operands in one program, so that a rule is compiled once.
+
+    Operands whose formats or distributions differ in shape are taken one after another.
+    """
+    if not rule.reads_distribution:
+        return [_finite(_at_once(rule, s, t), s) for s, t in jobs]
+    together: dict[Any, list[int]] = {}
+    for index, (statistics, target) in enumerate(jobs):
+        together.setdefault(_key(statistics, target), []).append(index)
+    found: dict[int, Range] = {}
+    for indices in together.values():
+        parts = [_groups(*jobs[index]) for index in indices]
+        length = max(_entries(statistics) for statistics, _, _ in parts)
+        parts = [(_padded(s, length), b, t) for s, b, t in parts]
+        groups = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+        ranges = _each_group(rule, jobs[indices[0]][1], groups, max(ENTRIES_AT_ONCE // length, 1))
+        start = 0
+        for index in indices:
+            statistics = jobs[index][0]
+            stop = start + math.prod(statistics.scale_shape)
+            part = jax.tree.map(lambda a, i=start, j=stop: a[i:j], ranges)
+            shaped = jax.tree.map(lambda a, s=statistics.scale_shape: a.reshape(s), part)
+            found[index] = _finite(shaped, statistics)
+            start = stop
+    return [found[index] for index in range(len(jobs))]
+
+
+def _finite(found: Range, statistics: Statistics) -> Range:
+    seen = statistics.extremes
+    broken = jnp.isnan(seen.low) | jnp.isnan(seen.high)
+    broken |= (seen.low <= seen.high) & (jnp.isinf(seen.low) | jnp.isinf(seen.high))
+    return Range(
+        jnp.where(broken, jnp.nan, found.low),
+        jnp.where(broken, jnp.nan, found.high),
+        found.calibrated,
+    )
+
+
+def _key(statistics: Statistics, target: Target) -> Any:
+    """Operands that share it go through a rule together."""
+    distribution = statistics.distribution
+    size = 0
+    if isinstance(distribution, Histogram):
+        size = distribution.bins
+    elif isinstance(distribution, Sample):
+        # Filled up to the longest of them, which is at most four times as long.
+        size = (_entries(statistics) - 1).bit_length() // 2
+    theta = jax.tree.structure(target.theta)
+    return type(distribution), size, target.format, target.symmetric, theta
+
+
+def _entries(statistics: Statistics) -> int:
+    distribution = statistics.distribution
+    if isinstance(distribution, Histogram):
+        return distribution.bins
+    return distribution.values.shape[-1] if isinstance(distribution, Sample) else 1
+
+
+def _groups(statistics: Statistics, target: Target) -> tuple[Statistics, jax.Array, Any]:
+    """All leaves with one leading axis, of groups; scalars are repeated."""
+    shape = statistics.scale_shape
+
+    def flat(leaf: jax.Array) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        if leaf.ndim >= len(shape) and leaf.shape[: len(shape)] == shape:
+            return leaf.reshape(-1, *leaf.shape[len(shape) :])
+        spread = leaf.reshape(leaf.shape + (1,) * (len(shape) - leaf.ndim))
+        return jnp.broadcast_to(spread, shape).reshape(-1)
+
+    bits, theta = jax.tree.map(
+        lambda leaf: flat(jnp.asarray(leaf, jnp.float32)), (target.bits, target.theta)
+    )
+    return jax.tree.map(flat, statistics), bits, theta
+
+
+def _padded(statistics: Statistics, length: int) -> Statistics:
+    sample = statistics.distribution
+    if not isinstance(sample, Sample) or sample.values.shape[-1] == length:
+        return statistics
+    missing = [(0, 0), (0, length - sample.values.shape[-1])]
+    return statistics._replace(
+        distribution=Sample(jnp.pad(sample.values, missing), jnp.pad(sample.weights, missing))
+    )
+
+
+def _at_once(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target) -> Range:
+    """All groups in one call of the rule; leading axes of the widths are layers."""
+
+    def found(statistics: Statistics, bits: jax.Array, theta: Any) -> Range:
+        layer = target._replace(bits=bits, theta=theta)
+        return Range(*map(jnp.asarray, rule.range(statistics, layer, *rule.parameters)))
+
+    for _ in range(jnp.ndim(target.bits)):
+        found = jax.vmap(found)
+    return found(statistics, jnp.asarray(target.bits, jnp.float32), target.theta)
+
+
+def _each_group(rule: RangeRule | IndexedRule, target: Target, groups: Any, at_once: int) -> Range:
+    """One group after another, ``at_once`` of them together; eager calls compile this once."""
+    rules = rule.rules if isinstance(rule, IndexedRule) else (rule,)
+    fixed = tuple(rule._replace(parameters=()) for rule in rules if isinstance(rule, RangeRule))
+    numbers = tuple(rule.parameters for rule in rules if isinstance(rule, RangeRule))
+    chosen = rule.chosen if isinstance(rule, IndexedRule) else None
+    return _run((fixed, target.format, target.symmetric, at_once), numbers, chosen, groups)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(fixed: Any, numbers: Any, chosen: jax.Array | None, groups: Any) -> Range:
+    rules, format, symmetric, at_once = fixed
+    rules = tuple(r._replace(parameters=n) for r, n in zip(rules, numbers, strict=True))
+    rule = rules[0] if chosen is None else IndexedRule(rules, chosen)
+
+    def one(group: Any) -> Range:
+        statistics, bits, theta = group
+        target = Target(format, symmetric, bits, theta)
+        return Range(*map(jnp.asarray, rule.range(statistics, target, *rule.parameters)))
+
+    if groups[1].shape[0] <= at_once:
+        return jax.vmap(one)(groups)
+    return lax.map(one, groups, batch_size=at_once)

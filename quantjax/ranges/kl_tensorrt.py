@@ -1,0 +1,213 @@
+"""The clip with the smallest Kullback-Leibler divergence, as TensorRT chooses it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from quantjax.formats import divide_by_scale
+from quantjax.ranges.base import Range, RangeRule, Target
+from quantjax.ranges.rebin import check_bins, magnitude_counts
+from quantjax.statistics import Statistics
+
+FINALISTS = 64
+_TOTAL = 2.0**17  # counts are scaled to this sum for the first look
+_MASS, _ENTROPY = 2.0**13, 2.0**10  # and held as integers of these fractions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What implementations differ in.
+
+    Attributes:
+      name: what it prints as.
+      bins: of ``|x|``, from 0 to the largest.
+      stride: every how many bins a clip is tried.
+      copies_first_bin: whether the count of the bin at 0 is replaced by that of its neighbour, so
+        that the zeros of a ReLU do not decide.
+      unsigned_levels: whether unsigned codes of data that are never negative have ``2^b`` levels;
+        ``2^(b-1)`` otherwise and for all others.
+      half_bin: whether the clip lies half a bin above the last one that is kept.
+    """
+
+    name: str
+    bins: int = 2048
+    stride: int = 1
+    copies_first_bin: bool = False
+    unsigned_levels: bool = False
+    half_bin: bool = True
+
+
+PUBLISHED = Variant(name="tensorrt")
+"""The slides: all clips from ``2^(b-1)`` bins on."""
+
+MODELOPT = Variant(name="modelopt", copies_first_bin=True, unsigned_levels=True, half_bin=False)
+"""NVIDIA's own code since pytorch-quantization."""
+
+
+def divergences(counts: jax.Array, levels: jax.Array, candidates: jax.Array) -> jax.Array:
+    """``KL(P ‖ Q)`` of each clip after ``candidates`` bins; infinite where only ``Q`` is 0.
+
+    ``P`` is the histogram with all that lies beyond added to its last bin. ``Q`` has the counts of
+    the kept bins alone, taken together into ``levels`` runs, bin ``k`` of ``i`` in run
+    ``⌊k · levels / i⌋``, each spread evenly over its bins that are not empty. Both are normalized.
+    ``Σ P log(P/Q)`` is summed as ``Σ P (r - 1 - log r)``, ``r = Q/P``, of terms not below 0.
+
+    Args:
+      counts: ``[bins]``, float32.
+      levels: int32 scalar.
+      candidates: int32, any shape.
+    """
+    bins = counts.shape[0]
+    place = jnp.arange(bins, dtype=jnp.int32)
+    total = jnp.sum(counts)
+
+    def one(kept: jax.Array) -> jax.Array:
+        inside = place < kept
+        run = jnp.where(inside, (place * levels) // jnp.maximum(kept, 1), bins)
+        held = jnp.where(inside, counts, 0.0)
+        some = (held > 0.0).astype(jnp.float32)
+        sums = jnp.zeros(bins, jnp.float32).at[run].add(held, mode="drop")
+        numbers = jnp.zeros(bins, jnp.float32).at[run].add(some, mode="drop")
+        mean = divide_by_scale(sums, jnp.maximum(numbers, 1.0))
+        mass = jnp.sum(held)
+        beyond = jnp.sum(jnp.where(inside, 0.0, counts))
+        p = held + jnp.where(place == kept - 1, beyond, 0.0)
+        q = some * mean[jnp.minimum(run, bins - 1)]
+        p = divide_by_scale(p, jnp.maximum(total, 1.0))
+        q = divide_by_scale(q, jnp.where(mass > 0.0, mass, 1.0))
+        both = (p > 0.0) & (q > 0.0)
+        away = divide_by_scale(q - p, jnp.where(both, p, 1.0))
+        terms = jnp.where(both, p * (away - jnp.log1p(jnp.where(both, away, 0.0))), 0.0)
+        lost = jnp.any((p > 0.0) & (q == 0.0))
+        return jnp.where(lost | (mass == 0.0), jnp.inf, jnp.sum(terms))
+
+    return lax.map(one, candidates, batch_size=16)
+
+
+def _first_look(counts: jax.Array, levels: jax.Array, most: int) -> jax.Array:
+    """:func:`divergences` after every number of bins, to about four digits.
+
+    Sums over runs are differences of prefix sums, in integers, which lose no digits to one another:
+    ``KL = [Σ p log p - Σ_runs S log(S / N)] / total + log(mass / total)``. What costs is one pass
+    over all clips for each level.
+    """
+    bins = counts.shape[0]
+    total = jnp.maximum(jnp.sum(counts), 1.0)
+    scaled = divide_by_scale(counts, total) * _TOTAL
+
+    def entropy(mass: jax.Array) -> jax.Array:
+        return mass * jnp.log(jnp.where(mass > 0.0, mass, 1.0))
+
+    def prefix(values: jax.Array) -> jax.Array:
+        whole = jnp.round(values).astype(jnp.int32)
+        return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(whole)])
+
+    mass, numbers = prefix(scaled * _MASS), prefix((counts > 0.0).astype(jnp.float32))
+    entropies = prefix(entropy(scaled) * _ENTROPY)
+    kept = jnp.arange(bins + 1, dtype=jnp.int32)
+
+    def run(level: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        found, _ = sums
+        first, last = (-((-edge * kept) // levels) for edge in (level, level + 1))
+        held = (mass[last] - mass[first]).astype(jnp.float32) * (1.0 / _MASS)
+        number = (numbers[last] - numbers[first]).astype(jnp.float32)
+        mean = divide_by_scale(held, jnp.maximum(number, 1.0))
+        logarithm = jnp.log(jnp.where(mean > 0.0, mean, 1.0))
+        return found + held * logarithm, logarithm
+
+    zero = jnp.zeros(bins + 1, jnp.float32)
+    runs, last_logarithm = lax.fori_loop(0, jnp.minimum(levels, most), run, (zero, zero))
+    inside = mass.astype(jnp.float32) * (1.0 / _MASS)
+    beyond = _TOTAL - inside
+    last = jnp.concatenate([jnp.zeros(1), scaled])
+    within = entropies.astype(jnp.float32) * (1.0 / _ENTROPY)
+    p_log_p = within - entropy(last) + entropy(last + beyond)
+    share = divide_by_scale(inside, jnp.float32(_TOTAL))
+    value = (p_log_p - runs - beyond * last_logarithm) / _TOTAL
+    value += jnp.log(jnp.where(share > 0.0, share, 1.0))
+    outliers = jnp.sum(counts) - jnp.concatenate([jnp.zeros(1), jnp.cumsum(counts)])
+    lost = (last == 0.0) & (outliers > 0.0)
+    return jnp.where(lost | (inside <= 0.0), jnp.inf, value)
+
+
+def best_bin(
+    counts: jax.Array, levels: jax.Array, *, stride: int = 1, most: int = 256
+) -> jax.Array:
+    """After how many bins to clip: ``argmin`` of :func:`divergences`, the first of equals.
+
+    All clips from ``levels`` bins on are looked at to four digits, the 64 best of them again to
+    seven. Where none has a finite divergence, there is no clip: all bins are kept.
+
+    Args:
+      counts: ``[bins]``.
+      levels: int32; more of them than bins leave nothing to clip for.
+      stride: every how many bins a clip is tried; the last bin is one in any case.
+      most: a static bound of ``levels``.
+    """
+    bins = counts.shape[0]
+    kept = jnp.arange(bins + 1, dtype=jnp.int32)
+    tried = (kept >= levels) & (((kept - levels) % stride == 0) | (kept == bins))
+    rough = jnp.where(tried, _first_look(counts, levels, most), jnp.inf)
+    _, finalists = lax.top_k(-rough, min(FINALISTS, bins))
+    finalists = jnp.sort(finalists).astype(jnp.int32)
+    exact = jnp.where(
+        jnp.isfinite(rough[finalists]), divergences(counts, levels, finalists), jnp.inf
+    )
+    best = jnp.argmin(exact)
+    return jnp.where(jnp.isfinite(exact[best]), finalists[best], bins)
+
+
+def _range(variant: Variant, statistics: Statistics, target: Target) -> Range:
+    counts = magnitude_counts(statistics, variant.bins)
+    if variant.copies_first_bin:
+        counts = counts.at[0].set(counts[1])
+    low, high = statistics.extremes
+    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    whole = variant.unsigned_levels and not target.format.signed
+    exponent = target.bits.astype(jnp.int32) - jnp.where((low >= 0.0) & whole, 0, 1)
+    levels = jnp.left_shift(jnp.int32(1), jnp.clip(exponent, 0, 24))
+    most = min(1 << target.format.max_bits, variant.bins)
+    kept = best_bin(counts, levels, stride=variant.stride, most=most).astype(jnp.float32)
+    kept += 0.5 if variant.half_bin else 0.0
+    clip = jnp.minimum(largest * divide_by_scale(kept, jnp.float32(variant.bins)), largest)
+    return Range(jnp.maximum(low, -clip), jnp.minimum(high, clip), statistics.batches > 0)
+
+
+@functools.cache
+def _rule(variant: Variant) -> RangeRule:
+    found = functools.partial(_range, variant)
+    return RangeRule(f"kl_{variant.name}", found, reads_distribution=True)
+
+
+def kl_tensorrt(variant: Variant = PUBLISHED) -> RangeRule:
+    """``[-t, t]`` with the smallest ``KL(P ‖ Q)`` of the histogram of ``|x|``.
+
+    ``P`` is the clipped histogram, ``Q`` what ``2^(b-1)`` levels make of it (:func:`divergences`);
+    ``t = (m + 1/2) · width`` after the best number ``m`` of bins. The range is no wider than what
+    was seen. Implementations differ: see :class:`Variant`.
+
+    Sharp edges: the divergence jumps from bin to bin, because a clip at an empty bin is no
+    candidate, so that equal distributions give thresholds several percent apart; and bins, stride
+    and the bin at zero are part of the rule. From a histogram, ``|x|`` is put into the rule's bins
+    to within the histogram's own. Levels of formats that are no integers are taken to be uniform.
+
+    >>> kl_tensorrt().name, kl_tensorrt(MODELOPT).name
+    ('kl_tensorrt', 'kl_modelopt')
+
+    Source: Migacz, 8-bit inference with TensorRT, GPU Technology Conference 2017, slide 26.
+    """
+    check_bins(variant.bins, f"kl_{variant.name}")
+    check_bins(variant.stride + 1, f"kl_{variant.name}, stride")
+    return _rule(variant)
+
+
+KL_TENSORRT = kl_tensorrt()
+"""2048 bins, every clip from ``2^(b-1)`` on, zeros counted; see :func:`kl_tensorrt`."""
+
+KL_MODELOPT = kl_tensorrt(MODELOPT)
+"""The same, but for the bin at 0 and unsigned codes, as NVIDIA's ModelOpt has it."""

@@ -1,0 +1,56 @@
+"""The mean and some standard deviations."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from quantjax import errors
+from quantjax._compat import concrete
+from quantjax.ranges.base import Range, RangeRule, Target, rule_of
+from quantjax.statistics import Statistics
+
+
+def _range(statistics: Statistics, target: Target, factor: jax.Array) -> Range:
+    del target
+    reach = jnp.asarray(factor, jnp.float32) * jnp.sqrt(statistics.moments.variance)
+    least, most = statistics.extremes
+    valid = jnp.asarray(factor, jnp.float32) > 0.0
+    low = jnp.maximum(statistics.moments.mean - reach, least)
+    high = jnp.minimum(statistics.moments.mean + reach, most)
+    # Rounding may put the mean of equal values just outside of them.
+    low, high = jnp.minimum(low, most), jnp.maximum(high, least)
+    return Range(
+        jnp.where(valid, low, jnp.nan), jnp.where(valid, high, jnp.nan), statistics.batches > 0
+    )
+
+
+def sigma(factor: float | jax.Array = 3.0) -> RangeRule:
+    """``[μ - k σ, μ + k σ]``, and no more than what was seen.
+
+    Args:
+      factor: ``k``, positive; an array may be traced.
+
+    Raises:
+      QuantizerError: a factor that is not positive. A traced one gives NaN.
+
+    Sharp edges: after a ReLU the distribution is half of one, and zero lies within the range all
+    the same; the upper bound is then lower than a Gaussian's would be.
+
+    >>> from quantjax import integer, statistics
+    >>> seen = statistics.of_tensor(jnp.array([-10.0] + 9999 * [1.0]), (1,), with_values=False)
+    >>> found = sigma(3.0).range(seen, Target(integer(), True, jnp.float32(8)), 3.0)
+    >>> round(found.low.item(), 2), found.high.item()
+    (0.67, 1.0)
+
+    Source: McKinstry et al., Discovering low-precision networks close to full-precision networks
+    for efficient embedded inference, 2018, section 3.
+    """
+    known = concrete(factor)
+    if known is not None and not float(known) > 0.0:
+        raise errors.QuantizerError(
+            f"{float(known):g} standard deviations",
+            where="the range rule sigma",
+            fix="sigma(3.0)",
+        )
+    return rule_of("sigma", _range, factor)

@@ -1,0 +1,89 @@
+"""Ranges by signal-to-noise ratio and by cosine similarity."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from quantjax import errors
+from quantjax._compat import concrete
+from quantjax.formats import divide_by_scale
+from quantjax.ranges.base import Range, RangeRule, Target, rule_of
+from quantjax.ranges.search import Outcome, search, unit
+from quantjax.statistics import Statistics
+
+
+def _sqnr(statistics: Statistics, target: Target, clip_weight: jax.Array) -> Range:
+    whole, clip_weight = unit(statistics), jnp.asarray(clip_weight, jnp.float32)
+
+    def loss(outcome: Outcome) -> jax.Array:
+        error = divide_by_scale(outcome.error, whole)
+        cost = jnp.where(outcome.clipped, clip_weight, 1.0)
+        return jnp.sum(outcome.weights * cost * error * error)
+
+    low, high, calibrated = search(statistics, target, loss)
+    valid = (clip_weight > 0.0) & jnp.isfinite(clip_weight)
+    return Range(jnp.where(valid, low, jnp.nan), jnp.where(valid, high, jnp.nan), calibrated)
+
+
+def sqnr(clip_weight: float | jax.Array = 3.0) -> RangeRule:
+    """The largest ratio of signal to noise, where clipping counts ``γ`` times as much as rounding.
+
+    ``argmin Σ_rounded (Q(x) - x)² + γ Σ_clipped (Q(x) - x)²``; with ``γ = 1`` that is :data:`MSE`,
+    whose range has the best ratio.
+
+    Args:
+      clip_weight: ``γ``, positive; an array may be traced.
+
+    Raises:
+      QuantizerError: a weight that is not positive. A traced one gives NaN.
+
+    Sharp edges: the search is that of :data:`MSE`; AIMET, whose default is 3 too, takes rounding
+    errors to be uniform and has a grid of its own.
+
+    >>> sqnr(1.0).name
+    'sqnr(1)'
+
+    Source: AIMET, ``SqnrEncodingAnalyzer``.
+    """
+    known = concrete(clip_weight)
+    if known is not None and not 0.0 < float(known) < float("inf"):
+        raise errors.QuantizerError(
+            f"clipping errors that count {float(known):g} times",
+            where="the range rule sqnr",
+            fix="sqnr(3.0)",
+        )
+    return rule_of("sqnr", _sqnr, clip_weight, reads_distribution=True)
+
+
+SQNR = sqnr()
+"""Clipping errors count three times; see :func:`sqnr`."""
+
+
+def _cosine(statistics: Statistics, target: Target) -> Range:
+    whole = unit(statistics)
+
+    def loss(outcome: Outcome) -> jax.Array:
+        x, error = (divide_by_scale(part, whole) for part in (outcome.x, outcome.error))
+        xx, xe, ee = (
+            jnp.sum(outcome.weights * a * b) for a, b in ((x, x), (x, error), (error, error))
+        )
+        some = jnp.where(xx > 0.0, xx, 1.0)
+        # sin² of the angle between x and Q(x), from the error: 1 - cos has no digits left.
+        across = ee - xe * divide_by_scale(xe, some)
+        length = xx + 2.0 * xe + ee
+        sine = divide_by_scale(across, jnp.where(length > 0.0, length, 1.0))
+        # A tensor that becomes all zeros has no direction.
+        return jnp.where((length > 0.0) | (xx == 0.0), sine, 2.0)
+
+    return search(statistics, target, loss)
+
+
+COSINE = RangeRule("cosine", _cosine, reads_distribution=True)
+"""``argmax ⟨x, Q(x)⟩ / (‖x‖ ‖Q(x)‖)`` over ranges, by search as :data:`MSE`.
+
+A common factor does not count, so ranges come out narrower than by squared error at few bits: what
+the next layer makes of the lost length is left to it.
+
+Source: Wu et al., EasyQuant: post-training quantization via scale optimization, 2020, section 3.
+"""

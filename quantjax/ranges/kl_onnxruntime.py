@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
 from quantjax import errors
 from quantjax.formats import divide_by_scale
@@ -16,64 +18,148 @@ from quantjax.statistics import Statistics
 
 _LARGEST_TOTAL = 2.0**30
 _EPSILON = 1e-4
+FINALISTS = 8
+_TOTAL, _ENTROPY = 2.0**17, 2.0**10  # for the first look: counts sum to it, fractions of integers
+
+
+class _Prefix(NamedTuple):
+    """Sums over the bins below each edge: counts, those that are not empty, ``Σ c log c``."""
+
+    counts: Int[Array, " edges"]
+    numbers: Int[Array, " edges"]
+    entropies: Int[Array, " edges"]
 
 
 def best_reach(counts: jax.Array, levels: jax.Array) -> jax.Array:
     """How many bins to keep on either side of the middle one: ``argmin KL(P ‖ Q)``, the first.
 
     ``P`` are the kept bins, all that lies beyond added to the outermost two. ``Q`` are their counts
-    without that, in ``levels`` runs of ``⌊kept / levels⌋`` bins, each spread over its bins that
-    are not empty in ``P``, as whole numbers, rounded down; the last run also has what is left over,
-    and the bins that are left over have nothing. Both are smoothed: ``1e-4`` for each empty bin,
-    taken evenly from the others.
+    without that, in ``levels`` runs of ``⌊kept / levels⌋`` bins: each bin of a run has the sum over
+    how many are not empty in ``P``, rounded down. The last run also has what is left over, and the
+    bins that are left over have nothing. Both are smoothed: ``1e-4`` for each empty bin, taken
+    evenly from the others.
+
+    All reaches are looked at to four digits, the best few of them again to seven.
 
     Args:
       counts: ``[bins]``, an odd number of them, float32; scaled down where they sum to more than
         ``2^30``.
-      levels: int32 scalar, two or more. Where there are more of them than bins, all are kept.
+      levels: int32, a power of two from 2 on. Where there are more of them than bins, all are kept.
     """
     bins = counts.shape[0]
     middle = bins // 2
     total = jnp.sum(counts)
     shrink = jnp.minimum(divide_by_scale(jnp.float32(_LARGEST_TOTAL), jnp.maximum(total, 1.0)), 1.0)
     whole = jnp.round(counts * shrink).astype(jnp.int32)
-    zero = jnp.zeros(1, jnp.int32)
-    sums = jnp.concatenate([zero, jnp.cumsum(whole)])
-    numbers = jnp.concatenate([zero, jnp.cumsum((whole > 0).astype(jnp.int32))])
-    place = jnp.arange(bins, dtype=jnp.int32)
-
-    def one(reach: jax.Array) -> jax.Array:
-        first, last = middle - reach, jnp.minimum(middle + reach + 1, bins)
-        inside = (place >= first) & (place < last)
-        left, right = sums[first], sums[bins] - sums[last]
-        p = jnp.where(inside, whole, 0)
-        p += jnp.where(place == first, left, 0) + jnp.where(place == last - 1, right, 0)
-        size = (last - first) // levels
-        offset = (place - first).astype(jnp.float32)
-        run = jnp.floor(divide_by_scale(offset + 0.5, jnp.maximum(size, 1).astype(jnp.float32)))
-        run = jnp.clip(run.astype(jnp.int32), 0, levels)
-        start = first + jnp.minimum(run, levels - 1) * size
-        stop = start + size
-        in_run = inside & (run < levels) & (size > 0)
-        start, stop = jnp.clip(start, 0, bins), jnp.clip(stop, 0, bins)
-        held = sums[stop] - sums[start]
-        held += jnp.where(run == levels - 1, sums[last] - sums[stop], 0)
-        number = numbers[stop] - numbers[start]
-        # The outermost bins hold what lies beyond, so they are not empty although they were.
-        for end, beyond in ((first, left), (last - 1, right)):
-            new = (whole[end] == 0) & (beyond > 0) & (start <= end) & (end < stop)
-            number += new.astype(jnp.int32)
-        q = jnp.where(in_run & (number > 0), held // jnp.maximum(number, 1), 0)
-        return _divergence(p, q, inside)
-
-    found = lax.map(one, jnp.arange(middle + 1, dtype=jnp.int32), batch_size=32)
+    share = whole.astype(jnp.float32) * divide_by_scale(
+        jnp.float32(_TOTAL), jnp.maximum(total * shrink, 1.0)
+    )
+    prefix = _Prefix(
+        *map(_summed, (whole, (whole > 0).astype(jnp.int32), _rounded(_entropy(share))))
+    )
     reaches = jnp.arange(middle + 1, dtype=jnp.int32)
-    found = jnp.where(reaches >= levels // 2, found, jnp.inf)
-    best = jnp.argmin(found)
-    return jnp.where(jnp.isfinite(found[best]), reaches[best], middle)
+    rough = jax.custom_batching.sequential_vmap(_first_look)(whole, prefix, levels)
+    rough = jnp.where(reaches >= levels // 2, rough, jnp.inf)
+    _, finalists = lax.top_k(-rough, min(FINALISTS, middle + 1))
+    finalists = jnp.sort(finalists).astype(jnp.int32)
+    exact = jax.vmap(lambda reach: _divergence(whole, prefix, levels, reach))(finalists)
+    exact = jnp.where(jnp.isfinite(rough[finalists]), exact, jnp.inf)
+    best = jnp.argmin(exact)
+    return jnp.where(jnp.isfinite(exact[best]), finalists[best], middle)
 
 
-def _divergence(p: jax.Array, q: jax.Array, inside: jax.Array) -> jax.Array:
+def _summed(values: jax.Array) -> jax.Array:
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(values)])
+
+
+def _rounded(entropies: jax.Array) -> jax.Array:
+    return jnp.round(entropies * _ENTROPY).astype(jnp.int32)
+
+
+def _entropy(mass: jax.Array) -> jax.Array:
+    return mass * jnp.log(jnp.where(mass > 0.0, mass, 1.0))
+
+
+def _first_look(whole: jax.Array, prefix: _Prefix, levels: jax.Array) -> jax.Array:
+    """The divergence of every reach, but for what smoothing takes from bins that have some.
+
+    ``KL = [Σ p log p - Σ_runs S_p log q] / total + log(Σ q / total)``, where ``S_p`` is what ``P``
+    has in a run, and ``q`` the whole number that its bins have in ``Q``, or ``1e-4`` for none.
+    """
+    bins = whole.shape[0]
+    middle = bins // 2
+    reach = jnp.arange(middle + 1, dtype=jnp.int32)
+    first, end = middle - reach, middle + reach + 1
+    total = jnp.maximum(prefix.counts[-1], 1)
+    unit = divide_by_scale(jnp.float32(_TOTAL), total.astype(jnp.float32))
+    left, right = prefix.counts[first], prefix.counts[-1] - prefix.counts[end]
+    size = jnp.right_shift(end - first, 31 - lax.clz(levels))
+    nothing = jnp.log(jnp.float32(_EPSILON))
+
+    def run(level: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        found, mass = sums
+        start = first + level * size
+        stop = start + size
+        held = prefix.counts[stop] - prefix.counts[start]
+        number = prefix.numbers[stop] - prefix.numbers[start]
+        last = level == levels - 1
+        of_p = held + jnp.where(level == 0, left, 0)
+        number += ((level == 0) & (left > 0) & (whole[first] == 0)).astype(jnp.int32)
+        # The right end belongs to the last run where nothing is left over.
+        ends_here = last & (stop == end) & (right > 0)
+        of_p += jnp.where(ends_here, right, 0)
+        number += (ends_here & (whole[end - 1] == 0)).astype(jnp.int32)
+        held += jnp.where(last, prefix.counts[end] - prefix.counts[stop], 0)
+        q = jnp.where(number > 0, held // jnp.maximum(number, 1), 0)
+        spread = q.astype(jnp.float32)
+        logarithm = jnp.where(q > 0, jnp.log(jnp.maximum(spread, 1.0)), nothing)
+        found += of_p.astype(jnp.float32) * unit * logarithm
+        return found, mass + spread * size.astype(jnp.float32)
+
+    zero = jnp.zeros(middle + 1, jnp.float32)
+    most = jnp.minimum(levels, bins)
+    runs, mass = lax.fori_loop(0, most, run, (zero, zero))
+    stop = jnp.minimum(first + levels * size, end)
+    left_over = prefix.counts[end] - prefix.counts[stop] + jnp.where(stop < end, right, 0)
+    runs += left_over.astype(jnp.float32) * unit * nothing
+    within = (prefix.entropies[end] - prefix.entropies[first]).astype(jnp.float32) / _ENTROPY
+    for place, beyond in ((first, left), (end - 1, right)):
+        own = whole[place].astype(jnp.float32) * unit
+        within += _entropy(own + beyond.astype(jnp.float32) * unit) - _entropy(own)
+    within -= _TOTAL * jnp.log(unit)
+    value = (within - runs) / _TOTAL
+    value += jnp.log(jnp.maximum(mass * unit, _EPSILON) / _TOTAL)
+    return jnp.where((size > 0) & (mass > 0.0), value, jnp.inf)
+
+
+def _divergence(
+    whole: jax.Array, prefix: _Prefix, levels: jax.Array, reach: jax.Array
+) -> jax.Array:
+    """``KL(P ‖ Q)`` with ``reach`` bins on either side of the middle one, smoothed."""
+    bins = whole.shape[0]
+    middle, place = bins // 2, jnp.arange(bins, dtype=jnp.int32)
+    sums, numbers = prefix.counts, prefix.numbers
+    first, last = middle - reach, middle + reach + 1
+    inside = (place >= first) & (place < last)
+    left, right = sums[first], sums[bins] - sums[last]
+    p = jnp.where(inside, whole, 0)
+    p += jnp.where(place == first, left, 0) + jnp.where(place == last - 1, right, 0)
+    size = (last - first) // levels
+    offset = (place - first).astype(jnp.float32)
+    run = jnp.floor(divide_by_scale(offset + 0.5, jnp.maximum(size, 1).astype(jnp.float32)))
+    run = jnp.clip(run.astype(jnp.int32), 0, levels)
+    start = first + jnp.minimum(run, levels - 1) * size
+    stop = start + size
+    in_run = inside & (run < levels) & (size > 0)
+    start, stop = jnp.clip(start, 0, bins), jnp.clip(stop, 0, bins)
+    held = sums[stop] - sums[start]
+    held += jnp.where(run == levels - 1, sums[last] - sums[stop], 0)
+    number = numbers[stop] - numbers[start]
+    # The outermost bins hold what lies beyond, so they are not empty although they were.
+    for end, beyond in ((first, left), (last - 1, right)):
+        new = (whole[end] == 0) & (beyond > 0) & (start <= end) & (end < stop)
+        number += new.astype(jnp.int32)
+    q = jnp.where(in_run & (number > 0), held // jnp.maximum(number, 1), 0)
     smooth = [_smoothed(counts, inside) for counts in (p, q)]
     a, b = (divide_by_scale(s, jnp.maximum(jnp.sum(s), _EPSILON)) for s in smooth)
     some = inside & (a > 0.0) & (b > 0.0)

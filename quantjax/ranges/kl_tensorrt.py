@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from quantjax.ranges.base import Range, RangeRule, Target
 from quantjax.ranges.rebin import check_bins, magnitude_counts
 from quantjax.statistics import Statistics
 
-FINALISTS = 64
+FINALISTS = 8  # in 150 histograms, the best of the first look was the best
 _TOTAL = 2.0**17  # counts are scaled to this sum for the first look
 _MASS, _ENTROPY = 2.0**13, 2.0**10  # and held as integers of these fractions
 
@@ -89,7 +90,22 @@ def divergences(counts: jax.Array, levels: jax.Array, candidates: jax.Array) -> 
     return lax.map(one, candidates, batch_size=16)
 
 
-def _first_look(counts: jax.Array, levels: jax.Array, most: int) -> jax.Array:
+class _Runs(NamedTuple):
+    """Sums over the runs so far, for every number of bins.
+
+    Attributes:
+      found: ``Σ S log(S / N)``.
+      logarithm: ``log(S / N)`` of the last run.
+      below, fewer: counts, and bins that are not empty, up to its end.
+    """
+
+    found: jax.Array
+    logarithm: jax.Array
+    below: jax.Array
+    fewer: jax.Array
+
+
+def _first_look(most: int, counts: jax.Array, levels: jax.Array) -> jax.Array:
     """:func:`divergences` after every number of bins, to about four digits.
 
     Sums over runs are differences of prefix sums, in integers, which lose no digits to one another:
@@ -111,17 +127,20 @@ def _first_look(counts: jax.Array, levels: jax.Array, most: int) -> jax.Array:
     entropies = prefix(entropy(scaled) * _ENTROPY)
     kept = jnp.arange(bins + 1, dtype=jnp.int32)
 
-    def run(level: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        found, _ = sums
-        first, last = (-((-edge * kept) // levels) for edge in (level, level + 1))
-        held = (mass[last] - mass[first]).astype(jnp.float32) * (1.0 / _MASS)
-        number = (numbers[last] - numbers[first]).astype(jnp.float32)
+    halvings = 31 - lax.clz(levels)
+
+    def run(level: jax.Array, state: _Runs) -> _Runs:
+        last = jnp.right_shift((level + 1) * kept + levels - 1, halvings)
+        below, fewer = mass[last], numbers[last]
+        held = (below - state.below).astype(jnp.float32) * (1.0 / _MASS)
+        number = (fewer - state.fewer).astype(jnp.float32)
         mean = divide_by_scale(held, jnp.maximum(number, 1.0))
         logarithm = jnp.log(jnp.where(mean > 0.0, mean, 1.0))
-        return found + held * logarithm, logarithm
+        return _Runs(state.found + held * logarithm, logarithm, below, fewer)
 
-    zero = jnp.zeros(bins + 1, jnp.float32)
-    runs, last_logarithm = lax.fori_loop(0, jnp.minimum(levels, most), run, (zero, zero))
+    none, zero = jnp.zeros(bins + 1, jnp.int32), jnp.zeros(bins + 1, jnp.float32)
+    start = _Runs(zero, zero, none, none)
+    runs, last_logarithm, *_ = lax.fori_loop(0, jnp.minimum(levels, most), run, start)
     inside = mass.astype(jnp.float32) * (1.0 / _MASS)
     beyond = _TOTAL - inside
     last = jnp.concatenate([jnp.zeros(1), scaled])
@@ -140,19 +159,22 @@ def best_bin(
 ) -> jax.Array:
     """After how many bins to clip: ``argmin`` of :func:`divergences`, the first of equals.
 
-    All clips from ``levels`` bins on are looked at to four digits, the 64 best of them again to
+    All clips from ``levels`` bins on are looked at to four digits, the best few of them again to
     seven. Where none has a finite divergence, there is no clip: all bins are kept.
 
     Args:
       counts: ``[bins]``.
-      levels: int32; more of them than bins leave nothing to clip for.
+      levels: int32, a power of two; more of them than bins leave nothing to clip for.
       stride: every how many bins a clip is tried; the last bin is one in any case.
       most: a static bound of ``levels``.
     """
     bins = counts.shape[0]
     kept = jnp.arange(bins + 1, dtype=jnp.int32)
     tried = (kept >= levels) & (((kept - levels) % stride == 0) | (kept == bins))
-    rough = jnp.where(tried, _first_look(counts, levels, most), jnp.inf)
+    # One histogram after another, each with as many passes as it has levels: gathers of a batch
+    # take twice as long on a CPU.
+    look = jax.custom_batching.sequential_vmap(functools.partial(_first_look, most))
+    rough = jnp.where(tried, look(counts, levels), jnp.inf)
     _, finalists = lax.top_k(-rough, min(FINALISTS, bins))
     finalists = jnp.sort(finalists).astype(jnp.int32)
     exact = jnp.where(

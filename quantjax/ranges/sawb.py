@@ -34,7 +34,7 @@ def _range(statistics: Statistics, target: Target) -> Range:
     low, high = statistics.extremes
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
     reach = c1 * jnp.sqrt(statistics.moments.square) + c2 * statistics.moments.magnitude
-    fitted = (reach > 0.0) & (target.bits >= 2.0) & (target.bits <= 8.0)
+    fitted = (reach > 0.0) & jnp.isfinite(reach) & (target.bits >= 2.0) & (target.bits <= 8.0)
     reach = jnp.where(fitted, reach, largest)
     return Range(-reach, reach, statistics.batches > 0)
 

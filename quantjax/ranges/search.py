@@ -17,6 +17,7 @@ from quantjax.statistics import Statistics
 COARSE = 40  # from the whole range down to a thousandth of it
 _SMALLEST = 2.0**-10
 _RATIO = _SMALLEST ** (1.0 / (COARSE - 1))
+PLACES = 16
 FINE = 12
 
 
@@ -49,15 +50,18 @@ class _Best(NamedTuple):
 def search(statistics: Statistics, target: Target, loss: Loss) -> Range:
     """The range of one group with the smallest loss among those that were tried.
 
-    The whole range is tried first, and another one replaces it only if it is better, so that no
-    result is worse than :data:`MIN_MAX` by the loss of the sample. Then both ends shrink together,
-    by 40 factors from 1 to 2^-10, each 1.19 times the next. Around the best, first the upper end
-    moves, then the lower one, then both again by finer steps. Symmetric quantizers have one end.
+    The whole range, with zero, is tried first, and another one replaces it only if it is better, so
+    that no result is worse than :data:`MIN_MAX` by the loss of the sample. Then both ends shrink
+    together, by 40 factors from 1 to 2^-10, each 1.19 times the next. In an asymmetric range, the
+    lower, the upper and again the lower end are tried at 16 places from zero to what was seen.
+    Around the best, first the upper end moves, then the lower one, then both again by finer steps.
+    Symmetric quantizers have one end.
     """
     values, weights = statistics.sample
     low, high = statistics.extremes
+    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     if target.symmetric:
-        high = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        high = jnp.maximum(-low, high)
         low = -high
 
     def tried(best: _Best, low: jax.Array, high: jax.Array) -> _Best:
@@ -72,7 +76,11 @@ def search(statistics: Statistics, target: Target, loss: Loss) -> Range:
 
     best = tried(_Best(jnp.asarray(jnp.inf), low, high), low, high)
     best = lax.fori_loop(1, COARSE, shrunk, best)
-    ends = (_Ends.BOTH,) if target.symmetric else (_Ends.HIGH, _Ends.LOW)
+    ends = (_Ends.BOTH,)
+    if not target.symmetric:
+        ends = (_Ends.HIGH, _Ends.LOW)
+        for moving in (_Ends.LOW, _Ends.HIGH, _Ends.LOW):
+            best = _along(best, moving, tried, (low, high))
     for reach in (1.0 / _RATIO, _RATIO ** (-2.0 / FINE)):
         for moving in ends:
             best = _around(best, reach, moving, tried, (low, high))
@@ -85,6 +93,24 @@ class _Ends(enum.Enum):
     LOW = enum.auto()
     HIGH = enum.auto()
     BOTH = enum.auto()
+
+
+def _along(
+    best: _Best,
+    moving: _Ends,
+    tried: Callable[[_Best, jax.Array, jax.Array], _Best],
+    limits: tuple[jax.Array, jax.Array],
+) -> _Best:
+    """One end at equal distances from zero to what was seen, the other as in the best."""
+    start, (least, most) = best, limits
+
+    def step(index: jax.Array, best: _Best) -> _Best:
+        share = index.astype(jnp.float32) * (1.0 / PLACES)
+        low = share * least if moving is _Ends.LOW else start.low
+        high = share * most if moving is _Ends.HIGH else start.high
+        return tried(best, low, high)
+
+    return lax.fori_loop(0, PLACES, step, best)
 
 
 def _around(

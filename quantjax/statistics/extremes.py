@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from quantjax.granularity import reduce_to
@@ -35,18 +36,19 @@ def of_batch(
 ) -> Extremes:
     """The extremes of one tensor, or of all devices' tensors; masked entries do not count.
 
-    NaN propagates.
+    NaN propagates, into both. XLA's reductions to a minimum or a maximum lose it on some shapes (on
+    a CPU along the first of two axes) and over devices; sums do not. Values so large that their sum
+    leaves float32 in both directions are NaN for that, too.
     """
     x = x.astype(jnp.float32)
     options = {} if where is None else {"where": where}
     low = reduce_to(x, scale_shape, jnp.min, initial=jnp.inf, **options)
     high = reduce_to(x, scale_shape, jnp.max, initial=-jnp.inf, **options)
-    if axis_name is not None:
-        # A reduction over devices may lose NaN, which a sum does not.
-        broken = over_devices(jax.lax.psum, jnp.isnan(low).astype(jnp.int32), axis_name) > 0
-        low = jnp.where(broken, jnp.nan, over_devices(jax.lax.pmin, low, axis_name))
-        high = jnp.where(broken, jnp.nan, over_devices(jax.lax.pmax, high, axis_name))
-    return Extremes(low, high)
+    # The sum that the moments start from: within one program it is made once.
+    total = over_devices(lax.psum, reduce_to(x, scale_shape, jnp.sum, **options), axis_name)
+    low, high = over_devices(lax.pmin, low, axis_name), over_devices(lax.pmax, high, axis_name)
+    broken = jnp.isnan(total)
+    return Extremes(jnp.where(broken, jnp.nan, low), jnp.where(broken, jnp.nan, high))
 
 
 def merge(left: Extremes, right: Extremes) -> Extremes:

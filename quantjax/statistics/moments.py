@@ -86,7 +86,8 @@ def merge(
         # a + share · (b - a) is a itself where the other has nothing, and where both are equal.
         return jnp.where(other < share, b + other * (a - b), a + share * (b - a))
 
-    between = (right.mean - left.mean) * share * (right.mean - left.mean) * other
+    away = right.mean - left.mean
+    between = (away * share) * (away * other)  # 0 where one has nothing, however large the mean
     return Moments(
         averaged(left.mean, right.mean),
         averaged(left.variance, right.variance) + between,

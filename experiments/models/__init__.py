@@ -1,0 +1,1 @@
+"""Networks that experiments and benchmarks share; they know nothing of quantization."""

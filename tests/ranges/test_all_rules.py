@@ -1,0 +1,230 @@
+"""All range rules: one program for all of them and all widths, and a user's own in ten lines."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from numpy.testing import assert_allclose, assert_array_equal
+
+import quantjax as qj
+from quantjax import errors, ranges, statistics
+from quantjax.quantizer import Quantizer
+from quantjax.ranges import Range, RangeRule, derive, derive_many
+from quantjax.storage.codec import decode, encode
+from tests import models
+from tests.ranges import cases
+from tests.ranges.cases import ASYMMETRIC, RULES, SYMMETRIC, at_hand, drawn, observed
+from tests.refused import refused
+
+ANY_RULE = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+WIDTHS = jnp.float32([2, 3, 4, 8])
+
+
+def close(rule: RangeRule, got: Range, want: Range) -> None:
+    """Up to the rounding that another fusion leaves, which may decide between clips alike."""
+    searches = rule in (*cases.SEARCHED, *cases.DIVERGENCES)
+    tolerance = 0.05 if searches else 2e-5
+    assert_allclose(got.low, want.low, rtol=tolerance, atol=1e-6)
+    assert_allclose(got.high, want.high, rtol=tolerance, atol=1e-6)
+    assert_array_equal(*np.broadcast_arrays(got.calibrated, want.calibrated))
+
+
+@ANY_RULE
+def test_traced_widths_are_static_widths(rule):
+    target = SYMMETRIC if rule is ranges.SQNR else ASYMMETRIC
+    seen = observed(*drawn("laplacian", 1).reshape(4, -1))
+
+    def at(bits):
+        return derive(rule, seen, target._replace(bits=bits))
+
+    together = jax.jit(jax.vmap(at))(WIDTHS)
+    mapped = jax.jit(lambda widths: lax.map(at, widths))(WIDTHS)
+    for index, bits in ((1, 3), (3, 8)):
+        static = jax.jit(lambda b=bits: at(jnp.float32(b)))()
+        for many in (together, mapped):
+            close(rule, jax.tree.map(lambda leaf, i=index: leaf[i], many), static)
+        close(rule, at(WIDTHS[index]), static)
+
+
+def test_all_rules_and_widths_are_one_program():
+    """One compilation, and each cell is its own rule at its own width."""
+    seen = observed(*drawn("gaussian", 2).reshape(4, -1))
+    stacked, compiled = ranges.stack(RULES), []
+
+    @jax.jit
+    def grid(seen, indices, widths):
+        compiled.append(len(compiled))
+
+        def cell(index_and_bits):
+            index, bits = index_and_bits
+            return derive(stacked[index], seen, ASYMMETRIC._replace(bits=bits))
+
+        return lax.map(cell, (indices, widths))
+
+    indices, widths = (
+        a.ravel() for a in jnp.meshgrid(jnp.arange(len(RULES)), WIDTHS, indexing="ij")
+    )
+    found = grid(seen, indices, widths)
+    again = grid(observed(drawn("student", 3)), indices[::-1], widths[::-1])
+    assert compiled == [0]
+    assert not np.array_equal(found.high, again.high[::-1])
+    for place in range(0, len(indices), 3):
+        rule, bits = RULES[int(indices[place])], float(widths[place])
+        want = derive(rule, seen, ASYMMETRIC._replace(bits=jnp.float32(bits)))
+        close(rule, jax.tree.map(lambda leaf, i=place: leaf[i], found), want)
+
+
+@ANY_RULE
+def test_many_operands_together_are_each_alone(rule):
+    """Groups, widths and samples of several lengths in one program."""
+    x = drawn("gaussian", 4).reshape(-1, 4)
+    groups = cases.updated(statistics.init((1, 4)), jnp.asarray(x))
+    one = observed(drawn("relu", 5))
+    jobs = [(groups, ASYMMETRIC), (one, ASYMMETRIC._replace(bits=jnp.float32(3)))]
+    jobs += [(at_hand(drawn("laplacian", 6, n)), ASYMMETRIC) for n in (100, 300)]
+    if rule is ranges.MOVING_AVERAGE:
+        jobs = jobs[:2]
+    found = derive_many(rule, jobs)
+    for got, (seen, target) in zip(found, jobs, strict=True):
+        assert got.low.shape == seen.scale_shape
+        close(rule, got, derive(rule, seen, target))
+
+
+@ANY_RULE
+def test_layers_of_a_scan_are_each_alone(rule):
+    """A leading axis of layers, each with its own width."""
+    layers = [observed(drawn("gaussian", seed)) for seed in (7, 8)]
+    seen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    widths = jnp.float32([[3], [8]])
+    target = ASYMMETRIC._replace(bits=widths[:, 0])
+    found = derive(rule, seen, target)
+    assert found.low.shape == (2, 1)
+    for index, layer in enumerate(layers):
+        want = derive(rule, layer, ASYMMETRIC._replace(bits=widths[index, 0]))
+        close(rule, jax.tree.map(lambda leaf, i=index: leaf[i], found), want)
+
+
+def test_a_rule_of_ones_own_is_ten_lines():
+    """Twice the mean magnitude; it stacks, sweeps and is written like the library's."""
+
+    def twice(seen, target, factor):
+        del target
+        reach = factor * seen.moments.magnitude
+        return Range(-reach, reach, seen.batches > 0)
+
+    rule = RangeRule("mean_magnitude", twice, parameters=(2.0,))
+    case = models.mlp()
+    plan = models.planned(case, qj.uniform_policy(weight_bits=8, activation_bits=8))
+    _, state = qj.observe(case.f, plan)(qj.init(plan), case.params, case.x)
+    own = qj.calibrate(plan, state, case.params, activation_rule=rule)
+    seen = state[plan.quantized[0].site.name]["activation"]
+    scale = own[plan.quantized[0].site.name]["activation"].scale
+    assert_allclose(scale, 4 * seen.moments.magnitude / 255, rtol=1e-5)
+    stacked = ranges.stack([ranges.MIN_MAX, rule])[1]
+    same = qj.calibrate(plan, state, case.params, activation_rule=stacked)
+    models.assert_same_bits(jax.device_get(own), jax.device_get(same))
+
+    plain = RangeRule("mean_magnitude", lambda seen, target: twice(seen, target, 2.0))
+    assert decode(encode(plain), extra=(plain,)) is plain
+    with refused(errors.StorageError, "mean_magnitude", "cannot be written"):
+        encode(rule)
+
+
+def test_weights_and_activations_have_rules_of_their_own():
+    case = models.mlp()
+    plan = models.planned(case, qj.uniform_policy(weight_bits=4, activation_bits=4))
+    _, state = qj.observe(case.f, plan)(qj.init(plan), case.params, case.x)
+
+    def calibrated(**rules):
+        return jax.device_get(qj.calibrate(plan, state, case.params, **rules))
+
+    both, neither = calibrated(rule=ranges.MSE), calibrated()
+    mixed = calibrated(weight_rule=ranges.MSE, activation_rule=ranges.MIN_MAX)
+    before = calibrated(rule=ranges.KL_TENSORRT, weight_rule=ranges.MSE)
+    fitted = calibrated(weight_rule=ranges.LEAST_SQUARES)
+    for name in both:
+        models.assert_same_bits(mixed[name]["weight"], both[name]["weight"])
+        models.assert_same_bits(before[name]["weight"], both[name]["weight"])
+        models.assert_same_bits(mixed[name]["activation"], neither[name]["activation"])
+        models.assert_same_bits(fitted[name]["activation"], neither[name]["activation"])
+        assert (fitted[name]["weight"].scale != neither[name]["weight"].scale).any()
+        assert (both[name]["activation"].scale != neither[name]["activation"].scale).any()
+
+
+def test_a_rule_that_reads_a_histogram_that_was_left_out_is_named():
+    case = models.mlp()
+    plan = models.planned(case, qj.uniform_policy(weight_bits=8, activation_bits=8))
+    state = qj.init(plan, histogram_bins=None)
+    _, state = qj.observe(case.f, plan)(state, case.params, case.x)
+    qj.calibrate(plan, state, case.params, activation_rule=ranges.ACIQ_GAUSSIAN)
+    with refused(errors.CalibrationError, "kl_tensorrt reads a histogram", "histogram_bins=None"):
+        qj.calibrate(plan, state, case.params, activation_rule=ranges.KL_TENSORRT)
+
+
+def test_live_ranges_take_rules_that_read_the_values():
+    """Dynamic quantization: the range of each tensor as it comes, by its own values."""
+    case = models.mlp()
+    activations = qj.activation_quantizer(bits=4, rule=ranges.MSE, range=qj.RangeMode.LIVE)
+    weights = qj.weight_quantizer(bits=8)
+    scheme = qj.Scheme(weights=weights, activations=activations)
+    plan = models.planned(case, qj.Policy([qj.rule(qj.weighted(), scheme)]))
+    qstate = qj.calibrate(plan, {}, case.params)
+    y = jax.jit(qj.fake_quantize(case.f, plan))(qstate, case.params, case.x)
+    whole = qj.activation_quantizer(bits=4, range=qj.RangeMode.LIVE)
+    scheme = qj.Scheme(weights=weights, activations=whole)
+    other = models.planned(case, qj.Policy([qj.rule(qj.weighted(), scheme)]))
+    z = jax.jit(qj.fake_quantize(case.f, other))(qstate, case.params, case.x)
+    assert np.isfinite(y).all()
+    assert not np.array_equal(y, z)
+
+
+def test_a_quantizer_holds_numbers_and_no_arrays():
+    rule = ranges.percentile(0.99)
+    kept: Quantizer = qj.activation_quantizer(bits=8, rule=rule)
+    assert hash(kept) == hash(qj.activation_quantizer(bits=8, rule=ranges.percentile(0.99)))
+    for make in (qj.activation_quantizer, qj.weight_quantizer):
+        with refused(errors.QuantizerError, "an array for a parameter", "activation_rule"):
+            make(bits=8, rule=ranges.percentile(jnp.float32(0.99)))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ranges.percentile(0.9999),
+        ranges.sigma(2.5),
+        ranges.constant(-1, 6),
+        ranges.l_p(3),
+        ranges.SQNR,
+    ],
+    ids=lambda rule: rule.name,
+)
+def test_rules_with_numbers_come_back_from_a_file(rule):
+    data = encode(rule)
+    assert data["range_rule"] == rule.name.partition("(")[0]
+    back = decode(data)
+    assert back.range is rule.range
+    assert back.parameters == tuple(map(float, rule.parameters))
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"range_rule": "quantile", "parameters": [0.9]}, "'quantile' is not known"),
+        ({"range_rule": "percentile", "parameters": [99.0]}, "a share of 99"),
+        ({"range_rule": "percentile", "parameters": "0.9"}, "no parameters of a rule"),
+        ({"range_rule": "constant", "parameters": [0.9]}, "1 numbers do not make a rule constant"),
+    ],
+)
+def test_rules_with_numbers_that_cannot_be_read(data, problem):
+    with refused(errors.StorageError, problem):
+        decode(data)
+
+
+def test_traced_numbers_are_not_written():
+    def trace(p):
+        with refused(errors.StorageError, "percentile", "traced"):
+            encode(ranges.percentile(p))
+        return p
+
+    jax.jit(trace)(0.5)

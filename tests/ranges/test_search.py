@@ -1,0 +1,153 @@
+"""Searched ranges: never worse than the whole range, about as good as brute force."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantjax import errors, formats, ranges
+from quantjax.ranges import COSINE, MIN_MAX, MSE, SQNR, Target
+from tests.ranges import cases
+from tests.ranges.cases import ASYMMETRIC, SYMMETRIC, at_hand, derived, drawn, losses, observed
+from tests.refused import refused
+
+KINDS = st.sampled_from(sorted(cases.DRAWS))
+TARGETS = pytest.mark.parametrize(
+    "target", [SYMMETRIC, ASYMMETRIC], ids=["symmetric", "asymmetric"]
+)
+
+
+@TARGETS
+@settings(max_examples=30)
+@given(kind=KINDS, seed=st.integers(0, 9999), bits=st.integers(2, 8))
+def test_mse_is_never_worse_than_min_max_on_the_tensor_itself(target, kind, seed, bits):
+    x = drawn(kind, seed, 1024)
+    seen = at_hand(x)
+    found, whole = (derived(rule, seen, target, bits) for rule in (MSE, MIN_MAX))
+    mine, theirs = losses(x, target, bits, *map(np.array, zip(found, whole, strict=True)))
+    assert mine <= theirs * (1 + 1e-5)
+
+
+@TARGETS
+@settings(max_examples=20)
+@given(kind=KINDS, seed=st.integers(0, 9999), bits=st.integers(2, 8))
+def test_mse_from_a_histogram_is_at_most_a_percent_worse_than_min_max(target, kind, seed, bits):
+    x = drawn(kind, seed)
+    seen = observed(*x.reshape(4, -1))
+    found, whole = (derived(rule, seen, target, bits) for rule in (MSE, MIN_MAX))
+    mine, theirs = losses(x, target, bits, *map(np.array, zip(found, whole, strict=True)))
+    assert mine <= theirs * 1.01
+
+
+@TARGETS
+@pytest.mark.parametrize("kind", cases.DRAWS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_mse_is_about_the_best_of_brute_force(target, kind, bits):
+    x = drawn(kind, 1, 2048)
+    mine = losses(x, target, bits, *derived(MSE, at_hand(x), target, bits)).item()
+    assert mine <= cases.least(x, target, bits) * 1.02
+
+
+@pytest.mark.parametrize("p", [1.0, 2.4, 4.0])
+def test_each_norm_has_the_smallest_error_in_its_own(p):
+    x = drawn("laplacian", 2, 2048)
+    powers = (1.0, 2.4, 4.0)
+    each = [derived(ranges.l_p(q), at_hand(x), SYMMETRIC, 4) for q in powers]
+    found = losses(x, SYMMETRIC, 4, *map(np.array, zip(*each, strict=True)), p=p)
+    assert found.argmin() == powers.index(p)
+    highs = [high for _, high in each]
+    assert highs == sorted(highs)  # the larger the power, the less is clipped
+
+
+def test_the_second_power_is_mse():
+    x = drawn("student", 3)
+    for target in (SYMMETRIC, ASYMMETRIC):
+        for bits in (2, 4):
+            want = derived(MSE, at_hand(x), target, bits)
+            assert derived(ranges.l_p(2.0), at_hand(x), target, bits) == pytest.approx(
+                want, rel=0.02
+            )
+            assert derived(ranges.sqnr(1.0), at_hand(x), target, bits) == pytest.approx(
+                want, rel=0.02
+            )
+
+
+def test_clipping_that_counts_more_is_less():
+    seen = at_hand(drawn("laplacian", 4))
+    highs = [
+        derived(ranges.sqnr(weight), seen, SYMMETRIC, 4)[1] for weight in (0.3, 1.0, 3.0, 30.0)
+    ]
+    assert highs == sorted(highs)
+    assert highs[0] < highs[-1]
+    assert ranges.sqnr(3.0).name == SQNR.name == "sqnr(3)"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["gaussian", "laplacian", "student"])
+def test_cosine_has_the_smallest_angle_of_all_clips(kind, bits):
+    x = drawn(kind, 5, 2048)
+    reach = np.abs(x).max() * np.linspace(0.01, 1, 300)
+    run = jax.vmap(lambda r: SYMMETRIC._replace(bits=jnp.float32(bits)).quantize(x, -r, r)[0])
+
+    def angles(reach):
+        y = np.float64(run(jnp.float32(reach)))
+        norms = np.linalg.norm(y, axis=1) * np.linalg.norm(np.float64(x))
+        return 1 - (y @ np.float64(x)) / np.maximum(norms, 1e-30)
+
+    mine = angles([derived(COSINE, at_hand(x), SYMMETRIC, bits)[1]]).item()
+    assert mine <= angles(reach).min() * 1.03
+
+
+@pytest.mark.parametrize("rule", cases.SEARCHED, ids=lambda rule: rule.name)
+def test_powers_of_two_go_into_the_range(rule):
+    x = drawn("laplacian", 6)
+    for factor in (2.0**-60, 2.0**60):
+        low, high = derived(rule, at_hand(x), ASYMMETRIC, 3)
+        assert derived(rule, at_hand(x * np.float32(factor)), ASYMMETRIC, 3) == pytest.approx(
+            (low * factor, high * factor), rel=1e-6
+        )
+
+
+@pytest.mark.parametrize("rule", cases.SEARCHED, ids=lambda rule: rule.name)
+def test_a_histogram_gives_about_the_range_of_the_values(rule):
+    """By what counts, the error of the range that comes out."""
+    x = drawn("gaussian", 7, 40_000)
+    for target, bits in ((SYMMETRIC, 4), (ASYMMETRIC, 4), (SYMMETRIC, 8)):
+        ends = [derived(rule, seen, target, bits) for seen in (observed(x), at_hand(x))]
+        mine, theirs = losses(x, target, bits, *map(np.array, zip(*ends, strict=True)))
+        assert mine <= theirs * 1.03
+
+
+@pytest.mark.parametrize(
+    "format", [formats.E2M1, formats.NF4, formats.TERNARY, formats.lognet()], ids=lambda f: f.name
+)
+def test_any_format_is_searched_at_its_own_levels(format):
+    x, bits = drawn("gaussian", 8, 2048), format.max_bits
+    target = Target(format, True, jnp.float32(bits))
+    ends = [derived(rule, at_hand(x), target, bits) for rule in (MSE, MIN_MAX)]
+    mine, theirs = losses(x, target, bits, *map(np.array, zip(*ends, strict=True)))
+    assert mine <= theirs * (1 + 1e-5)
+    assert mine <= cases.least(x, target, bits) * 1.03
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: ranges.l_p(0.0), "to the power of 0"),
+        (lambda: ranges.l_p(float("inf")), "to the power of inf"),
+        (lambda: ranges.sqnr(-1.0), "count -1 times"),
+    ],
+)
+def test_parameters_without_a_meaning_are_refused(make, problem):
+    with refused(errors.QuantizerError, problem):
+        make()
+
+
+def test_traced_parameters_without_a_meaning_are_nan():
+    seen = at_hand(drawn("gaussian", 9))
+    for family in (ranges.l_p, ranges.sqnr):
+        found = jax.jit(lambda p, make=family: ranges.derive(make(p), seen, SYMMETRIC))(-1.0)
+        assert np.isnan(found.low).all()
+        assert np.isnan(found.high).all()

@@ -22,7 +22,7 @@ from quantjax.statistics.extremes import Extremes
 BINS = 8192
 MAX_BINS = 1 << 16
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127
-_DIGITS = 24  # of float32: positions in units of a bin are whole numbers below 2^24
+_DIGITS = 23  # positions in units of a bin: those of all edges are below 2^24, exact in float32
 
 
 class Histogram(NamedTuple):
@@ -55,10 +55,14 @@ class Histogram(NamedTuple):
 
     @property
     def edges(self) -> Float[Array, "... edges"]:
-        """Left ends of all bins and the right end of the last, ascending; exact."""
+        """Left ends of all bins and the right end of the last, ascending.
+
+        Exact; in place of those beyond float32, from ±2^128 on, its largest number.
+        """
+        limit = float(jnp.finfo(jnp.float32).max)
         offsets = jnp.arange(self.bins + 1, dtype=jnp.int32)
         places = self.origin[..., None] + _as_rank(offsets, self.origin.ndim)
-        return places.astype(jnp.float32) * self.width[..., None]
+        return jnp.clip(places.astype(jnp.float32) * self.width[..., None], -limit, limit)
 
 
 def _as_rank(x: jax.Array, ndim: int) -> jax.Array:

@@ -38,14 +38,14 @@ def of_tensor(x: Float[Array, "..."], scale_shape: tuple[int, ...]) -> Sample:
     return Sample(jnp.where(counted, values, 0.0), counted.astype(jnp.float32))
 
 
-def of_histogram(histogram: Histogram) -> Sample:
-    """At most ``POINTS`` values that stand for the bins, which are taken together where need be.
+def of_histogram(histogram: Histogram, points: int = POINTS) -> Sample:
+    """At most ``points`` values that stand for the bins, which are taken together where need be.
 
     A value lies somewhere in its bins, at a multiple of the golden ratio and not in the middle:
     middles would be in step with the levels of a quantizer, and look better or worse than what they
     stand for. The bin that starts at 0 has the value 0, which most of it is after a ReLU.
     """
-    together = max(histogram.bins // POINTS, 1)
+    together = max(histogram.bins // points, 1)
     points = histogram.bins // together
     weights = count.as_float(histogram.counts)
     weights = weights.reshape(*weights.shape[:-1], points, together).sum(-1)

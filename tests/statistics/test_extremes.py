@@ -25,7 +25,7 @@ GROUPINGS = pytest.mark.parametrize("groups", GROUPS, ids=str)
 
 
 def collect(groups, *batches, where=None) -> Statistics:
-    collected = statistics.init(groups)
+    collected = statistics.init(groups, histogram_bins=None)
     for batch in batches:
         collected = statistics.update(collected, jnp.asarray(batch), where=where)
     return collected
@@ -93,7 +93,7 @@ def test_masks_broadcast(shape):
 def test_batches_without_values_change_nothing(where):
     x = jnp.ones((ROWS, COLUMNS) if where is not None else (0, COLUMNS))
     before = collect((1, 6), np.arange(48, dtype=np.float32).reshape(8, 6))
-    for start in (before, statistics.init((1, 6))):
+    for start in (before, statistics.init((1, 6), histogram_bins=None)):
         after = statistics.update(start, x, where=where)
         jax.tree.map(assert_array_equal, after, start)
 
@@ -144,7 +144,9 @@ def test_scan_vmap_and_jit_collect_the_same():
     )
     want = collect((1, 3), *batches)
     scanned, _ = lax.scan(
-        lambda s, x: (statistics.update(s, x), None), statistics.init((1, 3)), batches
+        lambda s, x: (statistics.update(s, x), None),
+        statistics.init((1, 3), histogram_bins=None),
+        batches,
     )
     jitted = jax.jit(lambda b: collect((1, 3), *b))(batches)
     for got in (scanned, jitted):
@@ -152,7 +154,7 @@ def test_scan_vmap_and_jit_collect_the_same():
         assert got.batches == want.batches == 5
     # A batch axis of independent statistics: one for each layer, or each cell of a sweep.
     each = jax.vmap(statistics.update)(
-        jax.vmap(lambda _: statistics.init((1, 3)))(jnp.arange(5)), batches
+        jax.vmap(lambda _: statistics.init((1, 3), histogram_bins=None))(jnp.arange(5)), batches
     )
     for i, batch in enumerate(batches):
         same(

@@ -22,7 +22,7 @@ X = np.random.default_rng(0).normal(size=(BATCHES, *SHAPE)).astype(np.float32)
 
 
 def collect(batches, constant=TORCH_AVERAGING_CONSTANT, groups=GROUPS) -> statistics.Statistics:
-    collected = statistics.init(groups, averaging_constant=constant)
+    collected = statistics.init(groups, averaging_constant=constant, histogram_bins=None)
     for batch in batches:
         collected = statistics.update(collected, jnp.asarray(batch))
     return collected
@@ -69,7 +69,7 @@ def test_order_matters():
 
 def test_scan_and_jit_and_a_sweep_of_constants():
     def scanned(constant):
-        start = statistics.init(GROUPS, averaging_constant=constant)
+        start = statistics.init(GROUPS, averaging_constant=constant, histogram_bins=None)
         return lax.scan(lambda s, x: (statistics.update(s, x), None), start, jnp.asarray(X))[
             0
         ].moving
@@ -92,7 +92,7 @@ def test_batches_without_values_change_nothing(where):
 
 def test_a_group_without_values_waits_for_its_own_first_batch():
     mask = jnp.arange(6)[None] < 4  # leaves the last of three groups out
-    start = statistics.init(GROUPS, averaging_constant=0.5)
+    start = statistics.init(GROUPS, averaging_constant=0.5, histogram_bins=None)
     once = statistics.update(start, jnp.full(SHAPE, 8.0), where=mask)
     assert_array_equal(once.moving.low, [[8.0, 8.0, np.inf]])
     twice = statistics.update(once, jnp.full(SHAPE, 4.0))
@@ -115,7 +115,7 @@ def test_bfloat16_is_averaged_in_float32():
 
 
 def test_merging_with_nothing_is_the_identity():
-    full, empty = collect(X), statistics.init(GROUPS)
+    full, empty = collect(X), statistics.init(GROUPS, histogram_bins=None)
     for merged in (statistics.merge(full, empty), statistics.merge(empty, full)):
         jax.tree.map(assert_array_equal, merged, full)
     assert statistics.merge(empty, empty).batches == 0
@@ -132,7 +132,9 @@ def test_merging_two_averages_is_refused():
     with pytest.raises(errors.StatisticsError):
         jax.jit(statistics.merge)(left, right)
     with pytest.raises(errors.StatisticsError):
-        jax.jit(lambda right: statistics.merge(left, right))(statistics.init(GROUPS))
+        jax.jit(lambda right: statistics.merge(left, right))(
+            statistics.init(GROUPS, histogram_bins=None)
+        )
 
 
 def test_merging_without_order_drops_the_average_alone():

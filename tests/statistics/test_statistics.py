@@ -18,7 +18,7 @@ SHAPES = [(1, 1), (1, 4), (1, 2), (5, 1)]
 
 
 def observe(batches, shape, **options):
-    state = statistics.init(shape, **options)
+    state = statistics.init(shape, histogram_bins=None, **options)
     for batch in batches:
         state = statistics.update(state, jnp.asarray(batch))
     return state
@@ -89,7 +89,7 @@ def test_the_moving_average_depends_on_order():
 
 def test_two_moving_averages_do_not_merge():
     batch = np.ones((2, 5, 4), np.float32)
-    seen, nothing = observe(batch, (1, 1)), statistics.init((1, 1))
+    seen, nothing = observe(batch, (1, 1)), statistics.init((1, 1), histogram_bins=None)
     with pytest.raises(errors.StatisticsError, match="merge_unordered"):
         statistics.merge(seen, seen)
     assert statistics.merge(seen, nothing) is seen
@@ -107,8 +107,10 @@ def test_masked_rows_do_not_count(shape):
     x = np.random.default_rng(2).normal(size=(5, 4)).astype(np.float32)
     x[3:] = [[np.nan], [1e9]]
     mask = jnp.array([True, True, True, False, False])[:, None]
-    masked = statistics.update(statistics.init(shape), jnp.asarray(x), where=mask)
-    kept = statistics.update(statistics.init(shape), jnp.asarray(x[:3]))
+    masked = statistics.update(
+        statistics.init(shape, histogram_bins=None), jnp.asarray(x), where=mask
+    )
+    kept = statistics.update(statistics.init(shape, histogram_bins=None), jnp.asarray(x[:3]))
     jax.tree.map(np.testing.assert_array_equal, masked, kept)
 
 
@@ -132,7 +134,7 @@ def test_what_is_not_finite_stays_visible(bad):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_statistics_are_float32_and_exact_in_every_dtype(dtype):
     x = jnp.asarray(np.random.default_rng(3).normal(size=(5, 4)), dtype)
-    state = statistics.update(statistics.init((1, 1)), x)
+    state = statistics.update(statistics.init((1, 1), histogram_bins=None), x)
     assert state.extremes.low.dtype == jnp.float32
     assert float(state.extremes.low[0, 0]) == float(np.asarray(x, np.float32).min())
 
@@ -142,7 +144,7 @@ def test_scan_vmap_and_jit_equal_the_loop():
     loops = [observe(stream, (1, 4)) for stream in batches]
 
     def scanned(stream):
-        start = statistics.init((1, 4))
+        start = statistics.init((1, 4), histogram_bins=None)
         return jax.lax.scan(lambda s, b: (statistics.update(s, b), None), start, stream)[0]
 
     together = jax.jit(jax.vmap(scanned))(jnp.asarray(batches))

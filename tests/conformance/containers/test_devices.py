@@ -1,28 +1,15 @@
 """Acceptance: a batch that is sharded over eight simulated devices."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.conformance.containers.sharded import CASES
-
-ROOT = Path(__file__).parents[3]
+from tests.devices import report_of
 
 
 @pytest.fixture(scope="module")
 def report() -> str:
     """What the program of eight devices prints; it stops at the first case that does not hold."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "error", "-m", "tests.conformance.containers.sharded"]
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    return done.stdout + done.stderr
+    return report_of("tests.conformance.containers.sharded")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,8 +4,12 @@ The persistent compilation cache needs nothing here: JAX reads JAX_COMPILATION_C
 companions, which scripts/test sets.
 """
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import hypothesis
 import jax
+import pytest
 
 # No silent promotion: an operand of another dtype or rank is a mistake until it is spelled out.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -16,3 +20,14 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_
 # Looks further, at new places each time: pytest --hypothesis-profile=search
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("ci")
+
+MAPS = Path("/proc/self/maps")
+ENOUGH_MAPS = 20_000  # Linux stops a process at 65,530, and each compiled program has some
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_let_go() -> Iterator[None]:
+    """A worker goes through many files; compiled programs stay mapped until they are cleared."""
+    yield
+    if MAPS.exists() and MAPS.read_text().count("\n") > ENOUGH_MAPS:
+        jax.clear_caches()

@@ -98,7 +98,7 @@ class CalibrationError(QuantjaxError, ValueError):
 
 
 class DataError(QuantjaxError, ValueError):
-    """Values that no range can be derived from: NaN, infinity, or no value at all.
+    """Values that no range can be derived from: NaN, infinity, no value at all, odd shapes.
 
     ``qj.observe(f, plan)(state, params, x)`` with a NaN in ``x`` fails. Remove the sample, or mask
     it with ``where=``.
@@ -135,6 +135,22 @@ class SweepError(QuantjaxError, ValueError):
 
     ``run_cells(..., memory_budget_bytes=1)`` fails: one cell alone needs more. Raise the budget or
     evaluate fewer images per call.
+    """
+
+
+class ModelError(QuantjaxError, ValueError):
+    """A model that does not run on the data.
+
+    ``quantjax calibrate model data.npy`` fails where the model branches on its inputs in Python,
+    or takes another shape. Write ``jnp.where`` or ``jax.lax.cond``, or give batches of its shape.
+    """
+
+
+class UnknownNameError(QuantjaxError, ValueError):
+    """A name that stands for no model, data set or study.
+
+    ``quantjax calibrate digitz digits`` fails: nothing of that name is registered. Use one that the
+    message lists, ``module:object``, or the path of a file.
     """
 
 

@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"products", "layout"}),
     frozenset({"planning", "integers"}),
     frozenset({"adapters", "storage", "transforms"}),
-    frozenset({"sweep"}),
+    frozenset({"sweep", "calibration"}),
     frozenset({"cli"}),
 )
 # Rooms that may import less than their layer: the interpreter knows nothing of quantization.

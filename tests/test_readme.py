@@ -77,6 +77,6 @@ def test_the_commands_and_files_that_it_names_exist():
 
 
 def test_the_options_that_it_names_exist():
-    source = (ROOT / "quantjax" / "cli.py").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "quantjax" / "cli").glob("*.py"))
     for option in re.findall(r"--([a-z-]+)", "".join(re.findall(r"```sh\n(.*?)```", README, re.S))):
         assert option == "help" or f"    {option.replace('-', '_')}:" in source, option

@@ -76,7 +76,7 @@ def search(statistics: Statistics, target: Target, loss: Loss) -> Range:
 
     best = tried(_Best(jnp.asarray(jnp.inf), low, high), low, high)
     best = lax.fori_loop(1, COARSE, shrunk, best)
-    ends = (_Ends.BOTH,)
+    ends: tuple[_Ends, ...] = (_Ends.BOTH,)
     if not target.symmetric:
         ends = (_Ends.HIGH, _Ends.LOW)
         for moving in (_Ends.LOW, _Ends.HIGH, _Ends.LOW):

@@ -1,4 +1,4 @@
-"""The command line, as a user types it."""
+"""``quantjax sweep`` and ``quantjax studies``, as a user types them."""
 
 import subprocess
 import sys
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from quantjax import cli, errors
+from quantjax.cli import named, sweep
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = "tests.sweep.tiny:tiny_study"
 SMALL = ["--weight-bits", "2", "8", "--activation-bits", "8", "--seeds", "0", "1"]
 
@@ -31,6 +32,15 @@ def test_a_sweep_prints_a_table_and_says_where_the_files_are(tmp_path, capsys):
         assert name in out
     assert cli.main([*arguments, "--rules", "min-max"]) == 0
     assert "0 of 6 cells computed, 0 models trained" in capsys.readouterr().out
+
+
+def test_every_named_range_rule_can_be_swept(tmp_path, capsys):
+    arguments = ["sweep", "--study", TINY, *SMALL, "--output", str(tmp_path)]
+    assert cli.main([*arguments, "--rules", "sigma-3", "aciq-gaussian"]) == 0
+    out = capsys.readouterr().out
+    assert "sigma(3)  A8" in out
+    assert "aciq_gaussian  A8" in out
+    assert "min_max" not in out
 
 
 def test_progress_bars_have_the_time_left(tmp_path, capsys):
@@ -77,23 +87,23 @@ def test_studies_are_listed(capsys):
 
 
 def test_the_registered_study_is_found():
-    assert cli.find_study("digits").name == "digits"
+    assert named.find_study("digits").name == "digits"
 
 
 def test_a_study_object_works_as_well_as_a_function(monkeypatch):
     import tests.sweep.tiny as tiny
 
     monkeypatch.setattr(tiny, "ready", tiny.tiny_study(), raising=False)
-    assert cli.find_study("tests.sweep.tiny:ready").name == "tiny"
-    with pytest.raises(errors.SweepError):
-        cli.find_study("tests.sweep.tiny:np")
+    assert named.find_study("tests.sweep.tiny:ready").name == "tiny"
+    with pytest.raises(errors.UnknownNameError):
+        named.find_study("tests.sweep.tiny:np")
 
 
 def test_an_interrupt_says_that_nothing_is_lost(tmp_path, capsys, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_sweep", stop)
+    monkeypatch.setattr(sweep, "run_sweep", stop)
     assert cli.main(["sweep", "--study", TINY, "--output", str(tmp_path)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
 

@@ -1,0 +1,7 @@
+"""``python -m quantjax.cli``."""
+
+import sys
+
+from quantjax.cli.command import main
+
+sys.exit(main())

@@ -1,0 +1,174 @@
+"""What names on the command line stand for: ``module:object``, a file, or what is registered."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import zipfile
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from quantjax import errors
+from quantjax.calibration.collect import Model, is_array
+from quantjax.sweep.study import Study
+
+
+class Group(NamedTuple):
+    """A group of entry points: its name in ``pyproject.toml``, and what one of them is called."""
+
+    name: str
+    kind: str
+
+
+STUDIES = Group("quantjax.studies", "study")
+MODELS = Group("quantjax.models", "model")
+DATA = Group("quantjax.data", "data")
+ARRAYS = (".npy", ".npz")
+
+
+def find_study(name: str) -> Study:
+    """A ``Study``, or a function of no arguments that returns one.
+
+    Raises:
+      UnknownNameError: no such study, or something else than a study.
+    """
+    found = _called(find(name, STUDIES), name)
+    if isinstance(found, Study):
+        return found
+    raise errors.UnknownNameError(
+        f"{name} is {type(found).__name__}, not a quantjax.sweep.Study",
+        fix="name a Study, or a function of no arguments that returns one",
+    )
+
+
+def find_model(name: str) -> Model:
+    """A ``Model``, a tuple ``(apply, params)``, or a function of no arguments that returns one.
+
+    Raises:
+      UnknownNameError: no such model, or something else than a model.
+    """
+    found = _called(find(name, MODELS), name)
+    if isinstance(found, Model):
+        return found
+    if isinstance(found, tuple) and len(found) == 2 and callable(found[0]):
+        return Model(*found)
+    raise errors.UnknownNameError(
+        f"{name} is {type(found).__name__}, not a quantjax.calibration.Model",
+        fix="name a Model, a tuple (apply, params), or a function of no arguments that returns one",
+    )
+
+
+def find_data(name: str, data_dir: Path | None = None) -> Any:
+    """Batches: an iterable of them, one array, a function that returns either, or a file.
+
+    Args:
+      name: ``module:object``, a registered name, or the path of a ``.npy`` or ``.npz`` file. Of
+        several arrays in a file, each is an argument of the model, in the file's order.
+      data_dir: passed on to functions that have an argument of that name.
+
+    Raises:
+      UnknownNameError: no such data, or something that is no data.
+      DataError: a file that holds no arrays.
+    """
+    if Path(name).suffix in ARRAYS:
+        return _read(Path(name))
+    found = find(name, DATA)
+    takes = callable(found) and not is_array(found) and not isinstance(found, Iterable)
+    options: dict[str, Any] = {}
+    if data_dir is not None:
+        if takes and "data_dir" in inspect.signature(found).parameters:
+            options["data_dir"] = data_dir
+        else:
+            print(f"note: {name} takes no data_dir", file=sys.stderr)
+    found = _called(found, name, **options) if takes else found
+    if is_array(found) or (isinstance(found, Iterable) and not isinstance(found, str | bytes)):
+        return found
+    raise errors.UnknownNameError(
+        f"{name} is {type(found).__name__}, not an iterable of batches",
+        fix="name a list or generator of batches, an array, or a function that returns one",
+    )
+
+
+def find(name: str, group: Group) -> Any:
+    """The object that ``module:object`` names, or the registered one.
+
+    Raises:
+      UnknownNameError: it is not there, or cannot be imported.
+    """
+    points = {point.name: point for point in entry_points(group=group.name)}
+    if ":" in name:
+        return _imported(name)
+    if name not in points:
+        raise errors.UnknownNameError(
+            f"no {group.kind} is called {name}",
+            where=f"registered: {', '.join(sorted(points)) or 'none'}",
+            fix="one of these, or module:object for one of your own"
+            + (", or a .npy or .npz file" if group is DATA else ""),
+        )
+    try:
+        return points[name].load()
+    except ImportError as error:
+        raise errors.UnknownNameError(
+            f"the {group.kind} {name} cannot be loaded",
+            why=str(error),
+            fix='pip install "quantjax[experiments]"',
+        ) from error
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise errors.UnknownNameError(
+            f"{name} cannot be imported",
+            why=str(error),
+            fix="module:object, with the module importable from the current folder",
+        ) from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    return found
+
+
+def _called(found: Any, name: str, **options: Any) -> Any:
+    """What a function returns; anything else as it is."""
+    if not callable(found):
+        return found
+    try:
+        inspect.signature(found).bind(**options)
+    except TypeError as error:
+        raise errors.UnknownNameError(
+            f"{name} cannot be called without arguments",
+            why=str(error),
+            fix="a function of no arguments, or the object itself",
+        ) from error
+    return found(**options)
+
+
+def _read(path: Path) -> Any:
+    """The array of a file, or a list with the one batch that its arrays make up."""
+    try:
+        with path.open("rb") as file:
+            held = np.load(file, allow_pickle=False)
+            if isinstance(held, np.ndarray):
+                return held
+            return [tuple(held[name] for name in held.files)]
+    except FileNotFoundError as error:
+        raise errors.UnknownNameError(
+            f"there is no file {path}",
+            fix="the path of a .npy or .npz file, from the current folder",
+        ) from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise errors.DataError(
+            f"{path} cannot be read as arrays",
+            why=str(error).partition("\n")[0],
+            fix="a file that np.save or np.savez wrote, of numbers",
+        ) from error

@@ -1,0 +1,125 @@
+"""What names stand for."""
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantjax import errors
+from quantjax.calibration import Model
+from quantjax.cli import named
+from tests.calibration import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = "tests.calibration.tiny"
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", ["model", "ready", "pair", "scaled"])
+def test_a_model_is_one_or_a_pair_or_what_a_function_returns(name):
+    found = named.find_model(f"{TINY}:{name}")
+    assert isinstance(found, Model)
+    assert callable(found.apply)
+    np.testing.assert_array_equal(found.params["first"], tiny.params()["first"])
+
+
+def test_an_attribute_of_an_attribute():
+    assert named.find(f"{TINY}:np.pi", named.MODELS) == np.pi
+
+
+@pytest.mark.parametrize("name", ["batches", "generated"])
+def test_data_is_an_iterable_or_what_a_function_returns(name):
+    for found, expected in zip(named.find_data(f"{TINY}:{name}"), tiny.batches(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_an_array_is_data():
+    assert named.find_data(f"{TINY}:array") is tiny.array
+
+
+def test_the_folder_goes_to_functions_that_have_an_argument_for_it(tmp_path):
+    np.save(tmp_path / "rows.npy", np.ones((2, 3)))
+    (found,) = named.find_data(f"{TINY}:from_folder", tmp_path)
+    assert found.shape == (2, 3)
+    (without,) = named.find_data(f"{TINY}:from_folder")
+    assert without.shape == (24, 6)
+
+
+def test_registered_data_is_found():
+    batches = named.find_data("digits")
+    assert [batch.shape for batch in batches] == [(64, 8, 8, 1)] * 8
+
+
+def test_models_and_data_are_registered():
+    groups = {group.kind: group for group in (named.STUDIES, named.MODELS, named.DATA)}
+    assert set(groups) == {"study", "model", "data"}
+    for group in groups.values():
+        assert "digits" in importlib.metadata.entry_points(group=group.name).names
+
+
+def test_a_registered_object_that_cannot_be_imported(monkeypatch):
+    broken = importlib.metadata.EntryPoint("broken", "no.such.module:x", "quantjax.models")
+    monkeypatch.setattr(named, "entry_points", lambda group: [broken])
+    with pytest.raises(errors.UnknownNameError) as caught:
+        named.find_model("broken")
+    assert "the model broken cannot be loaded" in str(caught.value)
+    assert 'pip install "quantjax[experiments]"' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("text.npy", b"no array at all"),
+        ("empty.npy", b""),
+        ("text.npz", b"no archive"),
+        ("cut.npz", b"PK\x03\x04 and nothing more"),
+    ],
+)
+def test_files_that_hold_no_arrays(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(errors.DataError) as caught:
+        named.find_data(str(tmp_path / name))
+    assert f"{name} cannot be read as arrays" in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_files_of_python_objects_are_not_unpickled(tmp_path, suffix):
+    objects = np.array([{"a": 1}, None], object)
+    path = tmp_path / f"objects{suffix}"
+    (np.save if suffix == ".npy" else np.savez)(path, objects)
+    with pytest.raises(errors.DataError) as caught:
+        named.find_data(str(path))
+    assert "Object arrays cannot be loaded" in str(caught.value)
+
+
+def test_modules_of_the_current_folder_are_found_and_the_path_is_left_as_it_was(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "own_model_of_a_user.py").write_text("value = [1, 2]\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert named.find("own_model_of_a_user:value", named.DATA) == [1, 2]
+    with pytest.raises(errors.UnknownNameError, match="cannot be imported"):
+        named.find("own_model_of_a_user:absent", named.DATA)
+    assert sys.path == before
+
+
+@pytest.mark.parametrize("name", [":", ":x", "numpy:", "x:y:z"])
+def test_half_names(name):
+    with pytest.raises(errors.UnknownNameError, match="cannot be imported"):
+        named.find(name, named.DATA)
+
+
+def test_the_module_runs_as_the_command():
+    ended = subprocess.run(
+        [sys.executable, "-m", "quantjax.cli", "studies"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "digits  experiments.digits.study:study" in ended.stdout

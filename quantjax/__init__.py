@@ -4,10 +4,21 @@ The public names, and nothing else. Start with ``qj.sites``, ``qj.plan``, ``qj.o
 ``qj.calibrate``, ``qj.fake_quantize``; the README has five lines that use them.
 """
 
-from quantjax import affine, errors, estimators, formats, ranges, rounding, selectors, statistics
+from quantjax import (
+    affine,
+    errors,
+    estimators,
+    formats,
+    pruning,
+    ranges,
+    rounding,
+    selectors,
+    statistics,
+)
 from quantjax.affine import Fault, QParams
 from quantjax.contract import Trial, check_format
 from quantjax.data_free import dequantize_params, pack_params, quantize_params
+from quantjax.distillation import kd_loss
 from quantjax.estimators import Estimator
 from quantjax.fake_quant import fake_quant
 from quantjax.formats import FloatBits, Format, IntegerFormat, integer, minifloat
@@ -23,6 +34,7 @@ from quantjax.granularity import (
 from quantjax.interpreter import Site
 from quantjax.planning import Plan, SiteTable, plan
 from quantjax.policy import Policy, Rule, Scheme, rule, uniform_policy
+from quantjax.pruning import apply_mask, prune_mask
 from quantjax.qtensor import QTensor, encode
 from quantjax.quantizer import Quantizer, RangeMode, activation_quantizer, weight_quantizer
 from quantjax.ranges import FitRule, RangeRule
@@ -73,6 +85,7 @@ __all__ = [
     "Trial",
     "activation_quantizer",
     "affine",
+    "apply_mask",
     "calibrate",
     "check",
     "check_format",
@@ -89,11 +102,14 @@ __all__ = [
     "freeze",
     "init",
     "integer",
+    "kd_loss",
     "minifloat",
     "observe",
     "pack_params",
     "path",
     "plan",
+    "prune_mask",
+    "pruning",
     "quantize_params",
     "ranges",
     "rounding",

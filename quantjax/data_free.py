@@ -12,7 +12,8 @@ from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import Fault
 from quantjax.granularity import OperandAxes, PerChannel, PerGroup
-from quantjax.interpreter import Op, Operand, Role, Site, leaves_by_path
+from quantjax.interpreter import leaves_by_path
+from quantjax.kernels import as_site, is_kernel
 from quantjax.policy import Policy
 from quantjax.printing import shape_text
 from quantjax.qtensor import QTensor, encode, is_quantized, packed
@@ -48,7 +49,7 @@ def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None 
     {'bias': Array([1., 1.], dtype=float32), 'kernel': QTensor(int4[4x2], scale[1x2], float32)}
     """
     named = leaves_by_path(params, is_leaf=is_quantized)
-    kernels = {name: _as_site(name, leaf) for name, leaf in named.items() if _is_kernel(leaf)}
+    kernels = {name: as_site(name, leaf) for name, leaf in named.items() if is_kernel(leaf)}
     for rule in policy.rules:
         if not rule.optional and not any(map(rule.selector.matches, kernels.values())):
             raise errors.PolicyError(
@@ -117,38 +118,6 @@ def _packed(tensor: QTensor) -> QTensor:
         return tensor
     codes = tensor.codes.astype(format.storage_dtype)
     return packed(codes, tensor.qparams, format, tensor.dtype)
-
-
-def _is_kernel(leaf: Any) -> bool:
-    is_array = not is_quantized(leaf)
-    return is_array and jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-
-
-def _as_site(name: str, leaf: Any) -> Site:
-    """A kernel as selectors see it: a weight of unknown axes."""
-    shape = tuple(jnp.shape(leaf))
-    operand = Operand(
-        key="weight",
-        role=Role.WEIGHT,
-        side=1,
-        shape=shape,
-        dtype=str(jnp.result_type(leaf)),
-        free=(),
-        contracted=(),
-        window=(),
-        paths=(name,),
-        storable=True,
-    )
-    return Site(
-        name=name,
-        op=Op.DOT,
-        scope="",
-        operands=(operand,),
-        out_shape=(),
-        contraction_size=0,
-        taps=1,
-        multiply_adds=0,
-    )
 
 
 def _quantize(name: str, leaf: Any, quantizer: Quantizer, key: PRNGKeyArray | None) -> QTensor:

@@ -154,6 +154,21 @@ class UnknownNameError(QuantjaxError, ValueError):
     """
 
 
+class DistillationError(QuantjaxError, ValueError):
+    """A distillation that has no meaning.
+
+    ``qj.kd_loss(s, t, temperature=0.0)`` fails: logits are divided by it. Use ``temperature=4.0``.
+    """
+
+
+class PruningError(QuantjaxError, ValueError):
+    """A mask that cannot be made, or does not fit.
+
+    ``qj.prune_mask(params, 0.4, structure=qj.pruning.NOfM(4))`` fails: of 4 weights 1.6 would have
+    to go. Use a sparsity of 0.5.
+    """
+
+
 class StorageError(QuantjaxError, ValueError):
     """A file that is not what it should be, or a value that cannot be written to one.
 

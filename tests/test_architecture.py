@@ -25,7 +25,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"formats", "granularity", "rounding", "affine", "packing"}),
     frozenset({"qtensor", "fake_quant", "estimators"}),
     frozenset({"statistics", "ranges", "contract"}),
-    frozenset({"policy", "quantizer", "selectors", "presets", "data_free", "interpreter"}),
+    frozenset(
+        {
+            *("policy", "quantizer", "selectors", "presets", "data_free", "interpreter"),
+            *("kernels", "distillation", "pruning"),
+        }
+    ),
     frozenset({"products", "layout"}),
     frozenset({"planning", "integers"}),
     frozenset({"adapters", "storage", "transforms"}),

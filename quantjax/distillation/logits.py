@@ -1,0 +1,166 @@
+"""``qj.kd_loss``: distillation by softened logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from quantjax import errors
+from quantjax._compat import concrete
+from quantjax.printing import shape_text
+
+_SERIES = 0.1  # below it, the remainder of the exponential series beyond d^6 is under float32
+
+
+def kd_loss(
+    student_logits: Float[Array, "... classes"],
+    teacher_logits: Float[Array, "... classes"],
+    labels: Int[Array, "..."] | None = None,
+    *,
+    temperature: float | Float[Array, ""] = 4.0,
+    alpha: float | Float[Array, ""] = 0.9,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, ""]:
+    """``α T² KL(softmax(t/T) ‖ softmax(s/T)) + (1 - α) CE(s, labels)``, the mean over examples.
+
+    The teacher is a constant: no gradient flows into its logits. ``T²`` keeps the gradient of the
+    first term at one size for all temperatures; as ``T → ∞`` it becomes that of matching logits,
+    ``Σ ((s - mean s) - (t - mean t))² / (2 classes)``, and its value stays exact on the way there.
+
+    Args:
+      student_logits, teacher_logits: of one shape, classes last; half precision is taken to
+        float32.
+      labels: class numbers, the shape without classes. Without them the second term is left out,
+        and ``α`` stays a factor of the first.
+      temperature: ``T``, positive; may be traced, so that it can be an axis of a sweep.
+      alpha: ``α``, from 0 to 1; may be traced.
+      where: True for examples that count (tokens that are no padding), the shape of ``labels``.
+
+    Returns:
+      A float32 scalar; 0 where no example counts.
+
+    Raises:
+      DataError: shapes that do not fit, labels that are no integers, or concrete ones outside of
+        the classes.
+      DistillationError: a concrete temperature that is not positive and finite, an ``alpha``
+        outside [0, 1]. Traced ones give NaN.
+
+    Sharp edges: traced labels outside of the classes give NaN. A student at ``-inf`` where the
+    teacher has mass makes the loss infinite.
+
+    >>> student, teacher = jnp.array([[2.0, 0.0, -2.0]]), jnp.array([[1.0, 1.0, -2.0]])
+    >>> round(float(kd_loss(student, teacher, jnp.array([0]), temperature=2.0)), 4)
+    0.4056
+    >>> float(kd_loss(teacher, teacher))
+    0.0
+
+    Source: Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015, section 2.
+    """
+    student, teacher = (jnp.asarray(logits) for logits in (student_logits, teacher_logits))
+    _check_shapes(student, teacher, labels, where)
+    _check_numbers(temperature, alpha)
+    student = student.astype(jnp.float32)
+    teacher = jax.lax.stop_gradient(teacher.astype(jnp.float32))
+    t, a = (jnp.asarray(number, jnp.float32) for number in (temperature, alpha))
+    t = jnp.where((t > 0.0) & jnp.isfinite(t), t, jnp.nan)
+    a = jnp.where((a >= 0.0) & (a <= 1.0), a, jnp.nan)
+    loss = a * t * t * _divergence(teacher / t, student / t)
+    if labels is not None:
+        loss += (1.0 - a) * _cross_entropy(student, jnp.asarray(labels))
+    if where is None:
+        return jnp.mean(loss) if loss.size else jnp.zeros(())
+    counted = jnp.broadcast_to(where, loss.shape)
+    total = jnp.sum(jnp.where(counted, loss, 0.0))
+    return total / jnp.maximum(jnp.sum(counted.astype(jnp.float32)), 1.0)
+
+
+def _divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """``KL(softmax(teacher) ‖ softmax(student))`` along the last axis, exact near zero.
+
+    ``Σ p (e^-d - 1 + d)`` with ``d = log p - log q``: the sum of terms that are not negative,
+    because ``Σ p e^-d = Σ q = 1``.
+    """
+    p = jax.nn.softmax(teacher)
+    gap = _log_ratio(teacher, student)
+    near = jnp.abs(gap) < _SERIES
+    small = jnp.where(near, gap, 0.0)
+    series = small * small * (0.5 - small * (1 / 6 - small * (1 / 24 - small * (1 / 120))))
+    large = jnp.where(near | (p == 0.0), 0.0, gap)
+    q = jax.nn.softmax(student)  # p e^-d, whose exponential may overflow where p vanishes
+    return jnp.sum(jnp.where(near, p * series, q - p + p * large), axis=-1)
+
+
+def _log_ratio(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """``log softmax(teacher) - log softmax(student)``, without cancellation where both are close.
+
+    The difference of the two normalizers is ``log Σ q e^u``, ``u = teacher - student``.
+    """
+    u = teacher - student
+    close = jnp.max(jnp.abs(u), axis=-1, keepdims=True) < 1.0
+    small = jnp.where(close, u, 0.0)
+    shift = jnp.log1p(jnp.sum(jax.nn.softmax(student) * jnp.expm1(small), -1, keepdims=True))
+    return jnp.where(
+        close, small - shift, jax.nn.log_softmax(teacher) - jax.nn.log_softmax(student)
+    )
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    classes = logits.shape[-1]
+    inside = (labels >= 0) & (labels < classes)
+    index = jnp.where(inside, labels, 0)[..., None]
+    found = jnp.take_along_axis(jax.nn.log_softmax(logits), index, axis=-1)[..., 0]
+    return jnp.where(inside, -found, jnp.nan)
+
+
+def _check_shapes(student: jax.Array, teacher: jax.Array, labels: Any, where: Any) -> None:
+    if student.shape != teacher.shape or student.ndim == 0:
+        raise errors.DataError(
+            f"logits of {shape_text(student.shape)} and of {shape_text(teacher.shape)}",
+            where="qj.kd_loss",
+            why="student and teacher have a logit for each class and example",
+            fix="logits of one shape, classes last",
+        )
+    examples = student.shape[:-1]
+    if labels is not None:
+        given = jnp.asarray(labels)
+        if given.shape != examples or not jnp.issubdtype(given.dtype, jnp.integer):
+            raise errors.DataError(
+                f"labels of {given.dtype}, {shape_text(given.shape)}",
+                where=f"qj.kd_loss with logits of {shape_text(student.shape)}",
+                fix=f"class numbers, integers of shape {examples}",
+            )
+        known = concrete(given)
+        if known is not None and ((known < 0) | (known >= student.shape[-1])).any():
+            raise errors.DataError(
+                f"a label of {known[(known < 0) | (known >= student.shape[-1])][0]}",
+                where=f"qj.kd_loss with {student.shape[-1]} classes",
+                fix="class numbers from 0; where= leaves out padding",
+            )
+    if where is not None and jnp.shape(where) != examples:
+        raise errors.DataError(
+            f"a mask of {shape_text(jnp.shape(where))}",
+            where=f"qj.kd_loss with logits of {shape_text(student.shape)}",
+            fix=f"a boolean for each example, of shape {examples}",
+        )
+
+
+def _check_numbers(temperature: Any, alpha: Any) -> None:
+    t, a = concrete(temperature), concrete(alpha)
+    if t is not None and not (np.all(t > 0) and np.all(np.isfinite(t))):
+        raise errors.DistillationError(
+            f"a temperature of {float(t):g}",
+            where="qj.kd_loss",
+            why="logits are divided by it",
+            fix="temperature=4.0",
+        )
+    if a is not None and not np.all((a >= 0) & (a <= 1)):
+        raise errors.DistillationError(
+            f"alpha = {float(a):g}",
+            where="qj.kd_loss",
+            why="it is the teacher's share of the loss",
+            fix="alpha=0.9",
+        )

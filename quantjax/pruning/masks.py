@@ -1,0 +1,188 @@
+"""``qj.prune_mask`` and ``qj.apply_mask``."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from quantjax import errors
+from quantjax._compat import concrete
+from quantjax.interpreter import leaves_by_path
+from quantjax.kernels import as_site, is_kernel
+from quantjax.printing import shape_text
+from quantjax.pruning.criteria import Criterion, magnitude
+from quantjax.pruning.structures import ELEMENTS, Scope, Structure, kept
+from quantjax.qtensor import is_quantized
+from quantjax.selectors import Selector, everything
+
+
+class MaskGradient(enum.Enum):
+    """What a pruned weight gets: nothing, or the gradient of what stands in its place.
+
+    ``MASKED``: the derivative of the product with the mask, 0. ``STRAIGHT_THROUGH``: 1, so that it
+    may grow and come back when the mask is made anew.
+    """
+
+    MASKED = "masked"
+    STRAIGHT_THROUGH = "straight_through"
+
+
+def prune_mask(
+    params: PyTree,
+    sparsity: float | Float[Array, ""],
+    *,
+    criterion: Criterion | None = None,
+    structure: Structure = ELEMENTS,
+    scope: Scope = Scope.LOCAL,
+    select: Selector | None = None,
+) -> PyTree:
+    """True for the weights that stay; the lowest scores go, by rank, so that the number is exact.
+
+    Kernels are floating-point leaves of rank 2 or more, as for ``qj.quantize_params``. For all else
+    the mask is the scalar True.
+
+    Args:
+      params: the tree.
+      sparsity: the share that goes, from 0 to 1; may be traced. ``round(sparsity · n)`` of each
+        kernel (``Scope.LOCAL``), or of all of them together.
+      criterion: what ranks them; magnitude unless told otherwise.
+      structure: single weights, or ``qj.pruning.NOfM(4)``.
+      scope: who competes.
+      select: which kernels, by path: ``qj.path("*Dense*kernel")``. Default: all.
+
+    Returns:
+      A tree of booleans. Works under ``jit`` and ``vmap``: a grid of sparsities is one program.
+
+    Raises:
+      PruningError: a concrete sparsity outside [0, 1] or that the structure cannot have; a global
+        scope for a structure of groups; a selector that matches nothing; a tree without kernels.
+
+    Sharp edges: a traced sparsity is cut to [0, 1]. Ranks are found by sorting, 0.2 s for a million
+    weights on a CPU. Layers stacked in one leaf compete with each other.
+
+    >>> mask = prune_mask({"w": jnp.array([[1.0, -4.0], [2.0, 3.0]]), "b": jnp.zeros(2)}, 0.5)
+    >>> mask["w"].tolist(), bool(mask["b"])
+    ([[False, True], [False, True]], True)
+
+    Source: Zhu and Gupta, To prune, or not to prune, 2017, section 3, for masks by magnitude.
+    """
+    known = concrete(sparsity)
+    if known is not None and not 0.0 <= float(known) <= 1.0:
+        raise errors.PruningError(
+            f"a sparsity of {float(known):g}",
+            where="qj.prune_mask",
+            why="it is the share of weights that go",
+            fix=f"sparsity={float(known) / 100:g}" if 1 < known <= 100 else "sparsity=0.5",
+        )
+    structure.check(sparsity)
+    if scope is Scope.GLOBAL and not structure.has_scope:
+        raise errors.PruningError(
+            f"a global scope for {structure}",
+            where="qj.prune_mask",
+            why="each of its groups loses as many weights as every other",
+            fix="scope=qj.pruning.Scope.LOCAL",
+        )
+    named = leaves_by_path(params, is_leaf=is_quantized)
+    kernels = _selected(named, select or everything())
+    scores = (criterion or magnitude()).scores(kernels)
+    share = jnp.asarray(sparsity, jnp.float32)
+    if scope is Scope.GLOBAL:
+        masks = _together(scores, share)
+    else:
+        masks = {n: structure.mask(s, share, f"parameter {n}") for n, s in scores.items()}
+    leaves = [masks.get(name, jnp.ones((), bool)) for name in named]
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), leaves)
+
+
+def _selected(named: Any, select: Selector) -> dict[str, jax.Array]:
+    kernels = {name: leaf for name, leaf in named.items() if is_kernel(leaf)}
+    found = {
+        name: jnp.asarray(leaf)
+        for name, leaf in kernels.items()
+        if select.matches(as_site(name, leaf))
+    }
+    if not found:
+        raise errors.PruningError(
+            f"'{select}' selects no kernel",
+            where=f"kernels: {', '.join(list(kernels)[:8]) or 'none'}",
+            why="a kernel is a floating-point array of rank 2 or more",
+            fix="qj.path('*kernel'), or leave select out",
+        )
+    return found
+
+
+def _together(scores: Any, sparsity: jax.Array) -> dict[str, jax.Array]:
+    flat = jnp.concatenate([score.reshape(-1) for score in scores.values()])
+    stays, start, masks = kept(flat, sparsity), 0, {}
+    for name, score in scores.items():
+        masks[name] = stays[start : start + score.size].reshape(score.shape)
+        start += score.size
+    return masks
+
+
+def apply_mask(
+    params: PyTree, mask: PyTree, *, gradient: MaskGradient = MaskGradient.MASKED
+) -> PyTree:
+    """The parameters with 0 where the mask is False; differentiable, in the user's own loss.
+
+    Args:
+      mask: from :func:`prune_mask`: booleans of the leaves' shapes, or scalars.
+      gradient: what pruned weights get.
+
+    Raises:
+      PruningError: a mask of another structure, shape or dtype; a quantized leaf that it would
+        change.
+
+    >>> params, mask = {"w": jnp.array([[1.0, 2.0]])}, {"w": jnp.array([[True, False]])}
+    >>> apply_mask(params, mask)["w"].tolist()
+    [[1.0, 0.0]]
+
+    Source: Bengio, Léonard and Courville, Estimating or propagating gradients through stochastic
+    neurons for conditional computation, 2013, for the straight-through form.
+    """
+    leaves, masks = (leaves_by_path(tree, is_leaf=is_quantized) for tree in (params, mask))
+    if list(leaves) != list(masks):
+        odd = sorted(set(leaves) ^ set(masks))
+        raise errors.PruningError(
+            "the mask has another structure than the parameters",
+            where=f"qj.apply_mask, {odd[0] if odd else 'order of leaves'}",
+            fix="mask = qj.prune_mask(params, sparsity), of these parameters",
+        )
+    done = [_masked(name, leaf, masks[name], gradient) for name, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), done)
+
+
+def _masked(name: str, leaf: Any, mask: Any, gradient: MaskGradient) -> Any:
+    mask = jnp.asarray(mask)
+    known = concrete(mask)
+    if mask.ndim == 0 and known is not None and bool(known):
+        return leaf
+    if mask.dtype != jnp.bool_ or mask.shape not in ((), jnp.shape(leaf)) or is_quantized(leaf):
+        raise errors.PruningError(
+            f"a mask of {mask.dtype}, {shape_text(mask.shape)}",
+            where=f"parameter {name} of {shape_text(jnp.shape(leaf))}",
+            why="what is quantized has no gradient and no zero of its own"
+            if is_quantized(leaf)
+            else "a boolean for each weight says whether it stays",
+            fix="prune before qj.freeze, or mask = qj.prune_mask(params, sparsity)",
+        )
+    zeroed = jnp.where(mask, leaf, jnp.zeros_like(leaf))
+    if gradient is MaskGradient.MASKED:
+        return zeroed
+    return leaf + jax.lax.stop_gradient(zeroed - leaf)
+
+
+def sparsity_of(mask: PyTree) -> Float[Array, ""]:
+    """The share of weights that go, of all that have a mask of their own.
+
+    >>> float(sparsity_of({"w": jnp.array([[True, False]]), "b": jnp.ones((), bool)}))
+    0.5
+    """
+    own = [jnp.asarray(leaf) for leaf in jax.tree.leaves(mask) if jnp.ndim(leaf) > 0]
+    total = sum(leaf.size for leaf in own)
+    gone = sum((jnp.sum(~leaf).astype(jnp.float32) for leaf in own), start=jnp.zeros(()))
+    return gone / max(total, 1)

@@ -1,0 +1,123 @@
+"""Which weights compete with one another, and how many of them go."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from abc import ABC, abstractmethod
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from quantjax import errors
+from quantjax._compat import concrete
+from quantjax.printing import shape_text
+
+
+class Scope(enum.Enum):
+    """Among which weights the lowest are sought: those of each kernel, or of all kernels."""
+
+    LOCAL = "local"
+    GLOBAL = "global"
+
+
+def kept(scores: Float[Array, "... n"], sparsity: jax.Array) -> Bool[Array, "... n"]:
+    """True for all but the ``round(sparsity · n)`` lowest along the last axis, by rank.
+
+    Of equal scores the first ones go: a rank has no ties, so that the number is exact.
+    """
+    number = scores.shape[-1]
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    order = jnp.argsort(scores, axis=-1, stable=True)
+    ranks = jnp.argsort(order, axis=-1)
+    away = jnp.round(jnp.clip(sparsity, 0.0, 1.0) * number).astype(ranks.dtype)
+    return ranks >= away
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure(ABC):
+    """A pattern that masks have."""
+
+    @abstractmethod
+    def mask(self, scores: Float[Array, "..."], sparsity: jax.Array, where: str) -> Bool[Array, ""]:
+        """True for the weights that stay, from the scores of one kernel."""
+
+    @property
+    def has_scope(self) -> bool:
+        """Whether all kernels together can share one ranking."""
+        return False
+
+    @abstractmethod
+    def check(self, sparsity: jax.Array | float) -> None:
+        """Raise ``PruningError`` for a concrete sparsity that the pattern cannot have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Elements(Structure):
+    """Single weights, wherever they are: ``round(sparsity · n)`` of them go."""
+
+    def mask(self, scores: Float[Array, "..."], sparsity: jax.Array, where: str) -> Bool[Array, ""]:
+        """See the class."""
+        del where
+        return kept(scores.reshape(-1), sparsity).reshape(scores.shape)
+
+    @property
+    def has_scope(self) -> bool:
+        """They do."""
+        return True
+
+    def check(self, sparsity: jax.Array | float) -> None:
+        """Single weights take any."""
+
+
+ELEMENTS = Elements()
+"""Single weights, wherever they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NOfM(Structure):
+    """``N`` of every ``M`` neighbours along an axis stay, ``N = (1 - sparsity) · M``.
+
+    A sparsity of 0.5 with ``M = 4`` is 2:4, which sparse tensor cores multiply. ``N`` follows from
+    the sparsity, so that it may be traced.
+
+    Attributes:
+      m: ``M``.
+      axis: along which neighbours are; -2 is the input axis of dense and convolution kernels.
+
+    Source: Mishra et al., Accelerating sparse deep neural networks, 2021, section 3.
+    """
+
+    m: int = 4
+    axis: int = -2
+
+    def __post_init__(self) -> None:
+        if self.m < 2:
+            raise errors.PruningError(
+                f"groups of {self.m}", why="one weight has no neighbour", fix="qj.pruning.NOfM(4)"
+            )
+
+    def mask(self, scores: Float[Array, "..."], sparsity: jax.Array, where: str) -> Bool[Array, ""]:
+        """See the class; raises ``PruningError`` where ``M`` does not divide the axis."""
+        if not -scores.ndim <= self.axis < scores.ndim or scores.shape[self.axis] % self.m:
+            raise errors.PruningError(
+                f"groups of {self.m} along axis {self.axis} of {shape_text(scores.shape)}",
+                where=where,
+                why="the axis is no multiple of the groups, or not there",
+                fix="select= without this kernel, another axis or another M",
+            )
+        last = jnp.moveaxis(scores, self.axis, -1)
+        groups = last.reshape(*last.shape[:-1], -1, self.m)
+        stays = kept(groups, sparsity).reshape(last.shape)
+        return jnp.moveaxis(stays, -1, self.axis)
+
+    def check(self, sparsity: jax.Array | float) -> None:
+        """Of ``M`` weights a whole number goes."""
+        known = concrete(sparsity)
+        if known is not None and abs(float(known) * self.m - round(float(known) * self.m)) > 1e-6:
+            raise errors.PruningError(
+                f"a sparsity of {float(known):g}, which of {self.m} weights leaves no whole number",
+                where=f"qj.prune_mask with {self}",
+                fix=f"sparsity={max(round(float(known) * self.m), 1) / self.m:g}",
+            )

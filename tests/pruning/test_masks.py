@@ -1,0 +1,220 @@
+"""Masks by hand, exact numbers by rank, groups, gradients, grids, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+import quantjax as qj
+from quantjax import errors, pruning
+from quantjax.pruning import MaskGradient, NOfM, Scope
+from tests import models
+from tests.refused import refused
+
+BY_HAND = jnp.array([[0.1, -0.5, 0.3, 0.0], [-2.0, 0.2, 0.4, -0.6]])
+TREE = {"a": {"kernel": BY_HAND, "bias": jnp.ones(4)}, "b": {"kernel": 10.0 * BY_HAND[:, :2]}}
+
+
+def counts(mask) -> list[int]:
+    """How many go, kernel by kernel."""
+    return [int((~np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(mask) if np.ndim(leaf)]
+
+
+def numpy_mask(scores: np.ndarray, sparsity: float) -> np.ndarray:
+    """All but the lowest, of equal ones the first: independent of the implementation."""
+    away = int(np.round(np.float32(sparsity) * np.float32(scores.size)))
+    lowest = sorted(range(scores.size), key=lambda i: (scores.ravel()[i], i))[:away]
+    mask = np.ones(scores.size, bool)
+    mask[lowest] = False
+    return mask.reshape(scores.shape)
+
+
+def test_masks_by_hand():
+    mask = qj.prune_mask(TREE, 0.5)
+    assert_array_equal(
+        mask["a"]["kernel"], [[False, True, False, False], [True, False, True, True]]
+    )
+    assert_array_equal(mask["b"]["kernel"], [[False, True], [True, False]])
+    assert mask["a"]["bias"].shape == ()
+    everywhere = qj.prune_mask(TREE, 0.5, scope=Scope.GLOBAL)
+    # Of a the two largest stay, 2.0 and 0.6; of b 5, 20 and 2, and its 1 ranks above all else.
+    assert_array_equal(everywhere["a"]["kernel"], [[False] * 4, [True, False, False, True]])
+    assert_array_equal(everywhere["b"]["kernel"], [[True, True], [True, True]])
+    two_of_four = qj.prune_mask(TREE, 0.5, structure=NOfM(4, axis=-1), select=qj.path("a/*"))
+    assert_array_equal(
+        two_of_four["a"]["kernel"], [[False, True, True, False], [True, False, False, True]]
+    )
+    assert two_of_four["b"]["kernel"].shape == ()
+
+
+@given(
+    seed=st.integers(0, 999),
+    sparsity=st.floats(0, 1),
+    levels=st.sampled_from([2, 5, 1000]),
+)
+def test_the_number_is_exact_whatever_is_equal(seed, sparsity, levels):
+    """Few levels make many ties, which a threshold would get wrong."""
+    draw = np.random.default_rng(seed)
+    scores = draw.integers(0, levels, (6, 7)).astype(np.float32)
+    mask = jax.jit(lambda w, s: qj.prune_mask({"w": w}, s))(scores, jnp.float32(sparsity))["w"]
+    assert_array_equal(mask, numpy_mask(np.abs(scores), sparsity))
+
+
+@given(seed=st.integers(0, 999), sparsity=st.floats(0, 1))
+def test_all_kernels_together_are_one_ranking(seed, sparsity):
+    draw = np.random.default_rng(seed)
+    tree = {
+        "a": np.float32(draw.normal(size=(3, 4))),
+        "b": np.float32(3 * draw.normal(size=(5, 2))),
+    }
+    masks = qj.prune_mask(tree, jnp.float32(sparsity), scope=Scope.GLOBAL)
+    flat = np.abs(np.concatenate([tree["a"].ravel(), tree["b"].ravel()]))
+    want = numpy_mask(flat, sparsity)
+    assert_array_equal(np.concatenate([masks["a"].ravel(), masks["b"].ravel()]), want)
+
+
+@given(seed=st.integers(0, 999), m=st.sampled_from([2, 4, 8]), kept=st.integers(0, 8))
+def test_every_group_keeps_as_many(seed, m, kept):
+    kept = min(kept, m)
+    w = np.float32(np.random.default_rng(seed).normal(size=(3, 16, 5)))
+    mask = np.asarray(qj.prune_mask({"w": w}, 1 - kept / m, structure=NOfM(m))["w"])
+    groups = mask.transpose(0, 2, 1).reshape(3, 5, -1, m)
+    assert (groups.sum(-1) == kept).all()
+    scores = np.abs(w).transpose(0, 2, 1).reshape(3, 5, -1, m)
+    if 0 < kept < m:
+        lowest_kept = np.where(groups, scores, np.inf).min(-1)
+        assert (np.where(groups, -np.inf, scores).max(-1) <= lowest_kept).all()
+
+
+def test_masks_are_nested_and_a_grid_is_one_program():
+    case = models.cnn()
+    traced = []
+
+    @jax.jit
+    def grid(params, sparsities):
+        traced.append(1)
+        return jax.vmap(lambda s: qj.prune_mask(params, s))(sparsities)
+
+    sparsities = jnp.linspace(0.0, 1.0, 11)
+    masks = grid(case.params, sparsities)
+    grid(case.params, sparsities[::-1])
+    assert len(traced) == 1
+    for leaf in jax.tree.leaves(masks):
+        assert not (np.asarray(leaf)[1:] & ~np.asarray(leaf)[:-1]).any()
+    alone = qj.prune_mask(case.params, 0.3)
+    models.assert_same_bits(jax.tree.map(lambda leaf: leaf[3], masks), alone)
+
+
+def test_only_kernels_are_touched():
+    case = models.cnn()
+    mask = qj.prune_mask(case.params, 0.9)
+    pruned = qj.apply_mask(case.params, mask)
+    for before, after in zip(*map(jax.tree.leaves, (case.params, pruned)), strict=True):
+        if before.ndim < 2:
+            assert after is before
+        else:
+            assert (np.asarray(after) == 0).mean() == pytest.approx(0.9, abs=0.51 / before.size)
+    assert float(pruning.sparsity_of(mask)) == pytest.approx(0.9, abs=0.01)
+
+
+def test_random_masks_come_from_their_key_alone():
+    key = jax.random.key(3)
+    tree = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+    one, again = (qj.prune_mask(tree, 0.5, criterion=pruning.random(key)) for _ in range(2))
+    models.assert_same_bits(one, again)
+    assert not np.array_equal(one["a"], one["b"])
+    other = qj.prune_mask(tree, 0.5, criterion=pruning.random(jax.random.key(4)))
+    assert not np.array_equal(one["a"], other["a"])
+    assert counts(one) == [32, 32]
+
+
+def test_scores_from_elsewhere_decide():
+    scores = jax.tree.map(lambda leaf: -jnp.abs(leaf), TREE)
+    mask = qj.prune_mask(TREE, 0.25, criterion=pruning.scored(scores))
+    assert_array_equal(mask["a"]["kernel"], [[True, True, True, True], [False, True, True, False]])
+    with refused(errors.PruningError, "no scores of 2x4", "parameter a/kernel"):
+        qj.prune_mask(TREE, 0.25, criterion=pruning.scored({"b": TREE["b"]}))
+    broken = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), TREE)
+    assert not qj.prune_mask(TREE, 0.125, criterion=pruning.scored(broken))["a"]["kernel"][0, 0]
+
+
+def test_gradients_of_what_is_pruned():
+    mask = qj.prune_mask(TREE, 0.5)
+
+    def loss(params, gradient):
+        pruned = qj.apply_mask(params, mask, gradient=gradient)
+        return sum(jnp.sum(leaf * (leaf + 1.0)) for leaf in jax.tree.leaves(pruned))
+
+    masked, through = (jax.grad(loss)(TREE, gradient) for gradient in MaskGradient)
+    models.assert_same_bits(*(qj.apply_mask(TREE, mask, gradient=g) for g in MaskGradient))
+    kernel, stays = TREE["a"]["kernel"], mask["a"]["kernel"]
+    assert_array_equal(masked["a"]["kernel"], jnp.where(stays, 2 * kernel + 1, 0.0))
+    assert_array_equal(through["a"]["kernel"], jnp.where(stays, 2 * kernel + 1, 1.0))
+    assert_array_equal(masked["a"]["bias"], through["a"]["bias"])
+
+
+def test_a_pruned_model_is_quantized_and_stays_sparse():
+    """Mask, then plan, calibrate and freeze: zero is a level of symmetric codes."""
+    case = models.mlp()
+    pruned = qj.apply_mask(case.params, qj.prune_mask(case.params, 0.5))
+    plan = models.planned(case, qj.uniform_policy(weight_bits=4))
+    _, state = qj.observe(case.f, plan)(qj.init(plan), pruned, case.x)
+    frozen = qj.freeze(plan, qj.calibrate(plan, state, pruned), pruned)
+    tensors = [
+        t
+        for t in jax.tree.leaves(frozen, is_leaf=lambda t: isinstance(t, qj.QTensor))
+        if isinstance(t, qj.QTensor)
+    ]
+    assert tensors
+    for tensor in tensors:
+        assert (np.asarray(tensor.codes) == 0).mean() >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"sparsity": 80}, "a sparsity of 80"),
+        ({"sparsity": -0.1}, "a sparsity of -0.1"),
+        ({"sparsity": 0.4, "structure": NOfM(4)}, "of 4 weights leaves no whole number"),
+        ({"sparsity": 0.5, "structure": NOfM(4)}, "groups of 4 along axis -2 of 2x4"),
+        ({"sparsity": 0.5, "structure": NOfM(2, axis=5)}, "along axis 5"),
+        ({"sparsity": 0.5, "structure": NOfM(2), "scope": Scope.GLOBAL}, "a global scope"),
+        ({"sparsity": 0.5, "select": qj.path("c/*")}, "selects no kernel"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(options, problem):
+    with refused(errors.PruningError, problem):
+        qj.prune_mask(TREE, options.pop("sparsity"), **options)
+
+
+def test_groups_of_one_and_trees_without_kernels_are_refused():
+    with refused(errors.PruningError, "groups of 1"):
+        NOfM(1)
+    with refused(errors.PruningError, "selects no kernel"):
+        qj.prune_mask({"bias": jnp.ones(3)}, 0.5)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    mask = qj.prune_mask(TREE, 0.5)
+    with refused(errors.PruningError, "another structure", "a/bias"):
+        qj.apply_mask(TREE, {"a": {"kernel": mask["a"]["kernel"]}, "b": mask["b"]})
+    with refused(errors.PruningError, "a mask of bool, 4x2", "a/kernel"):
+        qj.apply_mask(TREE, {**mask, "a": {**mask["a"], "kernel": mask["a"]["kernel"].T}})
+    with refused(errors.PruningError, "a mask of float32"):
+        qj.apply_mask(TREE, jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * 0.5, mask))
+    frozen = qj.quantize_params(
+        TREE,
+        qj.Policy(
+            [
+                qj.rule(
+                    qj.everything(),
+                    qj.Scheme(weights=qj.weight_quantizer(granularity=qj.PerTensor())),
+                )
+            ]
+        ),
+    )
+    with refused(errors.PruningError, "prune before qj.freeze"):
+        qj.apply_mask(frozen, mask)

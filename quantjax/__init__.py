@@ -48,6 +48,7 @@ from quantjax.transforms.execute import execute
 from quantjax.transforms.fake_quantize import fake_quantize
 from quantjax.transforms.freeze import freeze
 from quantjax.transforms.observe import init, observe
+from quantjax.transforms.shards import merge_states
 from quantjax.transforms.sites import sites
 from quantjax.transforms.tap import tap
 
@@ -103,6 +104,7 @@ __all__ = [
     "init",
     "integer",
     "kd_loss",
+    "merge_states",
     "minifloat",
     "observe",
     "pack_params",

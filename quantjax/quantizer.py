@@ -25,6 +25,7 @@ from quantjax.ranges import (
     Range,
     RangeRule,
     Target,
+    checked_rule,
     derive,
 )
 from quantjax.rounding import HALF_EVEN, Rounding
@@ -92,6 +93,13 @@ class Quantizer:
                 f"the levels of {self.format.label(self.bits)} are too large for sums of products",
                 why="products multiply levels, in float32, and scale what they give",
                 fix="scale_rule=qj.formats.UNIT, which makes it a cast, or fewer exponent bits",
+            )
+        rule = checked_rule(self.rule, "a quantizer")
+        if isinstance(rule, IndexedRule):
+            raise errors.PolicyError(
+                f"a quantizer has one rule, and this is {rule.name}",
+                why="a quantizer is static, and the index an array",
+                fix="qj.calibrate(..., rule=stack[i])",
             )
         numbers = self.rule.parameters if isinstance(self.rule, RangeRule) else ()
         if any(isinstance(number, jax.Array | np.ndarray) for number in numbers):

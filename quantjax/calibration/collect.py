@@ -148,9 +148,15 @@ def is_array(data: Any) -> bool:
 def _split(batch: Any, rows: int | None) -> Iterator[Arguments]:
     arguments = batch if isinstance(batch, tuple) else (batch,)
     sizes = [np.shape(leaf)[0] for leaf in jax.tree.leaves(arguments) if np.ndim(leaf)]
-    if rows is None or not sizes or sizes[0] <= rows:
+    if rows is None or not sizes or max(sizes) <= rows:
         yield arguments
         return
+    if len(set(sizes)) > 1:
+        raise errors.DataError(
+            f"arrays whose first axes are {', '.join(map(str, sizes))} long cannot be cut alike",
+            why="the first axis runs over samples",
+            fix="batches that are made beforehand, without rows=",
+        )
     for start in range(0, sizes[0], rows):
         yield jax.tree.map(
             lambda leaf, at=start: leaf[at : at + rows] if np.ndim(leaf) else leaf, arguments

@@ -86,6 +86,13 @@ def calibration_report(
             found[index].append(applied)
         if on_rule is not None:
             on_rule(1)
+    if not any(found):
+        raise errors.CalibrationError(
+            "none of the rules serves an operand of the plan",
+            where=", ".join(rule.name for rule in chosen)[:200],
+            why="fits need the tensor itself, so they serve weights",
+            fix="a range rule such as qj.ranges.MIN_MAX",
+        )
     return CalibrationReport(
         tuple(
             _operand(operand, applied, layer)

@@ -18,7 +18,7 @@ from quantjax.ranges.percentile import percentile
 from quantjax.ranges.sawb import SAWB
 from quantjax.ranges.sigma import sigma
 from quantjax.ranges.similarity import COSINE, SQNR, sqnr
-from quantjax.ranges.stack import IndexedRule, RuleStack, stack
+from quantjax.ranges.stack import IndexedRule, RuleStack, checked_rule, stack
 from quantjax.ranges.ternary import TTQ, TWN, ttq
 from quantjax.ranges.xnor import XNOR
 
@@ -52,6 +52,7 @@ __all__ = [
     "Target",
     "Variant",
     "admm",
+    "checked_rule",
     "constant",
     "derive",
     "derive_many",

@@ -114,7 +114,7 @@ def _laplacian(statistics: Statistics, target: Target) -> Range:
 ACIQ_GAUSSIAN = RangeRule("aciq_gaussian", _gaussian)
 """``[μ - α, μ + α]`` where ``α`` is the best clipping of a Gaussian with the moments seen.
 
-``α / σ`` solves ``d/dα (clipping error + α² / (3 · 4^b)) = 0``: 1.71, 2.15, 2.55, 2.93, 3.28, 3.61,
+``α / σ`` solves ``d/dα (clipping error + α² / (3 · 4^b)) = 0``: 1.71, 2.15, 2.56, 2.94, 3.29, 3.62,
 3.92 at 2 to 8 bits. Data on one side of zero are taken for half of a Gaussian about 0, with as many
 zeros more as a ReLU leaves: ``σ = √(2/π) E x² / E|x|``, and, where codes are on that side alone,
 the constant of one bit more. A symmetric quantizer has ``μ = 0`` and ``σ² = E x²``. No range is
@@ -130,7 +130,7 @@ rapid-deployment, 2019, section 3.
 ACIQ_LAPLACIAN = RangeRule("aciq_laplacian", _laplacian, reads_distribution=True)
 """``[μ - α, μ + α]`` where ``α`` is the best clipping of a Laplacian with ``b = E|x - μ|``.
 
-``α / b = W(3 · 4^bits)``, Lambert's function: 2.83, 3.89, 5.03 at 2, 3 and 4 bits. Data on one side
+``α / b = W(3 · 4^bits)``, Lambert's function: 2.83, 3.90, 5.03 at 2, 3 and 4 bits. Data on one side
 of zero: ``b = E x² / (2 E|x|)``, and as for :data:`ACIQ_GAUSSIAN` in all else.
 
 Source: Banner, Nahshan and Soudry, Post training 4-bit quantization of convolutional networks for

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams, qparams_from_range
 from quantjax.fake_quant import Arithmetic, apply, is_clipped
@@ -83,6 +84,18 @@ class RangeRule(NamedTuple):
     range: Callable[..., Range]
     reads_distribution: bool = False
     parameters: tuple[Any, ...] = ()
+
+
+def known_number(value: Any, family: str) -> float | None:
+    """A number of a rule; None where it is traced. ``QuantizerError`` where it is no scalar."""
+    known = concrete(value)
+    if np.ndim(value) or (known is not None and known.dtype.kind not in "iufb"):
+        raise errors.QuantizerError(
+            f"{value!r:.80} is no number",
+            where=f"the range rule {family}",
+            fix="a number; jax.vmap or jax.lax.map over an array of them",
+        )
+    return None if known is None else float(known)
 
 
 def rule_of(

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax._compat import concrete
-from quantjax.ranges.base import Range, RangeRule, Target, rule_of
+from quantjax.ranges.base import Range, RangeRule, Target, known_number, rule_of
 from quantjax.statistics import Statistics
 
 
@@ -34,7 +33,8 @@ def constant(low: float | jax.Array, high: float | jax.Array) -> RangeRule:
     >>> constant(0.0, 6.0).name
     'constant(0, 6)'
     """
-    ends = [float(bound) for bound in map(concrete, (low, high)) if bound is not None]
+    known = [known_number(bound, "constant") for bound in (low, high)]
+    ends = [bound for bound in known if bound is not None]
     if len(ends) == 2 and not (-float("inf") < ends[0] <= ends[1] < float("inf")):
         raise errors.QuantizerError(
             f"a range from {ends[0]:g} to {ends[1]:g}",

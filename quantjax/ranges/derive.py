@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from quantjax import errors
 from quantjax.ranges.base import Range, RangeRule, Target
 from quantjax.ranges.stack import IndexedRule
 from quantjax.statistics import Histogram, Sample, Statistics
@@ -37,6 +38,8 @@ def derive_many(
     """
     if not rule.reads_distribution:
         return [_finite(_at_once(rule, s, t), s) for s, t in jobs]
+    if isinstance(rule, IndexedRule) and not all(reads(one) for one in rule.rules):
+        return _mixed(rule, jobs)
     together: dict[Any, list[int]] = {}
     for index, (statistics, target) in enumerate(jobs):
         together.setdefault(_key(statistics, target), []).append(index)
@@ -58,10 +61,41 @@ def derive_many(
     return [found[index] for index in range(len(jobs))]
 
 
+def reads(rule: Any) -> bool:
+    """Whether a rule is for one group at a time."""
+    return isinstance(rule, RangeRule) and rule.reads_distribution
+
+
+def _mixed(rule: IndexedRule, jobs: Sequence[tuple[Statistics, Target]]) -> list[Range]:
+    """Rules for all groups and rules for one at a time: each kind as if it were alone."""
+    readers = jnp.asarray([reads(one) for one in rule.rules])[jnp.clip(rule.chosen, 0)]
+    kinds = []
+    for kind in (True, False):
+        rules = tuple(one if reads(one) is kind else _NOTHING[kind] for one in rule.rules)
+        kinds.append(derive_many(rule._replace(rules=rules), jobs))
+    return [
+        jax.tree.map(lambda a, b: jnp.where(readers, a, b), one, other)
+        for one, other in zip(*kinds, strict=True)
+    ]
+
+
+def _nothing(statistics: Statistics, target: Target) -> Range:
+    """The place of a rule that another pass runs."""
+    del target
+    zero = jnp.zeros(statistics.scale_shape)
+    return Range(zero, zero, jnp.asarray(False))
+
+
+_NOTHING = {kind: RangeRule("nothing", _nothing, reads_distribution=kind) for kind in (True, False)}
+
+
 def _finite(found: Range, statistics: Statistics) -> Range:
+    """NaN where statistics are not finite, or where a rule has its bounds in the wrong order."""
     seen = statistics.extremes
+    crossed = (found.low > found.high) & (seen.low <= seen.high)
     broken = jnp.isnan(seen.low) | jnp.isnan(seen.high)
     broken |= (seen.low <= seen.high) & (jnp.isinf(seen.low) | jnp.isinf(seen.high))
+    broken |= crossed
     return Range(
         jnp.where(broken, jnp.nan, found.low),
         jnp.where(broken, jnp.nan, found.high),
@@ -116,13 +150,25 @@ def _padded(statistics: Statistics, length: int) -> Statistics:
     )
 
 
+def _range(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target) -> Range:
+    found = rule.range(statistics, target, *rule.parameters)
+    if not isinstance(found, tuple) or len(found) != 3:
+        raise errors.PolicyError(
+            f"the rule {rule.name} returned no range",
+            why=f"it returned {type(found).__name__}",
+            fix="qj.ranges.Range(low, high, statistics.batches > 0)",
+        )
+    return Range(*map(jnp.asarray, found))
+
+
 def _at_once(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target) -> Range:
     """All groups in one call of the rule; leading axes of the widths are layers."""
 
     def found(statistics: Statistics, bits: jax.Array, theta: Any) -> Range:
         layer = target._replace(bits=bits, theta=theta)
-        return Range(*map(jnp.asarray, rule.range(statistics, layer, *rule.parameters)))
+        return _range(rule, statistics, layer)
 
+    statistics = statistics._replace(distribution=None)  # of which a rule would see all groups
     for _ in range(jnp.ndim(target.bits)):
         found = jax.vmap(found)
     return found(statistics, jnp.asarray(target.bits, jnp.float32), target.theta)
@@ -131,7 +177,10 @@ def _at_once(rule: RangeRule | IndexedRule, statistics: Statistics, target: Targ
 def _each_group(rule: RangeRule | IndexedRule, target: Target, groups: Any, at_once: int) -> Range:
     """One group after another, ``at_once`` of them together; eager calls compile this once."""
     rules = rule.rules if isinstance(rule, IndexedRule) else (rule,)
-    fixed = tuple(rule._replace(parameters=()) for rule in rules if isinstance(rule, RangeRule))
+    # Without names, which hold the numbers: percentile(0.9) and percentile(0.99) are one program.
+    fixed = tuple(
+        rule._replace(name="", parameters=()) for rule in rules if isinstance(rule, RangeRule)
+    )
     numbers = tuple(rule.parameters for rule in rules if isinstance(rule, RangeRule))
     chosen = rule.chosen if isinstance(rule, IndexedRule) else None
     return _run((fixed, target.format, target.symmetric, at_once), numbers, chosen, groups)
@@ -145,8 +194,7 @@ def _run(fixed: Any, numbers: Any, chosen: jax.Array | None, groups: Any) -> Ran
 
     def one(group: Any) -> Range:
         statistics, bits, theta = group
-        target = Target(format, symmetric, bits, theta)
-        return Range(*map(jnp.asarray, rule.range(statistics, target, *rule.parameters)))
+        return _range(rule, statistics, Target(format, symmetric, bits, theta))
 
     if groups[1].shape[0] <= at_once:
         return jax.vmap(one)(groups)

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax._compat import concrete
 from quantjax.formats import divide_by_scale
-from quantjax.ranges.base import Range, RangeRule, Target, rule_of
+from quantjax.ranges.base import Range, RangeRule, Target, known_number, rule_of
 from quantjax.ranges.search import Outcome, search, unit
 from quantjax.statistics import Statistics
 
@@ -39,9 +38,10 @@ def _power(statistics: Statistics, target: Target, p: jax.Array) -> Range:
 MSE = RangeRule("mse", _square, reads_distribution=True)
 """``argmin Σ (Q(x) - x)²`` over ranges, by search; any format, each width its own.
 
-About 90 ranges are tried, :data:`MIN_MAX` among them, on the tensor itself or on 2048 points that
-stand for a histogram. Weights get an error that is never above that of :data:`MIN_MAX`; activations
-up to how well the points stand for the values, which is a fraction of a percent.
+64 symmetric ranges are tried, or 136 asymmetric ones, :data:`MIN_MAX` among them, on the tensor
+itself or on 2048 points that stand for a histogram. Weights get an error that is never above that
+of :data:`MIN_MAX`; activations up to how well the points stand for the values, which is a fraction
+of a percent.
 
 Sharp edges: it takes tens of passes over the sample. Under a width above 10 bits a histogram's
 bins are wider than the steps, and the search is decided by the clipped share alone.
@@ -66,10 +66,10 @@ def l_p(p: float | jax.Array = 2.4) -> RangeRule:
     Source: Nahshan et al., Loss aware post-training quantization, 2021, section 3.1; the default as
     in Li et al., BRECQ, 2021, code.
     """
-    known = concrete(p)
-    if known is not None and not 0.0 < float(known) < float("inf"):
+    known = known_number(p, "l_p")
+    if known is not None and not 0.0 < known < float("inf"):
         raise errors.QuantizerError(
-            f"an error to the power of {float(known):g}",
+            f"an error to the power of {known:g}",
             where="the range rule l_p",
             fix="l_p(2.4), or qj.ranges.MSE",
         )

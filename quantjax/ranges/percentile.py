@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax._compat import concrete
 from quantjax.formats import divide_by_scale
-from quantjax.ranges.base import Range, RangeRule, Target, rule_of
+from quantjax.ranges.base import Range, RangeRule, Target, known_number, rule_of
 from quantjax.statistics import Histogram, Sample, Statistics, as_float
 
 
@@ -58,6 +57,7 @@ def _range(statistics: Statistics, target: Target, share: jax.Array) -> Range:
         low, high = _below(distribution, cut * number), _above(distribution, cut * number)
     else:
         low, high = _between(statistics.sample, cut * jnp.maximum(number - 1.0, 0.0))
+    low = jnp.minimum(low, high)  # both are the median at p = 0, from either side of its bin
     least, most = statistics.extremes
     some = number > 0.0
     low = jnp.where(some & (share < 1.0), jnp.clip(low, least, most), least)
@@ -89,10 +89,10 @@ def percentile(share: float | jax.Array = 0.999) -> RangeRule:
 
     Source: Wu et al., Integer quantization for deep learning inference, 2020, section 4.1.
     """
-    known = concrete(share)
-    if known is not None and not 0.0 <= float(known) <= 1.0:
+    known = known_number(share, "percentile")
+    if known is not None and not 0.0 <= known <= 1.0:
         raise errors.QuantizerError(
-            f"a share of {float(known):g} of the values",
+            f"a share of {known:g} of the values",
             where="the range rule percentile",
             why="it is a part of all values, not a number of percent",
             fix="percentile(0.999)",

@@ -36,16 +36,20 @@ def _range(statistics: Statistics, target: Target) -> Range:
     reach = c1 * jnp.sqrt(statistics.moments.square) + c2 * statistics.moments.magnitude
     fitted = (reach > 0.0) & jnp.isfinite(reach) & (target.bits >= 2.0) & (target.bits <= 8.0)
     reach = jnp.where(fitted, reach, largest)
-    return Range(-reach, reach, statistics.batches > 0)
+    if target.symmetric:
+        return Range(-reach, reach, statistics.batches > 0)
+    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    return Range(jnp.maximum(-reach, low), jnp.minimum(reach, high), statistics.batches > 0)
 
 
 SAWB = RangeRule("sawb", _range)
 """``α = c1 √E[w²] + c2 E|w|``, the range ``[-α, α]``.
 
 The coefficients were fitted to six distributions by their authors, for codes ``-α .. α`` without an
-own zero, and are published for 2, 3, 4, 5 and 8 bits; 6 and 7 are interpolated here. At widths
-outside 2 to 8, and where the formula is not positive (all entries equal in magnitude, for
-instance), the range is that of the largest magnitude.
+own zero, and are published for 2, 3, 4, 5 and 8 bits; 6 and 7 are interpolated here. An asymmetric
+range, which the authors do not have, ends at what was seen. At widths outside 2 to 8, and where the
+formula is not positive (all entries equal in magnitude, for instance), the range is that of the
+largest magnitude.
 
 Source: Choi et al., Accurate and efficient 2-bit quantized neural networks, 2019, section 3;
 coefficients as in IBM's fms-model-optimizer, ``sawb_utils.py``.

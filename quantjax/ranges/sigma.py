@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax._compat import concrete
-from quantjax.ranges.base import Range, RangeRule, Target, rule_of
+from quantjax.ranges.base import Range, RangeRule, Target, known_number, rule_of
 from quantjax.statistics import Statistics
 
 
@@ -46,10 +45,10 @@ def sigma(factor: float | jax.Array = 3.0) -> RangeRule:
     Source: McKinstry et al., Discovering low-precision networks close to full-precision networks
     for efficient embedded inference, 2018, section 3.
     """
-    known = concrete(factor)
-    if known is not None and not float(known) > 0.0:
+    known = known_number(factor, "sigma")
+    if known is not None and not 0.0 < known < float("inf"):
         raise errors.QuantizerError(
-            f"{float(known):g} standard deviations",
+            f"{known:g} standard deviations",
             where="the range rule sigma",
             fix="sigma(3.0)",
         )

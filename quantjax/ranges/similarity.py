@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax._compat import concrete
 from quantjax.formats import divide_by_scale
-from quantjax.ranges.base import Range, RangeRule, Target, rule_of
+from quantjax.ranges.base import Range, RangeRule, Target, known_number, rule_of
 from quantjax.ranges.search import Outcome, search, unit
 from quantjax.statistics import Statistics
 
@@ -46,10 +45,10 @@ def sqnr(clip_weight: float | jax.Array = 3.0) -> RangeRule:
 
     Source: AIMET, ``SqnrEncodingAnalyzer``.
     """
-    known = concrete(clip_weight)
-    if known is not None and not 0.0 < float(known) < float("inf"):
+    known = known_number(clip_weight, "sqnr")
+    if known is not None and not 0.0 < known < float("inf"):
         raise errors.QuantizerError(
-            f"clipping errors that count {float(known):g} times",
+            f"clipping errors that count {known:g} times",
             where="the range rule sqnr",
             fix="sqnr(3.0)",
         )
@@ -58,6 +57,9 @@ def sqnr(clip_weight: float | jax.Array = 3.0) -> RangeRule:
 
 SQNR = sqnr()
 """Clipping errors count three times; see :func:`sqnr`."""
+
+
+_SAME = 1e-12  # sin² of an angle of 1e-6
 
 
 def _cosine(statistics: Statistics, target: Target) -> Range:
@@ -73,6 +75,9 @@ def _cosine(statistics: Statistics, target: Target) -> Range:
         across = ee - xe * divide_by_scale(xe, some)
         length = xx + 2.0 * xe + ee
         sine = divide_by_scale(across, jnp.where(length > 0.0, length, 1.0))
+        # What float32 cannot tell from the same direction is that direction, and the first range,
+        # the widest, keeps it: one value has the cosine 1 whatever becomes of it.
+        sine = jnp.maximum(sine, _SAME)
         # A tensor that becomes all zeros has no direction.
         return jnp.where((length > 0.0) | (xx == 0.0), sine, 2.0)
 
@@ -83,7 +88,8 @@ COSINE = RangeRule("cosine", _cosine, reads_distribution=True)
 """``argmax ⟨x, Q(x)⟩ / (‖x‖ ‖Q(x)‖)`` over ranges, by search as :data:`MSE`.
 
 A common factor does not count, so ranges come out narrower than by squared error at few bits: what
-the next layer makes of the lost length is left to it.
+the next layer makes of the lost length is left to it. One value that outweighs all others has the
+direction nearly to itself, and may be clipped far.
 
 Source: Wu et al., EasyQuant: post-training quantization via scale optimization, 2020, section 3.
 """

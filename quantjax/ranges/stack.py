@@ -60,12 +60,20 @@ class IndexedRule(NamedTuple):
 
             return found
 
-        return lax.switch(self.chosen, [branch(rule) for rule in self.rules], statistics)
+        found = lax.switch(self.chosen, [branch(rule) for rule in self.rules], statistics)
+        low, high = (jnp.where(self._exists, end, jnp.nan) for end in (found.low, found.high))
+        return Range(low, high, found.calibrated)
+
+    @property
+    def _exists(self) -> jax.Array:
+        """A traced index may be beyond the rules, where a switch would take the nearest one."""
+        return (self.chosen >= 0) & (self.chosen < len(self.rules))
 
     def qparams(self, of_rule: Callable[[RangeRule | FitRule], QParams]) -> QParams:
         """The QParams by the rule that ``chosen`` points at, all of one shape."""
         branches = [lambda rule=rule: of_rule(rule) for rule in self.rules]
-        return lax.switch(self.chosen, branches)
+        found = lax.switch(self.chosen, branches)
+        return found._replace(scale=jnp.where(self._exists, found.scale, jnp.nan))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +84,12 @@ class RuleStack:
 
     def __getitem__(self, index: int | jax.Array) -> IndexedRule:
         known = concrete(index)
+        if not jnp.issubdtype(jnp.result_type(index), jnp.integer) or jnp.ndim(index):
+            raise errors.PolicyError(
+                "an index of a rule is one whole number",
+                where=f"stack of {', '.join(rule.name for rule in self.rules)}",
+                fix="jnp.arange(n) for an axis of a sweep, and jax.vmap or jax.lax.map over it",
+            )
         if known is not None and not 0 <= int(known) < len(self.rules):
             raise errors.PolicyError(
                 f"rule {int(known)} does not exist",
@@ -88,6 +102,18 @@ class RuleStack:
     def names(self) -> tuple[str, ...]:
         """The rules' names, in order."""
         return tuple(rule.name for rule in self.rules)
+
+
+def checked_rule(rule: Any, where: str) -> RangeRule | FitRule | IndexedRule:
+    """The rule itself; ``PolicyError`` for a name, a stack or a function in its place."""
+    if isinstance(rule, RangeRule | FitRule | IndexedRule):
+        return rule
+    fix = "qj.ranges.MSE, or another of qj.ranges"
+    if isinstance(rule, RuleStack):
+        fix = "stack[i], one of its rules; i may be an array"
+    elif callable(rule):
+        fix = f"call it: qj.ranges.{getattr(rule, '__name__', 'percentile')}(...)"
+    raise errors.PolicyError(f"{rule!r:.80} is no range rule", where=where, fix=fix)
 
 
 def stack(rules: Sequence[RangeRule | FitRule]) -> RuleStack:

@@ -58,8 +58,9 @@ class Statistics(NamedTuple):
         if found is None:
             raise errors.StatisticsError(
                 "these statistics hold no histogram",
-                why="it was left out when they were made",
-                fix="qj.init(plan) with histogram_bins as they are by default",
+                why="it was left out, or the rule does not say that it reads it",
+                fix="qj.init(plan) without histogram_bins=None; RangeRule(..., "
+                "reads_distribution=True)",
             )
         return sample.of_histogram(found) if isinstance(found, Histogram) else found
 
@@ -73,12 +74,23 @@ def init(
     """Statistics of nothing, at the granularity of ``scale_shape``.
 
     Args:
-      averaging_constant: of the moving average; an array may be traced.
+      averaging_constant: the weight of a new batch in the moving average, as in PyTorch
+        (TensorFlow's decay of 0.99 is 0.01 here); an array may be traced.
       histogram_bins: a power of two; None keeps no histogram.
+
+    Raises:
+      StatisticsError: a constant that is no weight, or another number of bins.
 
     >>> int(init((1, 1)).batches)
     0
     """
+    known = concrete(averaging_constant)
+    if known is not None and not ((known >= 0.0) & (known <= 1.0)).all():
+        raise errors.StatisticsError(
+            f"an averaging constant of {known}",
+            why="it is the weight of a new batch, from 0 to 1",
+            fix="averaging_constant=0.01, PyTorch's",
+        )
     return Statistics(
         jnp.zeros((), jnp.int32),
         count.zero(scale_shape),
@@ -148,7 +160,8 @@ def _number(x: jax.Array, scale_shape: tuple[int, ...], where: jax.Array | None)
     if where is None:
         return jnp.asarray(group_counts(x.shape, scale_shape), jnp.uint32)
     mask = jnp.broadcast_to(jnp.asarray(where), x.shape)
-    return reduce_to(mask.astype(jnp.uint32), scale_shape, jnp.sum)
+    # Under jax_enable_x64 a sum of 32 bits has 64.
+    return reduce_to(mask.astype(jnp.uint32), scale_shape, jnp.sum).astype(jnp.uint32)
 
 
 def _kept(statistics: Statistics) -> Histogram | None:
@@ -162,6 +175,15 @@ def _kept(statistics: Statistics) -> Histogram | None:
     return statistics.distribution
 
 
+def _check_alike(left: Statistics, right: Statistics) -> None:
+    if left.scale_shape != right.scale_shape:
+        raise errors.StatisticsError(
+            f"statistics of shape {left.scale_shape} and of {right.scale_shape}",
+            why="the granularity is fixed when statistics are made",
+            fix="make both by the same qj.init(plan)",
+        )
+
+
 def merge(left: Statistics, right: Statistics) -> Statistics:
     """Both statistics as one; for shards, of which at most one has seen data.
 
@@ -169,6 +191,7 @@ def merge(left: Statistics, right: Statistics) -> Statistics:
       StatisticsError: both hold a moving average (or may, under a trace): it depends on the order
         in which batches came, which two finished shards do not tell.
     """
+    _check_alike(left, right)
     counts = concrete(left.batches), concrete(right.batches)
     if counts[1] is not None and not counts[1].any():
         return left
@@ -191,12 +214,7 @@ def merge_unordered(left: Statistics, right: Statistics) -> Statistics:
     Raises:
       StatisticsError: other granularities, or histograms of other sizes.
     """
-    if left.scale_shape != right.scale_shape:
-        raise errors.StatisticsError(
-            f"statistics of shape {left.scale_shape} and of {right.scale_shape}",
-            why="the granularity is fixed when statistics are made",
-            fix="make both by the same qj.init(plan)",
-        )
+    _check_alike(left, right)
     one, other = _kept(left), _kept(right)
     if (one is None) != (other is None):
         raise errors.StatisticsError(

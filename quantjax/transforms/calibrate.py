@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from quantjax.affine import QParams
 from quantjax.interpreter import Role, leaves_by_path
 from quantjax.planning import OperandPlan, Plan, SitePlan
 from quantjax.quantizer import RangeMode
-from quantjax.ranges import FitRule, IndexedRule, RangeRule, Target, derive_many
+from quantjax.ranges import FitRule, IndexedRule, RangeRule, Target, checked_rule, derive_many
 from quantjax.statistics import Statistics
 from quantjax.transforms.check import check
 from quantjax.transforms.observe import State
@@ -72,7 +72,17 @@ def calibrate(
     Sharp edges: under a trace nothing can be raised for values; the scale is NaN instead, and
     ``qj.check(qstate)`` says why.
     """
+    if not isinstance(state, Mapping):
+        raise errors.CalibrationError(
+            f"the state is a {type(state).__name__}",
+            where="qj.calibrate",
+            why="qj.observe returns what the model does, and the state",
+            fix="y, state = qj.observe(f, plan)(state, params, x)",
+        )
     plan.check_params(params)
+    for given in (rule, weight_rule, activation_rule):
+        if given is not None:
+            checked_rule(given, "qj.calibrate")
     leaves = leaves_by_path(params)
     check_used(plan, weight_bits, Role.WEIGHT)
     check_used(plan, activation_bits, Role.ACTIVATION)

@@ -57,7 +57,7 @@ def init(
       averaging_constant: of the moving average; an array may be traced.
       histogram_bins: of each group, a power of two. None keeps no histogram: observing then takes
         about half as long, and what is left are the rules that read none (``MIN_MAX``,
-        ``MOVING_AVERAGE``, ``sigma``, ``ACIQ_GAUSSIAN``, ``SAWB``, ``LSQ``).
+        ``MOVING_AVERAGE``, ``constant``, ``sigma``, ``ACIQ_GAUSSIAN``, ``SAWB``, ``LSQ``).
     """
     state: State = {}
     for entry in plan.quantized:
@@ -85,8 +85,7 @@ def observe(
 
     A batch that is spread over devices: under ``jit`` with sharded inputs, nothing has to be done.
     Inside ``shard_map``, give ``axis_name``, and each device has the statistics of the whole batch.
-    Shards that were observed apart are merged by ``qj.statistics.merge_unordered``, without their
-    moving averages.
+    Shards that were observed apart are merged by ``qj.merge_states``, without moving averages.
 
     Args:
       axis_name: the mesh axes that the batch is spread over.
@@ -109,6 +108,8 @@ def observe(
         state: State, params: Any, *inputs: Any, where: Bool[Array, "..."] | None = None
     ) -> tuple[Any, State]:
         plan.check_params(params)
+        if where is not None:
+            where = jnp.asarray(where)
         _check_inputs(inputs, where)
         program = programs(params, *inputs)
         check_program(plan, program)
@@ -196,6 +197,13 @@ def _update(visit: Visit, operand: OperandPlan, axis_name: AxisName) -> Statisti
 
 def _check_inputs(inputs: Any, where: Any) -> None:
     """Concrete inputs only; ahead of any work."""
+    if where is not None and where.dtype != jnp.bool_:
+        raise errors.DataError(
+            f"a mask of {where.dtype}",
+            where=f"where= of shape {shape_text(where.shape)}",
+            why="it says which samples count, and a number would be taken for a weight",
+            fix="where=mask.astype(bool)",
+        )
     mask = None if where is None else concrete(where)
     if mask is not None and not mask.any():
         raise errors.DataError(

@@ -162,11 +162,11 @@ def test_products_that_stay_in_float_are_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        ("digitz", DATA, "no model is called digitz\n  where: registered: digits"),
+        ("digitz", DATA, "no model is called digitz\n  where: registered: "),
         ("tests.calibration.tiny:absent", DATA, "cannot be imported"),
         ("tests.calibration.tiny:number", DATA, "is int, not a quantjax.calibration.Model"),
         ("tests.calibration.tiny:apply", DATA, "cannot be called without arguments"),
-        (MODEL, "digitz", "no data is called digitz\n  where: registered: digits"),
+        (MODEL, "digitz", "no data is called digitz\n  where: registered: "),
         (MODEL, "no.such.module:x", "cannot be imported"),
         (MODEL, "tests.calibration.tiny:number", "is int, not an iterable of batches"),
         (MODEL, "tests.calibration.tiny:texts", "is str, not an iterable of batches"),

@@ -160,7 +160,7 @@ def test_values_that_are_no_configuration(value):
 def test_a_rule_of_a_sweep_is_no_configuration():
     indexed = ranges.stack([MIN_MAX])[0]
     with refused(errors.StorageError, "IndexedRule cannot be written", "where: value.rule"):
-        encode(dataclasses.replace(qj.weight_quantizer(), rule=indexed))
+        encode(indexed, at="value.rule")
 
 
 def test_own_values_with_names_of_the_library():

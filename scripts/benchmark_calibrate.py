@@ -30,28 +30,9 @@ import quantjax as qj
 from experiments.digits.model import DigitsCNN
 from experiments.models.resnet import resnet20
 from quantjax import ranges
+from quantjax.calibration import RULES as NAMED_RULES
 
-RULES: Mapping[str, ranges.RangeRule] = {
-    rule.name: rule
-    for rule in (
-        ranges.MIN_MAX,
-        ranges.MOVING_AVERAGE,
-        ranges.percentile(0.999),
-        ranges.sigma(3.0),
-        ranges.constant(0.0, 6.0),
-        ranges.LSQ,
-        ranges.SAWB,
-        ranges.ACIQ_GAUSSIAN,
-        ranges.ACIQ_LAPLACIAN,
-        ranges.MSE,
-        ranges.l_p(2.4),
-        ranges.SQNR,
-        ranges.COSINE,
-        ranges.KL_TENSORRT,
-        ranges.KL_MODELOPT,
-        ranges.KL_ONNXRUNTIME,
-    )
-}
+RULES: Mapping[str, ranges.RangeRule] = {rule.name: rule for rule in NAMED_RULES.values()}
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 

@@ -161,6 +161,14 @@ class DistillationError(QuantjaxError, ValueError):
     """
 
 
+class EstimatorError(QuantjaxError, ValueError):
+    """A gradient estimator without what it needs.
+
+    ``qj.fake_quant(x, 0.1, estimator=qj.estimators.PACT)`` fails: PACT learns a clip, which is in
+    ``theta``. Use ``theta={"clip": 2.0}``, or ``qj.calibrate``, which starts it.
+    """
+
+
 class PruningError(QuantjaxError, ValueError):
     """A mask that cannot be made, or does not fit.
 

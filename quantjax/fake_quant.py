@@ -1,179 +1,22 @@
-"""Quantize and dequantize in one step, with an estimator's gradient.
-
-Two forms of the same arithmetic: :func:`fake_quant` returns reals ``s · (q - z)``;
-:func:`centered_codes` returns the levels ``q - z`` as floats, for products that multiply codes.
-"""
+"""Quantize and dequantize one tensor in one step: :func:`fake_quant`."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import DIVIDED, QParams, Scaling, is_bypassed
+from quantjax.affine import DIVIDED, QParams, Scaling
 from quantjax.estimators import CLIPPED, Estimator
-from quantjax.formats import Format, Snapped, Theta, divide_by_scale, integer
-from quantjax.granularity import check_scale_shape, expand
+from quantjax.formats import Format, Theta, integer
+from quantjax.granularity import check_scale_shape
 from quantjax.rounding import HALF_EVEN, Rounding
-
-
-class Arithmetic(NamedTuple):
-    """The static part of quantizing one tensor."""
-
-    format: Format
-    rounding: Rounding = HALF_EVEN
-    estimator: Estimator = CLIPPED
-    scaling: Scaling = DIVIDED
-
-
-class _Given(NamedTuple):
-    """The arrays beside ``x``, expanded to its shape; ``noise`` is None unless it is needed."""
-
-    scale: jax.Array
-    zero_point: jax.Array
-    bits: jax.Array
-    theta: Theta
-    noise: jax.Array | None
-
-
-class _Local(NamedTuple):
-    centered: jax.Array
-    slope: jax.Array
-    passed: jax.Array
-
-
-def _snapped(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> tuple[jax.Array, Snapped]:
-    """``x/s``, and the level that it becomes."""
-    format, rounding, _, scaling = arithmetic
-    zero = jnp.round(given.zero_point)
-    scaled = scaling.quotient(x, given.scale)
-    inside, outside = (
-        (scaled + zero, jnp.zeros_like(zero)) if scaling.adds_first else (scaled, zero)
-    )
-    rounding = rounding.given(given.noise)
-    return scaled, format.snap(inside, outside, given.bits, rounding, given.theta)
-
-
-def _local(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> _Local:
-    """Levels minus zero point, the estimator's slope, and ``slope · x/s``; all float32."""
-    format, _, estimator, _ = arithmetic
-    zero, bits, theta = jnp.round(given.zero_point), given.bits, given.theta
-    scaled, snapped = _snapped(arithmetic, x, given)
-    low, high = format.level_range(bits, theta)
-    slope = estimator.slope(snapped.unclipped, low, high)
-    # Not a plain product: where the quotient is infinite and clipped, 0 · ∞ would be NaN.
-    passed = jnp.where(slope == 0.0, 0.0, slope * scaled)
-    return _Local(snapped.level - zero, slope, passed)
-
-
-def _tangent_of_theta(
-    arithmetic: Arithmetic, centered: jax.Array, given: _Given, dtheta: Theta
-) -> jax.Array | float:
-    """How the levels at hand move with ``theta``, their codes staying what they are."""
-    if not jax.tree.leaves(given.theta):
-        return 0.0
-    format, bits, theta = arithmetic.format, given.bits, given.theta
-    codes = format.encode(centered + jnp.round(given.zero_point), bits, theta)
-    decode = lambda theta: format.decode(codes, bits, theta)  # noqa: E731
-    return jax.jvp(decode, (theta,), (dtheta,))[1]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _centered(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
-    return _local(arithmetic, x, given).centered
-
-
-@_centered.defjvp
-def _centered_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x, given), (dx, d) = primals, tangents
-    _, slope, passed = _local(arithmetic, x, given)
-    to_x, to_scale = divide_by_scale(slope, given.scale), -divide_by_scale(passed, given.scale)
-    # The function itself, not its body: else its derivative would be differentiated as rounding.
-    centered = _centered(arithmetic, x, given)
-    tangent = to_x * dx + to_scale * d.scale + (slope - 1.0) * d.zero_point
-    return centered, tangent + _tangent_of_theta(arithmetic, centered, given, d.theta)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _fake_quant(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
-    centered = _local(arithmetic, x, given).centered
-    return jnp.where(is_bypassed(given.bits), x, centered * given.scale)
-
-
-@_fake_quant.defjvp
-def _fake_quant_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x, given), (dx, d) = primals, tangents
-    _, slope, passed = _local(arithmetic, x, given)
-    centered = _centered(arithmetic, x, given)
-    bypass = is_bypassed(given.bits)
-    slope = jnp.where(bypass, 1.0, slope)
-    to_scale = jnp.where(bypass, 0.0, centered - passed)
-    to_zero = jnp.where(bypass, 0.0, (slope - 1.0) * given.scale)
-    tangent = slope * dx + to_scale * d.scale + to_zero * d.zero_point
-    if jax.tree.leaves(given.theta):
-        moved = _tangent_of_theta(arithmetic, centered, given, d.theta)
-        tangent = tangent + jnp.where(bypass, 0.0, given.scale * moved)
-    return _fake_quant(arithmetic, x, given), tangent
-
-
-def _prepared(
-    x: jax.Array, qparams: QParams, arithmetic: Arithmetic, key: jax.Array | None
-) -> tuple[jax.Array, _Given]:
-    x = jnp.asarray(x)
-    noise = arithmetic.rounding.noise(key, x.shape)
-    spread = lambda array: expand(jnp.asarray(array, jnp.float32), x.shape)  # noqa: E731
-    theta = arithmetic.format.map_groups(qparams.theta, spread)
-    bits = jnp.asarray(qparams.bits, jnp.float32)
-    given = _Given(spread(qparams.scale), spread(qparams.zero_point), bits, theta, noise)
-    return x.astype(jnp.float32), given
-
-
-def centered_codes(
-    x: Float[Array, "..."],
-    qparams: QParams,
-    arithmetic: Arithmetic,
-    key: PRNGKeyArray | None = None,
-) -> Float[Array, "..."]:
-    """``clip(round(x/s) + z, low, high) - z``: levels about their zero point, float32.
-
-    Differentiable in ``x``, ``scale``, ``zero_point`` and ``theta`` by the estimator: the gradient
-    of ``s · centered_codes(x)`` is that of :func:`fake_quant`. Bypass (``bits == 0``) is the
-    caller's.
-    """
-    return _centered(arithmetic, *_prepared(x, qparams, arithmetic, key))
-
-
-def is_clipped(
-    x: Float[Array, "..."],
-    qparams: QParams,
-    arithmetic: Arithmetic,
-    key: PRNGKeyArray | None = None,
-) -> Bool[Array, "..."]:
-    """Where the range has no level for ``x``, and the outermost one stands in."""
-    x, given = _prepared(x, qparams, arithmetic, key)
-    low, high = arithmetic.format.level_range(given.bits, given.theta)
-    unclipped = _snapped(arithmetic, x, given)[1].unclipped
-    return (unclipped < low) | (unclipped > high)
-
-
-def apply(
-    x: Float[Array, "..."],
-    qparams: QParams,
-    arithmetic: Arithmetic,
-    key: PRNGKeyArray | None = None,
-) -> Float[Array, "..."]:
-    """:func:`fake_quant` for QParams and an :class:`Arithmetic`; the dtype of ``x``."""
-    x = jnp.asarray(x)
-    y = _fake_quant(arithmetic, *_prepared(x, qparams, arithmetic, key)).astype(x.dtype)
-    if x.dtype == jnp.float64:  # float32 would round what passes through
-        y = jnp.where(is_bypassed(jnp.asarray(qparams.bits, jnp.float32)), x, y)
-    return y
+from quantjax.simulation import Arithmetic, apply
 
 
 def fake_quant(
@@ -205,11 +48,12 @@ def fake_quant(
         not, the result is the same bit for bit. Default: 8, or the container's width.
       signed, narrow: which integers, where no ``format`` is given.
       format: another family of levels, such as ``qj.formats.E4M3FN``.
-      theta: the format's own parameters, a dictionary of arrays.
+      theta: the format's and the estimator's own parameters, a dictionary of arrays.
       rounding: default half to even; a random one needs ``key``.
-      estimator: the gradient of rounding and clipping; default passes 1 inside the range.
+      estimator: the gradient of rounding and clipping, and what is learned with it; default passes
+        1 inside the range.
       scaling: how ``x`` is divided; variants for parity with other toolkits.
-      key: for random roundings.
+      key: for random roundings and estimators.
 
     Returns:
       An array of the shape and dtype of ``x``. NaN stays NaN; infinities saturate.
@@ -220,7 +64,8 @@ def fake_quant(
       QuantizerError: a concrete scale that is not positive and finite; a zero point, or the choice
         of signed or narrow, for a format that has none.
       DataError: ``x`` is not of a floating-point dtype.
-      KeyMissingError: a random rounding without ``key``.
+      KeyMissingError: a random rounding or estimator without ``key``.
+      EstimatorError: ``theta`` lacks what the estimator learns.
 
     Sharp edges: with full signed codes and ``s = max|x| / 2^(b-1)``, the largest value itself lies
     one step beyond the last code and is clipped, in value and gradient.
@@ -253,11 +98,11 @@ def fake_quant(
             where=f"qj.fake_quant of shape {x.shape}",
             fix="jax.vmap(lambda bits: qj.fake_quant(x, scale, bits=bits, ...))(bits)",
         )
-    _check_concrete(scale, zero_point, bits, theta, container)
+    _check_concrete(scale, zero_point, bits, estimator.rest(theta), container)
     for shaped in (scale, zero_point):
         if jnp.ndim(shaped) > 0:
             check_scale_shape(x.shape, jnp.shape(shaped))
-    width = jnp.where(container.valid_bits(width, theta), width, jnp.nan)
+    width = jnp.where(container.valid_bits(width, estimator.rest(theta)), width, jnp.nan)
     scale = jnp.asarray(scale, jnp.float32)
     scale = jnp.where(jnp.isnan(width), jnp.nan, scale)
     qparams = QParams(scale, jnp.asarray(zero_point, jnp.float32), width, theta)

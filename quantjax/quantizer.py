@@ -14,7 +14,6 @@ import numpy as np
 from quantjax import errors, statistics
 from quantjax.affine import DIVIDED, QParams, Scaling, mark_faults, qparams_from_range
 from quantjax.estimators import CLIPPED, Estimator
-from quantjax.fake_quant import Arithmetic
 from quantjax.formats import UNIT, Format, Theta, integer
 from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken, reduce_to
 from quantjax.printing import shape_text
@@ -29,6 +28,7 @@ from quantjax.ranges import (
     derive,
 )
 from quantjax.rounding import HALF_EVEN, Rounding
+from quantjax.simulation import Arithmetic
 from quantjax.statistics import Statistics
 
 LARGEST_LEVEL = 2.0**60  # of which sums of 2^7 products of two are float32 numbers
@@ -57,7 +57,8 @@ class Quantizer:
       rule: statistics to range, or a fit to the tensor itself, unless ``qj.calibrate`` is told
         another.
       range: fixed or live.
-      rounding, estimator: forward and backward of a code.
+      rounding, estimator: forward and backward of a code; an estimator may learn parameters of its
+        own, which calibration starts.
       scaling: how a real is divided by the scale.
     """
 
@@ -186,6 +187,10 @@ class Quantizer:
         """The width alone, for a range that is not known yet: scale 1, or its fault."""
         one = jnp.ones_like(bits)
         return self._marked(QParams(one, jnp.zeros_like(one), bits, theta))
+
+    def started(self, qparams: QParams) -> QParams:
+        """With the estimator's own parameters, as calibration starts them."""
+        return self.estimator.started(qparams, self.format)
 
     @property
     def _is_bounded(self) -> bool:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import quantjax as qj
 from quantjax import storage
 from quantjax.affine import QParams
-from quantjax.fake_quant import Arithmetic, apply
+from quantjax.simulation import Arithmetic, apply
 from quantjax.formats import BUILT_IN, Format, Theta, example_theta
 from quantjax.rounding import CEIL, HALF_AWAY, HALF_EVEN, STOCHASTIC, Rounding
 

@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float
 
 from quantjax.affine import QParams
 from quantjax.calibration.results import Bars
-from quantjax.fake_quant import Arithmetic, apply, is_clipped
+from quantjax.estimators import CLIPPED
 from quantjax.quantizer import Quantizer
 from quantjax.rounding import HALF_EVEN
+from quantjax.simulation import Arithmetic, apply, is_clipped
 from quantjax.statistics import Histogram, Sample, Statistics, as_float
 from quantjax.statistics.sample import of_histogram
 
@@ -60,6 +61,7 @@ def measure(quantizer: Quantizer, sample: Sample, qparams: QParams) -> Measured:
       qparams: at the shape of the scale.
     """
     arithmetic = quantizer.arithmetic
+    arithmetic = arithmetic._replace(estimator=CLIPPED)  # which changes no value
     if arithmetic.rounding.is_random:
         arithmetic = arithmetic._replace(rounding=HALF_EVEN)
     outcome = _quantized(arithmetic, sample.values, qparams)

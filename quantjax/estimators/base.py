@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from quantjax import errors
+from quantjax.affine import QParams, is_bypassed
+from quantjax.formats import Format, Theta
+
+Parameters = Mapping[str, jax.Array]
+"""An estimator's own arrays in ``QParams.theta``: scalars, or of the scale's shape."""
+
+
+class Point(NamedTuple):
+    """Where the entries of a tensor lie among the levels; float32, broadcast to its shape.
+
+    Attributes:
+      position: ``x/s + z``, not rounded.
+      unclipped: the level that it is rounded to, before clipping.
+      level: after clipping.
+      low, high: the outermost levels at the width in use.
+      zero_point: rounded.
+      scale: positive.
+      parameters: the estimator's own.
+    """
+
+    position: jax.Array
+    unclipped: jax.Array
+    level: jax.Array
+    low: jax.Array
+    high: jax.Array
+    zero_point: jax.Array
+    scale: jax.Array
+    parameters: Parameters
+
+    @property
+    def is_inside(self) -> jax.Array:
+        """Where the rounded level lies in the range, as torch and LSQ have it (bool)."""
+        return (self.unclipped >= self.low) & (self.unclipped <= self.high)
+
+    @property
+    def scaled(self) -> jax.Array:
+        """``x/s``."""
+        return self.position - self.zero_point
 
 
 class Estimator(NamedTuple):
-    """The derivative that stands in for that of a rounded and clipped code.
+    """What stands in for the derivative of a rounded and clipped code, and what is learned with it.
 
     A code is ``q = clip(round(x/s) + z, low, high)``. Its derivative with respect to ``x/s`` is
     zero almost everywhere; the estimator puts ``slope`` in its place, and all gradients follow:
@@ -17,12 +58,84 @@ class Estimator(NamedTuple):
     ``∂y/∂x = slope``, ``∂y/∂s = (q - z) - slope · x/s``, ``∂y/∂z = s · (slope - 1)``
     for ``y = s · (q - z)``.
 
+    Methods that move more than that say so in the other fields; most have ``name`` and ``slope``
+    alone. What ``resolve`` and ``transform`` compute is differentiated as it stands.
+
     Attributes:
       name: what it prints as.
-      slope: ``(unclipped, low, high) -> float32 array``, with ``unclipped = round(x/s) + z``. It
-        does not depend on the incoming gradient, so the rule is linear and both forward-mode and
-        reverse-mode differentiation work.
+      slope: ``point -> float32 array``, the derivative of the level by ``x/s``. Not a function of
+        the incoming gradient, so the rule is linear, and forward and reverse mode both work.
+      parameters: names of its own arrays in ``QParams.theta``.
+      start: ``(qparams, format) -> parameters``, what calibration starts them from.
+      resolve: ``(qparams, format, shape) -> qparams``: scale, zero point and width as functions of
+        what is learned; ``shape`` is the tensor's.
+      transform: ``(x, qparams, format) -> x``: what is rounded in place of ``x``; the QParams are
+        resolved.
+      to_parameters: ``(point, tangents) -> tangent of the level``, where the slope's parameters are
+        learned as well.
+      asymmetry: ``point -> a``: an incoming gradient ``g`` of a level becomes
+        ``g · (1 + a · sign(g))``. Reverse mode only.
+      chosen: ``(parameters, key, shape) -> bool array``: the entries that are quantized; the others
+        pass as they are. Needs a key.
     """
 
     name: str
-    slope: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    slope: Callable[[Point], jax.Array]
+    parameters: tuple[str, ...] = ()
+    start: Callable[[QParams, Format], Parameters] | None = None
+    resolve: Callable[[QParams, Format, tuple[int, ...]], QParams] | None = None
+    transform: Callable[[jax.Array, QParams, Format], jax.Array] | None = None
+    to_parameters: Callable[[Point, Parameters], jax.Array] | None = None
+    asymmetry: Callable[[Point], jax.Array] | None = None
+    chosen: Callable[[Parameters, jax.Array, tuple[int, ...]], jax.Array] | None = None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether values depend on a key."""
+        return self.chosen is not None
+
+    def own(self, theta: Theta) -> dict[str, jax.Array]:
+        """Its parameters of ``theta``.
+
+        Raises:
+          EstimatorError: one of them is missing.
+        """
+        missing = [name for name in self.parameters if name not in theta]
+        if missing:
+            raise errors.EstimatorError(
+                f"theta has no {missing[0]}, which {self.name} learns",
+                where=f"theta with {', '.join(map(str, theta)) or 'nothing'}",
+                why="qj.calibrate starts an estimator's parameters; QParams made by hand lack them",
+                fix="qj.calibrate, or qparams = estimator.started(qparams, format)",
+            )
+        return {name: theta[name] for name in self.parameters}
+
+    def rest(self, theta: Theta) -> Theta:
+        """What of ``theta`` is the format's."""
+        if not self.parameters or not theta:
+            return theta
+        return {name: array for name, array in theta.items() if name not in self.parameters} or ()
+
+    def started(self, qparams: QParams, format: Format) -> QParams:
+        """QParams with the estimator's parameters beside the format's.
+
+        >>> from quantjax.estimators import PACT
+        >>> from quantjax.formats import integer
+        >>> qparams = QParams(jnp.float32(0.5), jnp.float32(0.0), jnp.float32(2.0))
+        >>> float(PACT.started(qparams, integer(signed=False)).theta["clip"])
+        1.5
+        """
+        if self.start is None:
+            return qparams
+        like = jnp.zeros_like(qparams.scale)
+        found = {
+            name: jnp.asarray(value, jnp.float32) + like
+            for name, value in self.start(qparams, format).items()
+        }
+        return qparams._replace(theta={**(qparams.theta or {}), **found})
+
+
+def highest(format: Format, bits: jax.Array, theta: Theta = ()) -> jax.Array:
+    """The highest level of a width; 1 at bypass, so that it can divide."""
+    high = format.level_range(bits, theta)[1]
+    return jnp.where(is_bypassed(bits), 1.0, high)

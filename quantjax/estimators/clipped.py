@@ -5,14 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from quantjax.estimators.base import Estimator
+from quantjax.estimators.base import Estimator, Point
 
 
-def _slope(unclipped: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    return ((unclipped >= low) & (unclipped <= high)).astype(jnp.float32)
+def inside(point: Point) -> jax.Array:
+    """1 where the rounded level lies in the range, 0 elsewhere."""
+    return point.is_inside.astype(jnp.float32)
 
 
-CLIPPED = Estimator("clipped", _slope)
+CLIPPED = Estimator("clipped", inside)
 """Gradient 1 where the rounded code lies inside the range, 0 where it was clipped.
 
 The scale then gets ``q - z - x/s`` inside and the bound's ``q - z`` outside, which is LSQ's

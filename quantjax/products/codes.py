@@ -16,7 +16,6 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from quantjax.affine import QParams, is_bypassed
-from quantjax.fake_quant import Arithmetic, centered_codes
 from quantjax.interpreter import Op, Product
 from quantjax.products import blocks
 from quantjax.products.exactness import FLOAT32_EXACT, Exactness, Sizing
@@ -26,6 +25,7 @@ from quantjax.products.groups import (
     scaled,
     sum_of_groups,
 )
+from quantjax.simulation import Arithmetic, centered_codes, prepare
 
 
 def coded(
@@ -35,8 +35,9 @@ def coded(
     key: PRNGKeyArray | None = None,
 ) -> Coded:
     """Centered codes and factor of ``x``; at width 0, ``x`` itself and 1."""
+    prepared, qparams = prepare(x, qparams, arithmetic)
     bypass = is_bypassed(qparams.bits)
-    codes = centered_codes(x, qparams, arithmetic, key)
+    codes = centered_codes(prepared, qparams, arithmetic, key)
     values = jnp.where(bypass, x.astype(jnp.float32), codes)
     # Without the barrier XLA moves the choice behind the product, onto its whole output, where no
     # fused kernel takes it: two more passes over memory, a forward pass 1.5 times as long.

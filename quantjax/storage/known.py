@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from quantjax import errors
 from quantjax.affine import DIVIDED, RECIPROCAL, RECIPROCAL_ADDED, Scaling
-from quantjax.estimators import CLIPPED, STRAIGHT_THROUGH, Estimator
+from quantjax.estimators import ESTIMATORS, Estimator
 from quantjax.formats import (
     INQ_SCALE,
     MX_CEIL,
@@ -121,7 +121,6 @@ NAMED: tuple[Any, ...] = (
     ACIQ_GAUSSIAN,
     ACIQ_LAPLACIAN,
     ADMM,
-    CLIPPED,
     COSINE,
     DIVIDED,
     HQO_SCALE,
@@ -146,11 +145,11 @@ NAMED: tuple[Any, ...] = (
     RECIPROCAL,
     RECIPROCAL_ADDED,
     SAWB,
-    STRAIGHT_THROUGH,
     TTQ,
     TWN,
     UNIT,
     XNOR,
+    *ESTIMATORS,
     *ROUNDINGS,
 )
 """NamedTuples of functions, written as ``{"rounding": "half_even"}``."""

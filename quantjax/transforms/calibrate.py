@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 
@@ -113,11 +113,19 @@ def calibrate(
     for job, qparams in _by_rule(jobs):
         found[job.entry.site.name, job.operand.key] = qparams
     qstate = {
-        entry.site.name: {o.key: found[entry.site.name, o.key] for o in entry.quantized}
+        entry.site.name: {o.key: _started(entry, o, found) for o in entry.quantized}
         for entry in plan.quantized
     }
     _raise_problems(qstate)
     return qstate
+
+
+def _started(
+    entry: SitePlan, operand: OperandPlan, found: Mapping[tuple[str, str], QParams]
+) -> QParams:
+    assert operand.quantizer is not None
+    started = over_steps(operand.quantizer.started, entry.site.steps)
+    return cast(QParams, started(found[entry.site.name, operand.key]))
 
 
 def _ranged(entry: SitePlan, operand: OperandPlan, rule: AnyRule) -> RangeRule | IndexedRule:

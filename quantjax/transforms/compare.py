@@ -12,12 +12,12 @@ from jaxtyping import Array, Float
 
 from quantjax._compat import concrete
 from quantjax.affine import is_bypassed
-from quantjax.fake_quant import apply as apply_fake_quant
-from quantjax.fake_quant import is_clipped
 from quantjax.interpreter import Carried, Outcome, ProgramCache, Visit, evaluate
 from quantjax.interpreter.trace import Function
 from quantjax.planning import OperandPlan, Plan, SitePlan
 from quantjax.printing import columns
+from quantjax.simulation import apply as apply_fake_quant
+from quantjax.simulation import is_clipped
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.fake_quantize import (
     SiteValue,

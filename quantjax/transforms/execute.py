@@ -15,7 +15,6 @@ from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams, is_bypassed
 from quantjax.data_free import dequantize_params
-from quantjax.fake_quant import centered_codes
 from quantjax.granularity import expand
 from quantjax.integers import IntegerOperand, int8_codes, integer_product, shift_of
 from quantjax.interpreter import (
@@ -35,6 +34,7 @@ from quantjax.planning import OperandPlan, Plan, SitePlan, resized
 from quantjax.products import Coded, Execution, in_float, multiply
 from quantjax.qtensor import QTensor
 from quantjax.quantizer import Quantizer
+from quantjax.simulation import centered_codes, prepare
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.fake_quantize import check_qstate, live_qparams
 from quantjax.transforms.keys import Key, next_keys, site_keys
@@ -199,6 +199,7 @@ def _multiplied(
 
 def encoded(x: jax.Array, qparams: QParams, quantizer: Quantizer, key: Key | None) -> Codes:
     """The codes of a tensor that comes in float, as floats."""
+    x, qparams = prepare(x, qparams, quantizer.arithmetic)
     zero_point = jnp.round(jnp.asarray(qparams.zero_point, jnp.float32))
     centered = centered_codes(x, qparams, quantizer.arithmetic, key)
     centered = jnp.where(jnp.isnan(centered), 0.0, centered)

@@ -133,8 +133,10 @@ def live_qparams(operand: OperandPlan, x: jax.Array, qparams: QParams) -> QParam
     if quantizer is None or quantizer.range is not RangeMode.LIVE:
         return qparams
     shape = quantizer.granularity.scale_shape(x.shape, operand.axes, is_weight=operand.is_weight)
-    x = jax.lax.stop_gradient(x)
-    return quantizer.qparams_of(x, qparams.bits, qparams.theta, scale_shape=shape)
+    x, theta = jax.lax.stop_gradient(x), quantizer.estimator.rest(qparams.theta)
+    found = quantizer.qparams_of(x, qparams.bits, theta, scale_shape=shape)
+    own = quantizer.estimator.own(qparams.theta)
+    return found._replace(theta={**(found.theta or {}), **own}) if own else found
 
 
 def _check_fits(scale_shape: Sequence[int], shape: Sequence[int], steps: tuple[int, ...]) -> None:

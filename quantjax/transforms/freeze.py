@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams, is_bypassed
 from quantjax.interpreter import leaves_by_path
-from quantjax.layout import STEP, casts
+from quantjax.layout import STEP, casts, scale_in_parameter
 from quantjax.planning import Plan
 from quantjax.qtensor import QTensor, packed
+from quantjax.simulation import transformed
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.encoding import Encoding, codes_by_parts, encoded_codes
 from quantjax.transforms.fake_quantize import check_qstate
@@ -79,7 +80,8 @@ def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -
         stated = [parameter_qparams(weight, qstate) for weight in weights]
         _check_agreement(weights, stated)
         own = _key_for(weights[0], key, number)
-        frozen[path] = _encode(weights[0], leaves[path], stated[0], own)
+        learned = _learned(weights[0], qstate)
+        frozen[path] = _encode(weights[0], leaves[path], stated[0], learned, own)
     flat = [frozen.get(path, leaf) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(params), flat)
 
@@ -97,7 +99,47 @@ def _key_for(weight: StoredWeight, key: Key | None, number: int) -> Key | None:
     return jax.random.fold_in(key, number)
 
 
-def _encode(weight: StoredWeight, leaf: Any, qparams: QParams, key: Key | None) -> QTensor:
+def _learned(weight: StoredWeight, qstate: QState) -> dict[str, jax.Array]:
+    """The estimator's own parameters at the parameter, where they say what is encoded."""
+    quantizer, site = weight.operand.quantizer, weight.entry.site
+    assert quantizer is not None
+    if quantizer.estimator.transform is None:
+        return {}
+    qparams = qstate[site.name][weight.operand.key]
+    layers = len(site.steps)
+    return {
+        name: scale_in_parameter(jnp.broadcast_to(array, qparams.scale.shape), weight.moves, layers)
+        for name, array in quantizer.estimator.own(qparams.theta).items()
+    }
+
+
+def _transformed(
+    weight: StoredWeight, leaf: jax.Array, qparams: QParams, stacked: int, static: Encoding
+) -> jax.Array:
+    """What is rounded in place of the parameter, by the estimator; ``theta`` is its own."""
+    quantizer = weight.operand.quantizer
+    assert quantizer is not None
+    if stacked != len(weight.entry.site.steps):
+        raise errors.FreezeError(
+            f"{quantizer.estimator.name} of layers that are not stacked along the first axis",
+            where=weight.where,
+            why="it transforms each layer as a whole",
+            fix="stack the layers along axis 0, or keep the site in float: qj.Scheme()",
+        )
+    for dtype in static.dtypes:
+        leaf = leaf.astype(dtype)
+    transform = partial(transformed, arithmetic=quantizer.arithmetic)
+    of_layers = over_steps(transform, leaf.shape[:stacked])
+    return cast(jax.Array, of_layers(leaf, qparams))
+
+
+def _encode(
+    weight: StoredWeight,
+    leaf: Any,
+    qparams: QParams,
+    learned: dict[str, jax.Array],
+    key: Key | None,
+) -> QTensor:
     quantizer = weight.operand.quantizer
     assert quantizer is not None
     _check_known(weight, leaf, qparams)
@@ -108,6 +150,13 @@ def _encode(weight: StoredWeight, leaf: Any, qparams: QParams, key: Key | None) 
     layered = stacked == len(weight.entry.site.steps)
     dtypes = tuple(map(jnp.dtype, casts(weight.moves)))
     static = Encoding(format, quantizer.rounding, quantizer.scaling, dtypes)
+    dtype = leaf.dtype
+    if quantizer.estimator.transform is not None:
+        in_use = qparams._replace(theta=learned)
+        leaf, static = (
+            _transformed(weight, leaf, in_use, stacked, static),
+            static._replace(dtypes=()),
+        )
     # Under a trace nothing can be raised: what has no codes, or zero points that a symmetric tensor
     # does not keep, become NaN.
     usable = ~is_bypassed(qparams.bits)
@@ -132,7 +181,7 @@ def _encode(weight: StoredWeight, leaf: Any, qparams: QParams, key: Key | None) 
     if quantizer.symmetric and layered:
         zero_point = jnp.zeros((*leaf.shape[:stacked], *(1,) * (leaf.ndim - stacked)))
     kept = qparams._replace(scale=scale, zero_point=zero_point, bits=bits)
-    return packed(codes, kept, format, leaf.dtype)
+    return packed(codes, kept, format, dtype)
 
 
 def _check_known(weight: StoredWeight, leaf: Any, qparams: QParams) -> None:

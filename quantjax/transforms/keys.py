@@ -26,8 +26,9 @@ class SiteKeys(NamedTuple):
 
 
 def is_random(operand: OperandPlan) -> bool:
-    """Whether the operand's codes depend on a key."""
-    return operand.quantizer is not None and operand.quantizer.rounding.is_random
+    """Whether the simulated operand depends on a key."""
+    quantizer = operand.quantizer
+    return quantizer is not None and (quantizer.rounding.is_random or quantizer.estimator.is_random)
 
 
 def site_keys(plan: Plan, key: Key | None) -> dict[str, Key]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from quantjax.printing import shape_text
 from quantjax.qtensor import QTensor, is_quantized
 from quantjax.quantizer import RangeMode
 from quantjax.transforms.calibrate import QState
+from quantjax.transforms.steps import over_steps
 
 
 class StoredWeight(NamedTuple):
@@ -51,8 +53,11 @@ def stored_weights(plan: Plan) -> list[StoredWeight]:
 
 
 def parameter_qparams(weight: StoredWeight, qstate: Mapping[str, Mapping[str, QParams]]) -> QParams:
-    """The site's QParams at the parameter; ``bits`` of the scale's rank."""
-    qparams = qstate[weight.entry.site.name][weight.operand.key]
+    """The site's QParams in use at the parameter; ``bits`` of the scale's rank.
+
+    What the estimator learned is in scale, zero point and width, and no longer in ``theta``.
+    """
+    qparams = resolved_qparams(weight, qstate)
     layers = len(weight.entry.site.steps)
     rank = len(weight.operand.operand.shape)
     bits = jnp.asarray(qparams.bits, jnp.float32)
@@ -64,8 +69,17 @@ def parameter_qparams(weight: StoredWeight, qstate: Mapping[str, Mapping[str, QP
     quantizer = weight.operand.quantizer
     assert quantizer is not None
     move = lambda array: scale_in_parameter(array, weight.moves, layers)  # noqa: E731
-    theta = quantizer.format.map_groups(qparams.theta, move)
+    theta = quantizer.format.map_groups(quantizer.estimator.rest(qparams.theta), move)
     return QParams(scale, zero_point, bits, theta)
+
+
+def resolved_qparams(weight: StoredWeight, qstate: Mapping[str, Mapping[str, QParams]]) -> QParams:
+    """Those of the site, as the estimator has them."""
+    quantizer, entry = weight.operand.quantizer, weight.entry
+    assert quantizer is not None
+    resolve = partial(quantizer.arithmetic.resolved, shape=weight.operand.operand.shape)
+    found = over_steps(resolve, entry.site.steps)(qstate[entry.site.name][weight.operand.key])
+    return cast(QParams, found)
 
 
 def same_qparams(first: QParams, other: QParams) -> bool:

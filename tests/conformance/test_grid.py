@@ -18,8 +18,8 @@ import pytest
 from jax import lax, monitoring
 
 import quantjax as qj
-from quantjax.fake_quant import centered_codes
 from quantjax.interpreter import leaves_by_path
+from quantjax.simulation import centered_codes
 from tests.models import assert_same_bits, cnn, planned
 
 COMPILED = "/jax/core/compile/backend_compile_duration"

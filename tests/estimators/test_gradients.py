@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from quantjax import Estimator, QParams, fake_quant, integer
 from quantjax.estimators import CLIPPED, STRAIGHT_THROUGH
-from quantjax.fake_quant import Arithmetic, apply, centered_codes
+from quantjax.simulation import Arithmetic, apply, centered_codes
 from tests.laws.cases import GROUPS, SHAPE, spread_scale
 from tests.oracles import gradients as oracle
 from tests.oracles.integers import Integers, bounds
@@ -171,7 +171,7 @@ def test_clipped_gradients_of_infinite_quotients_are_finite(x):
 
 
 def test_an_estimator_of_ones_own():
-    tent = Estimator("tent", lambda codes, low, high: jnp.maximum(1 - jnp.abs(codes) / 8, 0.0))
+    tent = Estimator("tent", lambda at: jnp.maximum(1 - jnp.abs(at.unclipped) / 8, 0.0))
     x = jnp.array([0.0, 4.1, -6.0, 20.0])
     to_x = jax.grad(lambda x: fake_quant(x, 1.0, bits=4, estimator=tent).sum())(x)
     assert to_x.tolist() == [1.0, 0.5, 0.25, 0.0]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from quantjax import encode
-from quantjax.fake_quant import apply, centered_codes
+from quantjax.simulation import apply, centered_codes
 from tests.laws.cases import Case, cases, multiples, spread_scale
 from tests.oracles import integers as oracle
 

@@ -110,7 +110,7 @@ def test_one_sided_data(rule, sign, symmetric):
 
 def _round_trip(x, qparams, symmetric):
     format = cases.SIGNED if symmetric else cases.UNSIGNED
-    from quantjax.fake_quant import Arithmetic, apply
+    from quantjax.simulation import Arithmetic, apply
 
     return np.asarray(apply(jnp.asarray(x), qparams, Arithmetic(format)))
 

@@ -1,0 +1,75 @@
+"""Learned step size quantization, and its extension to zero points."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from quantjax.affine import QParams
+from quantjax.estimators.base import Estimator, highest
+from quantjax.estimators.clipped import inside
+from quantjax.estimators.gradients import scale_gradient
+from quantjax.formats import Format
+
+
+def _factor(
+    qparams: QParams, format: Format, shape: tuple[int, ...], *, has_batch: bool
+) -> jax.Array:
+    """``1 / sqrt(N · Q_P)``, with N the entries that share a scale."""
+    entries = math.prod(shape[1:] if has_batch and len(shape) > 1 else shape)
+    groups = qparams.scale.size
+    if has_batch and jnp.ndim(qparams.scale) == len(shape) > 1:
+        groups //= qparams.scale.shape[0]
+    count = max(entries // max(groups, 1), 1)
+    return 1.0 / jnp.sqrt(float(count) * highest(format, qparams.bits))
+
+
+def _scale(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+    factor = _factor(qparams, format, shape, has_batch=False)
+    return qparams._replace(scale=scale_gradient(qparams.scale, factor))
+
+
+def _scale_of_features(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+    factor = _factor(qparams, format, shape, has_batch=True)
+    return qparams._replace(scale=scale_gradient(qparams.scale, factor))
+
+
+def _both_of_features(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+    factor = _factor(qparams, format, shape, has_batch=True)
+    return qparams._replace(
+        scale=scale_gradient(qparams.scale, factor),
+        zero_point=scale_gradient(qparams.zero_point, factor),
+    )
+
+
+LSQ = Estimator("lsq", inside, resolve=_scale)
+"""The scale is learned: its gradient is that of the clipped estimator times ``1/sqrt(N · Q_P)``.
+
+``∂y/∂s = g · (q - x/s)`` inside the range, ``g · q`` at its bounds; ``g = 1/sqrt(N · Q_P)``, with N
+the entries that share a scale and ``Q_P`` the highest code. The factor makes the relative updates
+of scales and weights alike under plain gradient descent; optimizers that normalize gradients, such
+as Adam, do not see it. Start from the range rule ``qj.ranges.LSQ``.
+
+Sharp edges: a step of the optimizer may make a scale negative; ``quantjax.training.keep_positive``
+stops it. With an activation's batch axis, see :data:`LSQ_FEATURES`.
+
+Source: Esser et al., Learned step size quantization, 2020, equation 3 and section 2.2.
+"""
+
+LSQ_FEATURES = Estimator("lsq-features", inside, resolve=_scale_of_features)
+""":data:`LSQ` for activations: N counts features, without the leading (batch) axis.
+
+Source: Esser et al., Learned step size quantization, 2020, section 2.2.
+"""
+
+LSQ_PLUS = Estimator("lsq-plus", inside, resolve=_both_of_features)
+"""Scale and zero point of activations are learned, ``∂y/∂z = -g · s`` where ``x`` was clipped.
+
+The paper's offset is ``β = -s · z``. Here the zero point is what is learned, and the forward pass
+rounds it, so that integer products stay possible; ``g`` is LSQ's.
+
+Source: Bhalgat et al., LSQ+: improving low-bit quantization through learnable offsets and better
+initialization, 2020, section 3.1.
+"""

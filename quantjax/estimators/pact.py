@@ -1,0 +1,50 @@
+"""Parameterized clipping activation, and the scale estimator for weights that goes with it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from quantjax.affine import QParams
+from quantjax.estimators.base import Estimator, Parameters, highest
+from quantjax.estimators.straight_through import ones
+from quantjax.formats import Format, divide_by_scale
+
+
+def clip_of(qparams: QParams, format: Format) -> Parameters:
+    """``{"clip": s · high}``: what the highest code stands for."""
+    return {"clip": qparams.scale * highest(format, qparams.bits)}
+
+
+def clipped_to(x: jax.Array, clip: jax.Array, format: Format) -> jax.Array:
+    """``clip(x, 0, α)``, or ``clip(x, -α, α)`` where codes have signs; the bound has α's slope."""
+    above = jnp.where(x < clip, x, clip)
+    if format.signed:
+        return jnp.where(above > -clip, above, -clip)
+    return jnp.where(above > 0.0, above, 0.0)
+
+
+def _resolve(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+    del shape
+    clip = jax.lax.stop_gradient(qparams.theta["clip"])
+    scale = divide_by_scale(clip, highest(format, qparams.bits))
+    return qparams._replace(scale=scale, zero_point=jnp.zeros_like(scale))
+
+
+def _transform(x: jax.Array, qparams: QParams, format: Format) -> jax.Array:
+    return clipped_to(x, qparams.theta["clip"], format)
+
+
+PACT = Estimator(
+    "pact", ones, parameters=("clip",), start=clip_of, resolve=_resolve, transform=_transform
+)
+"""The clip of an activation is learned: ``y = round(clip(x, 0, α) / s) · s`` with ``s = α / high``.
+
+``∂y/∂x = 1`` for ``0 < x < α``, else 0; ``∂y/∂α = 1`` for ``x >= α``, else 0. Signed codes are
+clipped to ``±α``. The scale and the zero point of the QParams are not used: the scale follows from
+``theta["clip"]``, and the zero point is 0. The paper adds ``λ α²`` to the loss, for instance by
+``optax.add_decayed_weights`` on ``theta``.
+
+Source: Choi et al., PACT: parameterized clipping activation for quantized neural networks, 2018,
+equations 1 to 3.
+"""

@@ -1,0 +1,55 @@
+"""Trained quantization thresholds: scales that are powers of two."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from quantjax.affine import QParams
+from quantjax.estimators.base import Estimator, Parameters, highest
+from quantjax.estimators.clipped import inside
+from quantjax.estimators.gradients import ceil_through
+from quantjax.formats import Format
+
+
+@jax.custom_jvp
+def _two_to(exponent: jax.Array) -> jax.Array:
+    """``2^e`` of whole numbers, exact, with the derivative ``2^e ln 2``."""
+    return jnp.ldexp(jnp.ones_like(exponent), exponent.astype(jnp.int32))
+
+
+@_two_to.defjvp
+def _two_to_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    value = _two_to(*primals)
+    return value, value * math.log(2.0) * tangents[0]
+
+
+def _bits_of_magnitude(qparams: QParams, format: Format) -> jax.Array:
+    """``log2(high + 1)``: ``b - 1`` for signed integers, ``b`` for unsigned ones."""
+    return jnp.round(jnp.log2(highest(format, qparams.bits) + 1.0))
+
+
+def _start(qparams: QParams, format: Format) -> Parameters:
+    return {"log2_threshold": jnp.log2(qparams.scale) + _bits_of_magnitude(qparams, format)}
+
+
+def _resolve(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+    del shape
+    exponent = ceil_through(qparams.theta["log2_threshold"]) - _bits_of_magnitude(qparams, format)
+    unknown = jnp.isnan(qparams.scale)  # of which the zero point holds the reason
+    return qparams._replace(scale=jnp.where(unknown, jnp.nan, _two_to(exponent)))
+
+
+TQT = Estimator("tqt", inside, parameters=("log2_threshold",), start=_start, resolve=_resolve)
+"""The logarithm of the threshold is learned, and the scale is the power of two above it.
+
+``s = 2^ceil(log2 t) / 2^(b-1)`` (``2^b`` for unsigned codes). ``ceil`` is passed straight through:
+``∂y/∂(log2 t) = s ln 2 · (q - x/s)`` inside the range, ``s ln 2 · q`` at its bounds. The scale of
+the QParams is not used. For integers.
+
+Source: Jain et al., Trained quantization thresholds for accurate and efficient fixed-point
+inference of deep neural networks, 2020, section 3.
+"""

@@ -1,0 +1,258 @@
+"""The arithmetic of one quantized tensor in simulation, with an estimator's gradient.
+
+Two forms of it: :func:`apply`, which is ``qj.fake_quant``, returns reals ``s · (q - z)``;
+:func:`centered_codes` returns the levels ``q - z`` as floats, for products that multiply codes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from quantjax import errors
+from quantjax.affine import DIVIDED, QParams, Scaling, is_bypassed
+from quantjax.estimators import CLIPPED, Estimator, Parameters, Point
+from quantjax.estimators.gradients import by_sign
+from quantjax.formats import Format, Snapped, Theta, divide_by_scale
+from quantjax.granularity import expand
+from quantjax.rounding import HALF_EVEN, Rounding
+
+
+class Arithmetic(NamedTuple):
+    """The static part of quantizing one tensor."""
+
+    format: Format
+    rounding: Rounding = HALF_EVEN
+    estimator: Estimator = CLIPPED
+    scaling: Scaling = DIVIDED
+
+    def resolved(self, qparams: QParams, shape: tuple[int, ...]) -> QParams:
+        """The scale, zero point and width in use, by the estimator; ``theta`` stays."""
+        self.estimator.own(qparams.theta)  # which raises where something is missing
+        resolve = self.estimator.resolve
+        return qparams if resolve is None else resolve(qparams, self.format, shape)
+
+
+class _Given(NamedTuple):
+    """The arrays beside ``x``, expanded to its shape; ``noise`` is None unless it is needed."""
+
+    scale: jax.Array
+    zero_point: jax.Array
+    bits: jax.Array
+    theta: Theta
+    own: Parameters
+    noise: jax.Array | None
+
+
+class _Local(NamedTuple):
+    centered: jax.Array
+    slope: jax.Array
+    passed: jax.Array
+    point: Point
+
+
+def _snapped(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> tuple[jax.Array, Snapped]:
+    """``x/s``, and the level that it becomes."""
+    format, rounding, _, scaling = arithmetic
+    zero = jnp.round(given.zero_point)
+    scaled = scaling.quotient(x, given.scale)
+    inside, outside = (
+        (scaled + zero, jnp.zeros_like(zero)) if scaling.adds_first else (scaled, zero)
+    )
+    rounding = rounding.given(given.noise)
+    return scaled, format.snap(inside, outside, given.bits, rounding, given.theta)
+
+
+def _local(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> _Local:
+    """Levels minus zero point, the estimator's slope, and ``slope · x/s``; all float32."""
+    format, _, estimator, _ = arithmetic
+    zero, bits, theta = jnp.round(given.zero_point), given.bits, given.theta
+    scaled, snapped = _snapped(arithmetic, x, given)
+    low, high = format.level_range(bits, theta)
+    point = Point(
+        scaled + zero, snapped.unclipped, snapped.level, low, high, zero, given.scale, given.own
+    )
+    slope = estimator.slope(point)
+    # Not a plain product: where the quotient is infinite and clipped, 0 · ∞ would be NaN.
+    passed = jnp.where(slope == 0.0, 0.0, slope * scaled)
+    return _Local(snapped.level - zero, slope, passed, point)
+
+
+def _tangent_of_theta(
+    arithmetic: Arithmetic, centered: jax.Array, given: _Given, d: _Given, point: Point
+) -> jax.Array | float:
+    """How the levels at hand move with ``theta``, their codes staying what they are."""
+    moved: jax.Array | float = 0.0
+    if arithmetic.estimator.to_parameters is not None:
+        moved = arithmetic.estimator.to_parameters(point, d.own)
+    if not jax.tree.leaves(given.theta):
+        return moved
+    format, bits, theta, dtheta = arithmetic.format, given.bits, given.theta, d.theta
+    codes = format.encode(centered + jnp.round(given.zero_point), bits, theta)
+    decode = lambda theta: format.decode(codes, bits, theta)  # noqa: E731
+    return moved + jax.jvp(decode, (theta,), (dtheta,))[1]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _centered(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
+    return _local(arithmetic, x, given).centered
+
+
+@_centered.defjvp
+def _centered_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x, given), (dx, d) = primals, tangents
+    _, slope, passed, point = _local(arithmetic, x, given)
+    to_x, to_scale = divide_by_scale(slope, given.scale), -divide_by_scale(passed, given.scale)
+    # The function itself, not its body: else its derivative would be differentiated as rounding.
+    centered = _centered(arithmetic, x, given)
+    tangent = to_x * dx + to_scale * d.scale + (slope - 1.0) * d.zero_point
+    return centered, tangent + _tangent_of_theta(arithmetic, centered, given, d, point)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _fake_quant(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
+    centered = _local(arithmetic, x, given).centered
+    return jnp.where(is_bypassed(given.bits), x, centered * given.scale)
+
+
+@_fake_quant.defjvp
+def _fake_quant_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x, given), (dx, d) = primals, tangents
+    _, slope, passed, point = _local(arithmetic, x, given)
+    centered = _centered(arithmetic, x, given)
+    bypass = is_bypassed(given.bits)
+    slope = jnp.where(bypass, 1.0, slope)
+    to_scale = jnp.where(bypass, 0.0, centered - passed)
+    to_zero = jnp.where(bypass, 0.0, (slope - 1.0) * given.scale)
+    tangent = slope * dx + to_scale * d.scale + to_zero * d.zero_point
+    if jax.tree.leaves(given.theta) or arithmetic.estimator.to_parameters is not None:
+        moved = _tangent_of_theta(arithmetic, centered, given, d, point)
+        tangent = tangent + jnp.where(bypass, 0.0, given.scale * moved)
+    return _fake_quant(arithmetic, x, given), tangent
+
+
+def prepare(
+    x: Float[Array, "..."], qparams: QParams, arithmetic: Arithmetic
+) -> tuple[Float[Array, "..."], QParams]:
+    """What is rounded in place of ``x``, and the QParams in use, by the estimator.
+
+    Most leave both as they are. ``theta`` of the result is the estimator's and the format's still.
+    """
+    estimator = arithmetic.estimator
+    if not (estimator.parameters or estimator.resolve or estimator.transform):
+        return x, qparams
+    resolved = arithmetic.resolved(qparams, jnp.shape(x))
+    if estimator.transform is None:
+        return x, resolved
+    return transformed(jnp.asarray(x), resolved, arithmetic), resolved
+
+
+def transformed(
+    x: Float[Array, "..."], qparams: QParams, arithmetic: Arithmetic
+) -> Float[Array, "..."]:
+    """What the estimator rounds in place of ``x``; of resolved QParams."""
+    estimator = arithmetic.estimator
+    assert estimator.transform is not None
+    spread = lambda array: expand(jnp.asarray(array, jnp.float32), x.shape)  # noqa: E731
+    own = jax.tree.map(spread, estimator.own(qparams.theta))
+    wide = qparams._replace(scale=spread(qparams.scale), theta=own)
+    return estimator.transform(x.astype(jnp.float32), wide, arithmetic.format)
+
+
+def _given(
+    x: jax.Array, qparams: QParams, arithmetic: Arithmetic, key: jax.Array | None
+) -> tuple[jax.Array, _Given]:
+    x, estimator = jnp.asarray(x), arithmetic.estimator
+    noise = arithmetic.rounding.noise(key, x.shape)
+    spread = lambda array: expand(jnp.asarray(array, jnp.float32), x.shape)  # noqa: E731
+    theta = arithmetic.format.map_groups(estimator.rest(qparams.theta), spread)
+    own = jax.tree.map(spread, estimator.own(qparams.theta))
+    bits = jnp.asarray(qparams.bits, jnp.float32)
+    given = _Given(spread(qparams.scale), spread(qparams.zero_point), bits, theta, own, noise)
+    return x.astype(jnp.float32), given
+
+
+def _by_sign(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
+    """Levels about their zero point, whose gradient depends on its own sign."""
+    assert arithmetic.estimator.asymmetry is not None
+    point = _local(arithmetic, *jax.lax.stop_gradient((x, given))).point
+    # What was clipped has no gradient but the bound's, which stays as it is.
+    factor = jnp.where(point.is_inside, arithmetic.estimator.asymmetry(point), 0.0)
+    return by_sign(_centered(arithmetic, x, given), jax.lax.stop_gradient(factor))
+
+
+def _chosen(
+    x: jax.Array, qparams: QParams, estimator: Estimator, key: jax.Array | None
+) -> jax.Array:
+    """Which entries are quantized, by the estimator's draw."""
+    assert estimator.chosen is not None
+    if key is None:
+        raise errors.KeyMissingError(
+            f"{estimator.name} draws at random and was given no key",
+            where=f"tensor of shape {x.shape}",
+            why="randomness comes from explicit keys only",
+            fix="key=jax.random.key(0)",
+        )
+    own = {name: expand(array, x.shape) for name, array in estimator.own(qparams.theta).items()}
+    return estimator.chosen(own, jax.random.fold_in(key, 1), x.shape)
+
+
+def centered_codes(
+    x: Float[Array, "..."],
+    qparams: QParams,
+    arithmetic: Arithmetic,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "..."]:
+    """``clip(round(x/s) + z, low, high) - z``: levels about their zero point, float32.
+
+    Differentiable in ``x``, ``scale``, ``zero_point`` and ``theta`` by the estimator: the gradient
+    of ``s · centered_codes(x)`` is that of :func:`fake_quant`. Bypass (``bits == 0``) is the
+    caller's, and so is :func:`prepare`.
+    """
+    estimator = arithmetic.estimator
+    x, given = _given(x, qparams, arithmetic, key)
+    levels = _centered if estimator.asymmetry is None else _by_sign
+    centered = levels(arithmetic, x, given)
+    if estimator.chosen is None:
+        return centered
+    quotient = divide_by_scale(x, given.scale)
+    return jnp.where(_chosen(x, qparams, estimator, key), centered, quotient)
+
+
+def is_clipped(
+    x: Float[Array, "..."],
+    qparams: QParams,
+    arithmetic: Arithmetic,
+    key: PRNGKeyArray | None = None,
+) -> Bool[Array, "..."]:
+    """Where the range has no level for ``x``, and the outermost one stands in."""
+    x, given = _given(*prepare(x, qparams, arithmetic), arithmetic, key)
+    low, high = arithmetic.format.level_range(given.bits, given.theta)
+    unclipped = _snapped(arithmetic, x, given)[1].unclipped
+    return (unclipped < low) | (unclipped > high)
+
+
+def apply(
+    x: Float[Array, "..."],
+    qparams: QParams,
+    arithmetic: Arithmetic,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "..."]:
+    """:func:`fake_quant` for QParams and an :class:`Arithmetic`; the dtype of ``x``."""
+    x, estimator = jnp.asarray(x), arithmetic.estimator
+    prepared, resolved = prepare(x, qparams, arithmetic)
+    wide, given = _given(prepared, resolved, arithmetic, key)
+    if estimator.asymmetry is None:
+        y = _fake_quant(arithmetic, wide, given).astype(x.dtype)
+    else:
+        y = (_by_sign(arithmetic, wide, given) * given.scale).astype(x.dtype)
+    if estimator.chosen is not None:
+        y = jnp.where(_chosen(x, resolved, estimator, key), y, x)
+    changed = estimator.transform is not None or estimator.asymmetry is not None
+    if changed or x.dtype == jnp.float64:  # float32 would round what passes through
+        y = jnp.where(is_bypassed(given.bits), x, y)
+    return y

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from quantjax import errors
 from quantjax.affine import DIVIDED, QParams, Scaling, is_bypassed
 from quantjax.estimators import CLIPPED, Estimator, Parameters, Point
-from quantjax.estimators.gradients import by_sign
+from quantjax.estimators.gradients import by_sign, round_through
 from quantjax.formats import Format, Snapped, Theta, divide_by_scale
 from quantjax.granularity import expand
 from quantjax.rounding import HALF_EVEN, Rounding
@@ -182,7 +182,9 @@ def _by_sign(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
     point = _local(arithmetic, *jax.lax.stop_gradient((x, given))).point
     # What was clipped has no gradient but the bound's, which stays as it is.
     factor = jnp.where(point.is_inside, arithmetic.estimator.asymmetry(point), 0.0)
-    return by_sign(_centered(arithmetic, x, given), jax.lax.stop_gradient(factor))
+    zero_point = round_through(given.zero_point)  # it joins behind what the gradient is scaled for
+    levels = _centered(arithmetic, x, given) + zero_point
+    return by_sign(levels, jax.lax.stop_gradient(factor)) - zero_point
 
 
 def _chosen(

@@ -12,8 +12,9 @@ from quantjax.formats import Format, divide_by_scale
 
 
 def clip_of(qparams: QParams, format: Format) -> Parameters:
-    """``{"clip": s · high}``: what the highest code stands for."""
-    return {"clip": qparams.scale * highest(format, qparams.bits)}
+    """``{"clip": s · (high - z)}``: what the highest code stands for."""
+    high = highest(format, qparams.bits) - jnp.round(qparams.zero_point)
+    return {"clip": qparams.scale * jnp.maximum(high, 1.0)}
 
 
 def clipped_to(x: jax.Array, clip: jax.Array, format: Format) -> jax.Array:

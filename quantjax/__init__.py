@@ -14,6 +14,7 @@ from quantjax import (
     rounding,
     selectors,
     statistics,
+    training,
 )
 from quantjax.affine import Fault, QParams
 from quantjax.contract import Trial, check_format
@@ -36,10 +37,16 @@ from quantjax.planning import Plan, SiteTable, plan
 from quantjax.policy import Policy, Rule, Scheme, rule, uniform_policy
 from quantjax.pruning import apply_mask, prune_mask
 from quantjax.qtensor import QTensor, encode
-from quantjax.quantizer import Quantizer, RangeMode, activation_quantizer, weight_quantizer
+from quantjax.quantizer import (
+    Quantizer,
+    RangeMode,
+    activation_quantizer,
+    gradient_quantizer,
+    weight_quantizer,
+)
 from quantjax.ranges import FitRule, RangeRule
 from quantjax.rounding import Rounding
-from quantjax.selectors import Selector, everything, path, weighted
+from quantjax.selectors import Selector, backward, everything, path, weighted
 from quantjax.statistics import Statistics
 from quantjax.transforms.calibrate import calibrate
 from quantjax.transforms.check import check
@@ -87,6 +94,7 @@ __all__ = [
     "activation_quantizer",
     "affine",
     "apply_mask",
+    "backward",
     "calibrate",
     "check",
     "check_format",
@@ -101,6 +109,7 @@ __all__ = [
     "fake_quantize",
     "formats",
     "freeze",
+    "gradient_quantizer",
     "init",
     "integer",
     "kd_loss",
@@ -120,6 +129,7 @@ __all__ = [
     "sites",
     "statistics",
     "tap",
+    "training",
     "uniform_policy",
     "weight_quantizer",
     "weighted",

@@ -13,7 +13,7 @@ import numpy as np
 from quantjax import errors
 from quantjax.granularity import OperandAxes
 from quantjax.interpreter import Op, Operand, Origin, Role, Site, SiteStatus, leaves_by_path
-from quantjax.policy import Policy, Rule
+from quantjax.policy import Policy, Rule, Scheme
 from quantjax.printing import columns, shape_text
 from quantjax.products import Form, Sizing, execution_form, group_length, sizing, sum_length
 from quantjax.quantizer import Quantizer, RangeMode
@@ -160,7 +160,7 @@ class Plan:
                 for operand in entry.operands
             }
             first = texts.get("weight", texts.get("lhs", ""))
-            second = texts.get("activation", texts.get("rhs", ""))
+            second = next((texts[k] for k in ("activation", "gradient", "rhs") if k in texts), "")
             sums = entry.sizing.exactness.value if entry.sizing is not None else ""
             executed = entry.form.execution.value if entry.form is not None else ""
             status = entry.reason or entry.status.value
@@ -249,7 +249,7 @@ def _check_rules(policy: Policy, table: SiteTable) -> None:
                 why=f"the earlier rule '{earlier}' matches all that it matches",
                 fix="move it ahead of that rule, or qj.rule(..., optional=True)",
             )
-        wants = rule.scheme.weights is not None or rule.scheme.activations is not None
+        wants = rule.scheme != Scheme()
         if wants and all(site.status is SiteStatus.OPAQUE for site in matched):
             raise errors.OpaqueSiteError(
                 f"the rule '{rule}' matches only sites that cannot be rewritten",
@@ -266,10 +266,9 @@ def _plan_site(site: Site, rule: Rule | None) -> SitePlan:
     scheme = rule.scheme if rule is not None else None
     operands = []
     for operand in site.operands:
-        is_weight = operand.role is Role.WEIGHT
         quantizer = None
         if scheme is not None:
-            quantizer = scheme.weights if is_weight else scheme.activations
+            quantizer = scheme.quantizer(operand.role)
         operands.append(_plan_operand(site, operand, quantizer))
     if all(operand.quantizer is None for operand in operands):
         reason = "no rule matches" if rule is None else "float by rule"

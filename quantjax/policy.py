@@ -6,22 +6,38 @@ import dataclasses
 from collections.abc import Iterable
 
 from quantjax.granularity import Granularity, PerToken
-from quantjax.interpreter import Site
-from quantjax.quantizer import Quantizer, RangeMode, activation_quantizer, weight_quantizer
+from quantjax.interpreter import Role, Site
+from quantjax.quantizer import (
+    Quantizer,
+    RangeMode,
+    activation_quantizer,
+    gradient_quantizer,
+    weight_quantizer,
+)
 from quantjax.selectors import Selector, weighted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """What happens at one site; None leaves the operand in float."""
+    """What happens at one site, by the role of the operand; None leaves it in float.
+
+    Gradients are operands of a backward pass: of ``qj.fake_quantize(jax.grad(f), plan)``.
+    """
 
     weights: Quantizer | None = None
     activations: Quantizer | None = None
+    gradients: Quantizer | None = None
+
+    def quantizer(self, role: Role) -> Quantizer | None:
+        """Of operands of one role."""
+        by_role = {Role.WEIGHT: self.weights, Role.GRADIENT: self.gradients}
+        return by_role.get(role, self.activations)
 
     def __str__(self) -> str:
-        """``w=int4/channel a=uint8/tensor``."""
+        """``w=int4/channel a=uint8/tensor g=int8/tensor/live``."""
         parts = [f"w={self.weights}"] if self.weights else []
         parts += [f"a={self.activations}"] if self.activations else []
+        parts += [f"g={self.gradients}"] if self.gradients else []
         return " ".join(parts) or "float"
 
 
@@ -73,6 +89,7 @@ def uniform_policy(
     *,
     weight_bits: int | None = 8,
     activation_bits: int | None = 8,
+    gradient_bits: int | None = None,
     weight_granularity: Granularity | None = None,
     activation_granularity: Granularity | None = None,
 ) -> Policy:
@@ -84,6 +101,8 @@ def uniform_policy(
 
     Args:
       weight_bits, activation_bits: None leaves them in float (and 16 is 16-bit *integers*).
+      gradient_bits: of backward products with a weight, in ``jax.grad`` of a model or in a model
+        that differentiates; stochastic, so that a key is needed.
       weight_granularity, activation_granularity: other than the defaults.
 
     >>> print(uniform_policy(weight_bits=4, activation_bits=8))
@@ -99,6 +118,6 @@ def uniform_policy(
             granularity=activation_granularity,
             range=RangeMode.LIVE if live else RangeMode.FIXED,
         )
-    if weights is None and activations is None:
-        return Policy([])
-    return Policy([rule(weighted(), Scheme(weights=weights, activations=activations))])
+    gradients = None if gradient_bits is None else gradient_quantizer(bits=gradient_bits)
+    scheme = Scheme(weights=weights, activations=activations, gradients=gradients)
+    return Policy([]) if scheme == Scheme() else Policy([rule(weighted(), scheme)])

@@ -27,7 +27,7 @@ from quantjax.ranges import (
     checked_rule,
     derive,
 )
-from quantjax.rounding import HALF_EVEN, Rounding
+from quantjax.rounding import HALF_EVEN, STOCHASTIC, Rounding
 from quantjax.simulation import Arithmetic
 from quantjax.statistics import Statistics
 
@@ -300,6 +300,40 @@ def activation_quantizer(
         range=range,
         rounding=rounding,
         estimator=estimator,
+        scaling=scaling,
+    )
+
+
+def gradient_quantizer(
+    *,
+    bits: int | None = None,
+    format: Format | None = None,
+    granularity: Granularity | None = None,
+    rule: RangeRule | FitRule = MIN_MAX,
+    range: RangeMode = RangeMode.LIVE,
+    rounding: Rounding = STOCHASTIC,
+    scaling: Scaling = DIVIDED,
+) -> Quantizer:
+    """Signed symmetric codes of a live range, rounded stochastically: for backward products.
+
+    A gradient that is rounded at random has the right mean; its size changes over training, so the
+    range is that of each tensor. The quantized program needs a key.
+
+    >>> from quantjax.formats import E5M2
+    >>> str(gradient_quantizer()), str(gradient_quantizer(format=E5M2))
+    ('int8/tensor/live', 'e5m2/tensor/live')
+
+    Source: Gupta et al., Deep learning with limited numerical precision, 2015, section 3;
+    Micikevicius et al., FP8 formats for deep learning, 2022, section 3 (E5M2 for gradients).
+    """
+    return activation_quantizer(
+        bits=bits,
+        format=format,
+        symmetric=True,
+        granularity=granularity,
+        rule=rule,
+        range=range,
+        rounding=rounding,
         scaling=scaling,
     )
 

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import fnmatch
 
-from quantjax.interpreter import Site
+from quantjax.interpreter import Role, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,18 @@ class Weighted(Selector):
 
 
 @dataclasses.dataclass(frozen=True)
+class Backward(Selector):
+    """Sites of a backward pass: one operand is a gradient."""
+
+    def matches(self, site: Site) -> bool:
+        """Whether one operand is a gradient."""
+        return any(operand.role is Role.GRADIENT for operand in site.operands)
+
+    def __str__(self) -> str:
+        return "backward"
+
+
+@dataclasses.dataclass(frozen=True)
 class Path(Selector):
     """Sites whose name fits a shell pattern; ``*`` crosses slashes."""
 
@@ -69,6 +81,18 @@ def everything() -> Everything:
 def weighted() -> Weighted:
     """Every site with a weight; what :func:`quantjax.uniform_policy` quantizes."""
     return Weighted()
+
+
+def backward() -> Backward:
+    """Every product of a backward pass, in the program of ``jax.grad``.
+
+    >>> import jax, jax.numpy as jnp, quantjax as qj
+    >>> loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]) ** 2)
+    >>> table = qj.sites(jax.grad(loss), {"w": jnp.ones((2, 3))}, jnp.ones((4, 2)))
+    >>> [(site.name, backward().matches(site)) for site in table]
+    [('w', False), ('transpose(jvp())/dot_general#0', True)]
+    """
+    return Backward()
 
 
 def path(pattern: str) -> Path:

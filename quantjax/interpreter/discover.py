@@ -160,6 +160,7 @@ def _walk(
                 _note_others(found, eqn.primitive.name, operands)
         else:
             outputs = _enter(container, operands, here, scope, around, found)
+        outputs = provenance.in_scope(scope, outputs)
         origins.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -299,7 +300,9 @@ def _settle(
         results = run(carry)
         settled = True
         for index, (before, after) in enumerate(zip(carry, results, strict=False)):
-            if before.kind is OriginKind.DATA or before.signature == after.signature:
+            if before.signature == after.signature or before is provenance.COTANGENT:
+                continue
+            if before.kind is OriginKind.DATA and after is not provenance.COTANGENT:
                 continue
             known = before.signature == f"carry{here}.{index}"
             if known and after.kind <= before.kind and {*after.paths} <= {*before.paths}:
@@ -354,11 +357,13 @@ def _operand(product: Product, side: int, weight: int | None, origin: Origin) ->
     aval = (product.lhs, product.rhs)[side]
     free, contracted, window = product.axes(side)
     is_weight = side == weight
-    keys = ("activation", "weight") if weight is not None else ("lhs", "rhs")
+    role = Role.GRADIENT if origin is provenance.COTANGENT else Role.ACTIVATION
+    role = Role.WEIGHT if is_weight else role
+    keys = (role.value, role.value) if weight is not None else ("lhs", "rhs")
     recipe, constants = provenance.recipe(origin) if is_weight else ("", ())
     return Operand(
-        key=keys[is_weight if weight is not None else side],
-        role=Role.WEIGHT if is_weight else Role.ACTIVATION,
+        key=keys[side],
+        role=role,
         side=side,
         shape=tuple(aval.shape),
         dtype=str(aval.dtype),

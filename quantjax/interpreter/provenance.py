@@ -91,6 +91,26 @@ class Origin:
 
 
 DATA = Origin(OriginKind.DATA, signature="data", derivable=False)
+"""What depends on the inputs."""
+
+COTANGENT = Origin(OriginKind.DATA, signature="cotangent", derivable=False)
+"""What depends on the inputs by way of a backward pass."""
+
+
+def data(operands: Sequence[Origin]) -> Origin:
+    """:data:`DATA`, or :data:`COTANGENT` where one of them is."""
+    return COTANGENT if any(operand is COTANGENT for operand in operands) else DATA
+
+
+def in_scope(scope: str, origins: list[Origin]) -> list[Origin]:
+    """What a backward pass computes, and does not compute again, are cotangents.
+
+    Constants as well, which it starts from; weights stay what they are.
+    """
+    if "transpose(" not in scope or "rematted_computation" in scope:
+        return origins
+    known = (OriginKind.LEAF, OriginKind.FUNCTION)
+    return [origin if origin.kind in known else COTANGENT for origin in origins]
 
 
 def constant(value: Any) -> Origin:
@@ -161,7 +181,7 @@ def recipe(origin: Origin) -> tuple[str, tuple[str, ...]]:
 def step(source: Origin, loop: Loop) -> Origin:
     """The origin of one step's slice of ``source``, inside a scan over it."""
     if source.kind is OriginKind.DATA:
-        return DATA
+        return source
     signature = f"step{loop.location}({source.signature})"
     return Origin(
         source.kind,
@@ -177,7 +197,7 @@ def changing(first: Origin, later: Origin, name: str) -> Origin:
     """The origin of a loop's carry that starts as ``first`` and becomes ``later``."""
     kind = max(first.kind, later.kind)
     if kind is OriginKind.DATA:
-        return DATA
+        return data((first, later))
     kind = OriginKind.FUNCTION if kind is OriginKind.LEAF else kind
     paths = tuple(sorted({*first.paths, *later.paths}))
     return Origin(kind, paths, name, derivable=False)
@@ -199,7 +219,7 @@ def results(eqn: jex_core.JaxprEqn, operands: Sequence[Origin]) -> list[Origin]:
     elif kind is OriginKind.LEAF:
         kind = OriginKind.FUNCTION
     if kind is OriginKind.DATA or eqn.effects:
-        return [DATA] * len(eqn.outvars)
+        return [data(operands)] * len(eqn.outvars)
     paths = tuple(sorted({path for operand in operands for path in operand.paths}))
     inner = ",".join(operand.signature for operand in operands)
     stated = ADDRESS.sub("", repr(sorted(eqn.params.items(), key=str)))

@@ -13,10 +13,14 @@ it."""
 
 
 class Role(enum.Enum):
-    """What an operand is to the model."""
+    """What an operand is to the model.
+
+    A gradient is what a backward pass hands on, in the program of ``jax.grad``.
+    """
 
     WEIGHT = "weight"
     ACTIVATION = "activation"
+    GRADIENT = "gradient"
 
 
 class SiteStatus(enum.Enum):
@@ -31,9 +35,9 @@ class Operand:
     """One operand of a site.
 
     Attributes:
-      key: its name in the site's state: ``weight``, ``activation``, or ``lhs`` and ``rhs`` where
-        neither operand is a weight.
-      role: weight or activation, by dataflow.
+      key: its name in the site's state: ``weight``, ``activation``, ``gradient``, or ``lhs`` and
+        ``rhs`` where neither operand is a weight.
+      role: weight, activation or gradient, by dataflow.
       side: 0 left, 1 right.
       shape, dtype: of the operand as it enters the product.
       free, contracted, window: its axes by role.

@@ -75,10 +75,11 @@ from quantjax.ranges import (
     sqnr,
 )
 from quantjax.rounding import ROUNDINGS, Rounding
-from quantjax.selectors import Everything, Path, Weighted
+from quantjax.selectors import Backward, Everything, Path, Weighted
 
 DATACLASSES: tuple[type, ...] = (
     ApotFormat,
+    Backward,
     CodebookFormat,
     Everything,
     IntegerFormat,

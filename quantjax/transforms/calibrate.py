@@ -39,6 +39,7 @@ def calibrate(
     *,
     weight_bits: Bits | None = None,
     activation_bits: Bits | None = None,
+    gradient_bits: Bits | None = None,
     rule: AnyRule | None = None,
     weight_rule: AnyRule | None = None,
     activation_rule: AnyRule | None = None,
@@ -52,14 +53,16 @@ def calibrate(
       plan: what to derive for.
       state: from ``qj.observe``.
       params: the tree that was planned for.
-      weight_bits, activation_bits: one width for all, or ``{site: width}`` for some; arrays may be
-        traced, and are under ``vmap`` or ``lax.map`` of a sweep. A site of layers stacked in a scan
-        also takes a width for each layer. Minifloats take ``qj.FloatBits(exponent, mantissa)`` too.
-        Default: the quantizer's own. 0 passes the operand through.
+      weight_bits, activation_bits, gradient_bits: one width for all, or ``{site: width}`` for some;
+        arrays may be traced, and are under ``vmap`` or ``lax.map`` of a sweep. A site of layers
+        stacked in a scan also takes a width for each layer. Minifloats take
+        ``qj.FloatBits(exponent, mantissa)`` too. Default: the quantizer's own. 0 passes the operand
+        through.
       rule: one range rule for all, in place of each quantizer's own; ``qj.ranges.stack(...)[i]``
         makes the rule itself a traced axis. Live ranges keep their own. A fit (``qj.ranges.TWN``)
         needs the tensor, so it serves weights.
-      weight_rule, activation_rule: the same for one kind of operand; they go before ``rule``.
+      weight_rule, activation_rule: the same for weights, and for activations and gradients; they go
+        before ``rule``.
 
     Raises:
       CalibrationError: a site was never observed, or its histogram was left out and the rule reads
@@ -86,6 +89,12 @@ def calibrate(
     leaves = leaves_by_path(params)
     check_used(plan, weight_bits, Role.WEIGHT)
     check_used(plan, activation_bits, Role.ACTIVATION)
+    check_used(plan, gradient_bits, Role.GRADIENT)
+    asked = {
+        Role.WEIGHT: weight_bits,
+        Role.ACTIVATION: activation_bits,
+        Role.GRADIENT: gradient_bits,
+    }
     weight_rule, activation_rule = weight_rule or rule, activation_rule or rule
     found: dict[tuple[str, str], QParams] = {}
     jobs: list[_Job] = []
@@ -94,7 +103,7 @@ def calibrate(
         for operand in entry.quantized:
             quantizer, is_weight = operand.quantizer, operand.is_weight
             assert quantizer is not None
-            bits, theta = width_of(entry, operand, weight_bits if is_weight else activation_bits)
+            bits, theta = width_of(entry, operand, asked[operand.operand.role])
             if quantizer.range is RangeMode.LIVE:
                 found[name, operand.key] = quantizer.width(bits, theta)
                 continue

@@ -91,7 +91,7 @@ def _rows(name: str, site: SiteReport) -> list[list[str]]:
         layer = jax.tree.map(lambda leaf, at=index: np.asarray(leaf)[at], site) if known else site
         row = [name + "".join(f"[{i}]" for i in index)]
         row += [_number(layer.sqnr, ".1f"), _number(layer.cosine, ".6f")]
-        for keys in (("weight", "lhs"), ("activation", "rhs")):
+        for keys in (("weight", "lhs"), ("activation", "gradient", "rhs")):
             operand = next((layer.operands[k] for k in keys if k in layer.operands), None)
             row.append("" if operand is None else _number(operand.sqnr, ".1f"))
             row.append("" if operand is None else _number(operand.saturation, ".2%"))

@@ -29,7 +29,7 @@ GOLDEN = """\
       {
         "type": "Rule",
         "selector": {"type": "Path", "pattern": "*/head/kernel"},
-        "scheme": {"type": "Scheme", "weights": null, "activations": null},
+        "scheme": {"type": "Scheme", "weights": null, "activations": null, "gradients": null},
         "optional": true
       },
       {
@@ -60,7 +60,8 @@ GOLDEN = """\
             "estimator": {"estimator": "clipped"},
             "scaling": {"scaling": "divided"}
           },
-          "activations": null
+          "activations": null,
+          "gradients": null
         },
         "optional": false
       }
@@ -114,6 +115,13 @@ def trip(folder: Path, **parts) -> Quantization:
 def test_the_golden_file_is_written_literally(path):
     save_quantization(path, policy=golden_policy(), qstate=golden_qstate())
     assert path.read_text(encoding="utf-8") == GOLDEN
+
+
+def test_a_file_from_before_there_were_gradients_is_read(tmp_path):
+    older = GOLDEN.replace(', "gradients": null', "").replace(',\n          "gradients": null', "")
+    assert "gradients" not in older
+    (tmp_path / "old.json").write_text(older)
+    assert load_quantization(tmp_path / "old.json").policy == golden_policy()
 
 
 def test_the_golden_file_is_read(path):

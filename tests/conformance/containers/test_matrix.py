@@ -17,7 +17,19 @@ from tests.conformance.test_identity import assert_close, fences_hold
 from tests.models import assert_same_bits
 
 IDENTITY = qj.Policy([])
-W8A8 = qj.uniform_policy(weight_bits=8, activation_bits=8)
+EVERY_ROLE = qj.Scheme(
+    weights=qj.weight_quantizer(bits=8),
+    activations=qj.activation_quantizer(bits=8),
+    gradients=qj.activation_quantizer(bits=8),
+)
+W8A8 = qj.Policy([qj.rule(qj.weighted(), EVERY_ROLE)])
+
+
+def widths(plan: qj.Plan, bits: Any) -> dict[str, Any]:
+    """One width for every role that the plan quantizes."""
+    differentiates = any(qj.backward().matches(entry.site) for entry in plan.quantized)
+    extra = {"gradient_bits": bits} if differentiates else {}
+    return {"weight_bits": bits, "activation_bits": bits, **extra}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -49,7 +61,7 @@ def at_width(case: Case, plan: qj.Plan) -> Callable[..., Any]:
     """``(bits, state, params, *inputs)``: the model with that width everywhere."""
 
     def run(bits: Any, state: Any, params: Any, *inputs: Any) -> Any:
-        qstate = qj.calibrate(plan, state, params, weight_bits=bits, activation_bits=bits)
+        qstate = qj.calibrate(plan, state, params, **widths(plan, bits))
         return qj.fake_quantize(case.f, plan)(qstate, params, *inputs)
 
     return run
@@ -85,7 +97,7 @@ def test_the_identity_plan_changes_no_bit(case, own):
 
 
 def test_width_zero_changes_no_bit(case, plan, own, quantized, compiled):
-    qstate = qj.calibrate(plan, qj.init(plan), case.params, weight_bits=0, activation_bits=0)
+    qstate = qj.calibrate(plan, qj.init(plan), case.params, **widths(plan, 0))
     got = quantized(qstate, case.params, *case.inputs)
     assert_same_bits(got[0], own.eager[0])
     assert_close(got[1], own.eager[1])
@@ -180,9 +192,7 @@ def test_derivatives_pass_quantized_products(case, plan, own, observed, compiled
     want = jnp.concatenate([x.ravel() for x in jax.tree.leaves(own.jitted[1])])
     angles = {}
     for bits in (2, 8):
-        qstate = qj.calibrate(
-            plan, observed.state, case.params, weight_bits=bits, activation_bits=bits
-        )
+        qstate = qj.calibrate(plan, observed.state, case.params, **widths(plan, bits))
         _, derivative = compiled(qstate, case.params, *case.inputs)
         got = jnp.concatenate([x.ravel() for x in jax.tree.leaves(derivative)])
         cosine = jnp.vdot(got, want) / jnp.linalg.norm(got) / jnp.linalg.norm(want)

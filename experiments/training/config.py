@@ -1,0 +1,97 @@
+"""How long, in which batches, and how often something is filed."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+
+from experiments.training.batches import row_count
+from experiments.training.errors import TrainerConfigError
+from experiments.training.task import Batch, History
+
+
+class Direction(enum.Enum):
+    """Which of two values of a metric is the better one."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Best:
+    """The metric that the best checkpoint is chosen by.
+
+    Attributes:
+      metric: with its prefix: ``eval/accuracy``.
+      direction: what is better.
+    """
+
+    metric: str
+    direction: Direction = Direction.HIGHER
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How a training goes; everything is counted in steps, see :func:`steps_in` for epochs.
+
+    Attributes:
+      steps: in total.
+      batch: rows a step; what is left over at the end of an epoch is left out of it.
+      log_every: steps between entries of ``train/…`` metrics. Only then, and before an evaluation
+        or a checkpoint, does the host wait for the device; a NaN is noticed then.
+      evaluate_every: steps between evaluations; None for one, after the last step.
+      evaluate_first: also before the first step.
+      checkpoint_every: steps between checkpoints; None for one, after the last step. One is also
+        saved where the run is interrupted or fails.
+      keep: how many of the newest checkpoints are kept.
+      best: also save and keep the checkpoint that is best by a metric; None for none.
+
+    Raises:
+      TrainerConfigError: a count below 1.
+    """
+
+    steps: int
+    batch: int = 64
+    log_every: int = 50
+    evaluate_every: int | None = None
+    evaluate_first: bool = False
+    checkpoint_every: int | None = None
+    keep: int = 2
+    best: Best | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is int and value < 1:
+                raise TrainerConfigError(
+                    f"{field.name} is {value}, which is less than 1",
+                    where=type(self).__name__,
+                    fix=f"{field.name}=1 or more" + (", or None" if field.default is None else ""),
+                )
+
+
+def steps_in(data: Batch, *, epochs: int, batch: int) -> int:
+    """How many steps some epochs have, for ``TrainerConfig(steps=...)``.
+
+    >>> import numpy as np
+    >>> steps_in((np.zeros((130, 2)), np.zeros(130)), epochs=3, batch=64)
+    6
+    """
+    return epochs * (row_count(data) // batch)
+
+
+def best_step(history: History, best: Best, *, among: tuple[int, ...] | None = None) -> int | None:
+    """The step of the best value of a metric, the first of equals; None where there is none.
+
+    Args:
+      among: the steps that count; None for all. NaN never counts.
+    """
+    sign = 1.0 if best.direction is Direction.HIGHER else -1.0
+    found = [
+        (sign * entry.scalars[best.metric], -entry.step)
+        for entry in history
+        if not math.isnan(entry.scalars.get(best.metric, math.nan))
+        and (among is None or entry.step in among)
+    ]
+    return -max(found)[1] if found else None

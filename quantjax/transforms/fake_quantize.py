@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from quantjax import errors
 from quantjax.affine import QParams
@@ -27,13 +28,17 @@ from quantjax.planning import OperandPlan, Plan, SitePlan, resized
 from quantjax.printing import shape_text
 from quantjax.products import Coded, coded, in_float, multiply
 from quantjax.quantizer import RangeMode
+from quantjax.statistics import AxisName, Statistics
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.keys import Key, next_keys, site_keys
+from quantjax.transforms.observe import State, init, planned_statistics, updated
 from quantjax.transforms.sites import check_program
 from quantjax.transforms.steps import over_steps
 
 
-def fake_quantize(f: Function, plan: Plan) -> Callable[..., Any]:
+def fake_quantize(
+    f: Function, plan: Plan, *, observe: bool = False, axis_name: AxisName = None
+) -> Callable[..., Any]:
     """``fake_quantize(f, plan)(qstate, params, *inputs)``: ``f`` with quantized products.
 
     Each planned product is ``Σ (q_x - z_x)(q_w - z_w) · (s_x · s_w)``, its sum exact, so that an
@@ -44,6 +49,12 @@ def fake_quantize(f: Function, plan: Plan) -> Callable[..., Any]:
 
     A plan with random roundings needs ``key=``: each site and each visit of it draws from a key of
     its own.
+
+    Args:
+      observe: return ``(y, state)``, and take ``state=`` and ``where=`` as ``qj.observe`` does: the
+        statistics of what the operands are in the quantized model, for ranges that move during
+        training. Without ``state=`` they start anew. No gradient flows through them.
+      axis_name: of ``observe``: the mesh axes that the batch is spread over.
 
     Raises (of the returned function):
       PlanMismatchError: other parameters or another program than those planned.
@@ -62,20 +73,60 @@ def fake_quantize(f: Function, plan: Plan) -> Callable[..., Any]:
     programs = ProgramCache(f)
     planned = {entry.site.name: entry for entry in plan.quantized}
 
-    def quantized(qstate: QState, params: Any, *inputs: Any, key: Key | None = None) -> Any:
+    def prepared(qstate: QState, params: Any, inputs: Any, key: Key | None) -> _Prepared:
         plan.check_params(params)
         check_qstate(plan, qstate)
         keys = site_keys(plan, key)
         program = programs(params, *inputs)
         check_program(plan, program)
+        return _Prepared(program, keys, site_values(plan, program, qstate, params, keys))
+
+    def quantized(qstate: QState, params: Any, *inputs: Any, key: Key | None = None) -> Any:
+        program, keys, values = prepared(qstate, params, inputs, key)
 
         def handler(visit: Visit) -> Outcome:
             return quantized_product(planned[visit.site.name], visit)
 
-        carried = Carried(site_values(plan, program, qstate, params, keys), keys)
+        carried = Carried(values, keys)
         return evaluate(program, handler, frozenset(planned), carried, params, *inputs).result
 
-    return quantized
+    def observing(
+        qstate: QState,
+        params: Any,
+        *inputs: Any,
+        key: Key | None = None,
+        state: State | None = None,
+        where: Bool[Array, "..."] | None = None,
+    ) -> tuple[Any, State]:
+        program, keys, values = prepared(qstate, params, inputs, key)
+
+        def handler(visit: Visit) -> Outcome:
+            entry = planned[visit.site.name]
+            seen = updated(visit._replace(state=visit.state.statistics), entry, plan, axis_name)
+            outcome = quantized_product(entry, visit._replace(state=visit.state.key))
+            return outcome._replace(state=_Watched(outcome.state, seen))
+
+        seen = planned_statistics(plan, init(plan) if state is None else state)
+        watched = {name: _Watched(keys.get(name), seen.get(name, {})) for name in planned}
+        mask = None if where is None else jnp.asarray(where)
+        carried = Carried(values, watched, mask)
+        result, after, _ = evaluate(program, handler, frozenset(planned), carried, params, *inputs)
+        return result, {name: after[name].statistics for name in seen}
+
+    return observing if observe else quantized
+
+
+class _Prepared(NamedTuple):
+    program: Program
+    keys: Mapping[str, Key]
+    values: dict[str, SiteValue]
+
+
+class _Watched(NamedTuple):
+    """The state of a site that is quantized and observed."""
+
+    key: Key | None
+    statistics: dict[str, Statistics]
 
 
 class SiteValue(NamedTuple):

@@ -101,8 +101,8 @@ def observe(
         a trace the QParams become NaN, and ``qj.check`` says why.
     """
     programs = ProgramCache(f)
-    planned = {entry.site.name: observed_operands(plan, entry) for entry in plan.quantized}
-    handled = frozenset(name for name, operands in planned.items() if operands)
+    planned = {e.site.name: e for e in plan.quantized if observed_operands(plan, e)}
+    handled = frozenset(planned)
 
     def observing(
         state: State, params: Any, *inputs: Any, where: Bool[Array, "..."] | None = None
@@ -115,18 +115,10 @@ def observe(
         check_program(plan, program)
 
         def handler(visit: Visit) -> Outcome:
-            after = {o.key: _update(visit, o, axis_name) for o in planned[visit.site.name]}
+            after = updated(visit, planned[visit.site.name], plan, axis_name)
             return Outcome(visit.product.bind(visit.lhs, visit.rhs), after)
 
-        states = {
-            entry.site.name: {
-                operand.key: statistics_of(entry, operand, state)
-                for operand in planned[entry.site.name]
-            }
-            for entry in plan.quantized
-            if entry.site.name in handled
-        }
-        carried = Carried({}, states, where)
+        carried = Carried({}, planned_statistics(plan, state), where)
         result, after, _ = evaluate(program, handler, handled, carried, params, *inputs)
         _check_statistics(after)
         return result, after
@@ -155,6 +147,24 @@ def statistics_of(entry: SitePlan, operand: OperandPlan, state: State) -> Statis
     return stats
 
 
+def planned_statistics(plan: Plan, state: State) -> State:
+    """The statistics of all observed operands; raises where one is another plan's."""
+    found = {
+        entry.site.name: {o.key: statistics_of(entry, o, state) for o in operands}
+        for entry in plan.quantized
+        if (operands := observed_operands(plan, entry))
+    }
+    return found
+
+
+def updated(
+    visit: Visit, entry: SitePlan, plan: Plan, axis_name: AxisName
+) -> dict[str, Statistics]:
+    """The statistics of one site after one visit; its state are those before it."""
+    operands = observed_operands(plan, entry)
+    return {operand.key: _update(visit, operand, axis_name) for operand in operands}
+
+
 def _aside(product: Product, side: int, x: jax.Array) -> jax.Array:
     """The operand for statistics, such that XLA computes the product's as in the model alone.
 
@@ -174,7 +184,8 @@ def _aside(product: Product, side: int, x: jax.Array) -> jax.Array:
 
 def _update(visit: Visit, operand: OperandPlan, axis_name: AxisName) -> Statistics:
     site, side, mask = visit.site, operand.operand.side, visit.shared
-    x = _aside(visit.product, side, (visit.lhs, visit.rhs)[side])
+    x = jax.lax.stop_gradient((visit.lhs, visit.rhs)[side])
+    x = _aside(visit.product, side, x)
     where = f"site {site.name} ({site.op.value}), {operand.key} {shape_text(x.shape)}"
     if x.size == 0:
         raise errors.DataError(

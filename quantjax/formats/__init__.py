@@ -28,6 +28,7 @@ from quantjax.formats.microscaling import (
     e8m0_scales,
     mx,
 )
+from quantjax.formats.midrise import MidriseFormat, midrise
 from quantjax.formats.minifloat import (
     BFLOAT16,
     E2M1,
@@ -107,6 +108,7 @@ __all__ = [
     "LevelFormat",
     "LogFormat",
     "Magnitudes",
+    "MidriseFormat",
     "MinifloatFormat",
     "Nearest",
     "NormalFloatFormat",
@@ -129,6 +131,7 @@ __all__ = [
     "laws_of",
     "learned_codebook",
     "lognet",
+    "midrise",
     "minifloat",
     "mx",
     "normal_float",

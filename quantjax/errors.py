@@ -177,6 +177,14 @@ class PruningError(QuantjaxError, ValueError):
     """
 
 
+class TrainingError(QuantjaxError, ValueError):
+    """Training of a quantized model that is set up in a way that cannot work.
+
+    ``qj.training.by_part(scale=tx).init(params)`` fails: parameters have no scales. Use
+    ``init(qstate)``, or ``init((params, qstate))``.
+    """
+
+
 class StorageError(QuantjaxError, ValueError):
     """A file that is not what it should be, or a value that cannot be written to one.
 

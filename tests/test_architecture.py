@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"products", "layout"}),
     frozenset({"planning", "integers"}),
     frozenset({"adapters", "storage", "transforms"}),
-    frozenset({"sweep", "calibration"}),
+    frozenset({"sweep", "calibration", "training"}),
     frozenset({"cli"}),
 )
 # Rooms that may import less than their layer: the interpreter knows nothing of quantization.

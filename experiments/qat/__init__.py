@@ -1,0 +1,1 @@
+"""Quantization-aware training: every estimator on one network, paired over seeds."""

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import quantjax as qj
 from quantjax import storage
 from quantjax.affine import QParams
-from quantjax.simulation import Arithmetic, apply
 from quantjax.formats import BUILT_IN, Format, Theta, example_theta
 from quantjax.rounding import CEIL, HALF_AWAY, HALF_EVEN, STOCHASTIC, Rounding
+from quantjax.simulation import Arithmetic, apply
 
 Call = Callable[[], Any]
 

@@ -179,8 +179,13 @@ def _coded(operand: OperandPlan, x: jax.Array, qparams: QParams, key: Key | None
 
 
 def live_qparams(operand: OperandPlan, x: jax.Array, qparams: QParams) -> QParams:
-    """The QParams to use: those given, or for a live range those of ``x`` itself."""
+    """The QParams to use: those given, or for a live range those of ``x`` itself.
+
+    The zero point of a symmetric quantizer is not learned: an optimizer of all QParams leaves it 0.
+    """
     quantizer = operand.quantizer
+    if quantizer is not None and quantizer.symmetric:
+        qparams = qparams._replace(zero_point=jax.lax.stop_gradient(qparams.zero_point))
     if quantizer is None or quantizer.range is not RangeMode.LIVE:
         return qparams
     shape = quantizer.granularity.scale_shape(x.shape, operand.axes, is_weight=operand.is_weight)

@@ -127,6 +127,21 @@ def test_everything_that_is_learned_gets_a_gradient(name):
         assert learned <= moved
 
 
+@NAMES
+def test_zero_points_of_symmetric_quantizers_are_not_moved(name):
+    """An optimizer of all QParams would make them fractions, and freezing would refuse them."""
+    f, params, plan, qstate = planned(name, weights=es.LSQ, activations=es.LSQ_PLUS)
+
+    def loss(qstate):
+        return jnp.sum(qj.fake_quantize(f, plan)(qstate, params, X) ** 2)
+
+    gradient = jax.jit(jax.grad(loss))(qstate)
+    assert all((g["weight"].zero_point == 0).all() for g in gradient.values())
+    assert any((g["activation"].zero_point != 0).any() for g in gradient.values())
+    moved = jax.tree.map(lambda q, g: q - 1e-4 * g, qstate, gradient)
+    qj.freeze(plan, moved, params)
+
+
 def test_descending_lowers_the_loss_of_what_is_learned():
     """The gradients point downhill: each method's parameters alone, the weights held."""
     for weights, activations in [

@@ -28,25 +28,14 @@ import jax.numpy as jnp
 
 import quantjax as qj
 from experiments.digits.model import DigitsCNN
+from experiments.models.cnn import PooledCNN
 from experiments.models.resnet import resnet20
+from experiments.timing import compared, interleaved
 from quantjax import ranges
 from quantjax.calibration import RULES as NAMED_RULES
 
 RULES: Mapping[str, ranges.RangeRule] = {rule.name: rule for rule in NAMED_RULES.values()}
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
-
-
-class CNN(nn.Module):
-    """Convolutions of 32, 64 and 64 channels and a dense layer, as in the performance facts."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits of images ``(batch, 28, 28, 1)``."""
-        for channels in (32, 64, 64):
-            x = nn.relu(nn.Conv(channels, (3, 3))(x))
-            if channels < 64 or x.shape[1] > 7:
-                x = nn.max_pool(x, (2, 2), (2, 2))
-        return nn.Dense(10)(x.reshape(x.shape[0], -1))
 
 
 class Case(NamedTuple):
@@ -60,37 +49,9 @@ class Case(NamedTuple):
 
 CASES = {
     "digits": Case(DigitsCNN(), (8, 8, 1), 128, 7),
-    "cnn": Case(CNN(), (28, 28, 1), 128, 8),
+    "cnn": Case(PooledCNN(), (28, 28, 1), 128, 8),
     "resnet20": Case(resnet20(), (32, 32, 3), 128, 8),
 }
-Variants = Mapping[str, Callable[[], Any]]
-
-
-def interleaved(variants: Variants, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after a first one that compiles."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(rounds + 1):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def compared(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Medians in milliseconds, and ratios to the base with their quartiles over rounds."""
-    report = {}
-    for name, seconds in times.items():
-        each = [a / b for a, b in zip(seconds, times[base], strict=True)]
-        low, middle, high = statistics.quantiles(each, n=4)
-        report[name] = {
-            "ms": 1e3 * statistics.median(seconds),
-            "ratio": middle,
-            "ratio_lower_quartile": low,
-            "ratio_upper_quartile": high,
-        }
-    return report
 
 
 class Prepared(NamedTuple):

@@ -1,0 +1,219 @@
+"""What a training step costs with fake quantization: static scales, W8A8 and W4A4, over float.
+
+The CNN 32/64/64 with batch 128, ResNet-20 with batch 64 and a transformer of width 128 with four
+layers, each with Adam. ResNet-20's float step is also taken with its convolutions fenced from
+XLA's producer fusion, which is a float step that CPUs run faster. All variants in each round, one
+after another; ratios of each round to the float step, their median and the 95 % interval of their
+mean by Student's t. Compiling: once each, without the persistent cache.
+
+    scripts/in_env python scripts/benchmark_qat.py --output FILE.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import quantjax as qj
+from experiments.models.cnn import PooledCNN
+from experiments.models.resnet import resnet20
+from experiments.timing import interleaved
+from quantjax.interpreter import Carried, Outcome, ProgramCache, Visit, evaluate
+
+STUDENT_T = {40: 2.0227}  # 97.5 % of 39 degrees of freedom
+
+
+class Layer(nn.Module):
+    """Attention and a two-layer network, normalized before each."""
+
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(batch, tokens, width)`` to the same."""
+        width = x.shape[-1]
+        y = nn.LayerNorm()(x)
+        q, k, v = (
+            nn.DenseGeneral((self.heads, width // self.heads), name=name)(y) for name in "qkv"
+        )
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(width // self.heads)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+        x = x + nn.DenseGeneral(width, axis=(-2, -1), name="out")(mixed)
+        y = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
+        return x + nn.Dense(width)(y)
+
+
+class Transformer(nn.Module):
+    """Four layers of width 128 over embedded tokens; the mean goes to the classes."""
+
+    layers: int = 4
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits of ``(batch, tokens, width)``."""
+        for _ in range(self.layers):
+            x = Layer()(x)
+        return nn.Dense(10)(nn.LayerNorm()(x).mean(axis=1))
+
+
+class Case(NamedTuple):
+    """A model and the shape of a batch."""
+
+    model: nn.Module
+    shape: tuple[int, ...]
+    fenced: bool = False
+
+
+CASES = {
+    "cnn": Case(PooledCNN(), (128, 28, 28, 1)),
+    "transformer": Case(Transformer(), (16, 128, 128)),
+    "resnet20": Case(resnet20(), (64, 32, 32, 3), fenced=True),
+}
+
+
+def fenced(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f``, with both operands of each product behind an optimization barrier."""
+    programs = ProgramCache(f)
+
+    def run(variables: Any, x: jax.Array) -> Any:
+        program = programs(variables, x)
+
+        def handler(visit: Visit) -> Outcome:
+            lhs, rhs = (jax.lax.optimization_barrier(side) for side in (visit.lhs, visit.rhs))
+            return Outcome(visit.product.bind(lhs, rhs))
+
+        names = frozenset(site.name for site in program.sites.values())
+        return evaluate(program, handler, names, Carried({}, {}), variables, x).result
+
+    return run
+
+
+def train_step(apply: Callable[..., Any], optimizer: optax.GradientTransformation) -> Any:
+    """``(variables, moments, qstate, x, labels) -> (variables, moments)``; scales are static."""
+
+    def step(variables: Any, moments: Any, qstate: Any, x: jax.Array, labels: jax.Array) -> Any:
+        def loss(params: Any) -> Any:
+            logits, stats = apply(qstate, {**variables, "params": params}, x)
+            cost = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            return cost, stats
+
+        gradient, stats = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, moments = optimizer.update(gradient, moments, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        return {**variables, "params": params, **stats}, moments
+
+    return jax.jit(step)
+
+
+def measured(case: Case, rounds: int) -> dict[str, Any]:
+    """Ratios of all variants of one model."""
+    key = jax.random.key(0)
+    x = jax.random.normal(key, case.shape)
+    labels = jnp.arange(case.shape[0]) % 10
+    variables = dict(jax.jit(case.model.init)(key, x))
+    has_stats = "batch_stats" in variables
+
+    def f(variables: Any, x: jax.Array) -> Any:
+        if not has_stats:
+            return case.model.apply(variables, x), {}
+        logits, new = case.model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return logits, {"batch_stats": new["batch_stats"]}
+
+    plan = qj.plan(qj.uniform_policy(weight_bits=8, activation_bits=8), qj.sites(f, variables, x))
+    _, state = jax.jit(qj.observe(f, plan))(qj.init(plan), variables, x)
+    derive = jax.jit(
+        lambda state, variables, bits: qj.calibrate(
+            plan, state, variables, weight_bits=bits, activation_bits=bits
+        )
+    )
+    optimizer = optax.adam(1e-4)
+    quantized = train_step(qj.fake_quantize(f, plan), optimizer)
+    in_float = train_step(lambda _, variables, x: f(variables, x), optimizer)
+    moments = optimizer.init(variables["params"])
+    qstates = {f"W{b}A{b}": derive(state, variables, jnp.float32(b)) for b in (8, 4)}
+    empty: Any = {}
+    arguments = (variables, moments, empty, x, labels)
+    compiled = {
+        "float": _compile_seconds(in_float, arguments),
+        "quantized": _compile_seconds(quantized, (variables, moments, qstates["W8A8"], x, labels)),
+    }
+    variants: dict[str, Callable[[], Any]] = {"float": lambda: in_float(*arguments)}
+    if case.fenced:
+        behind = fenced(f)
+        fence = train_step(lambda _, variables, x: behind(variables, x), optimizer)
+        variants["float, fenced"] = lambda: fence(*arguments)
+    for name, qstate in qstates.items():
+        variants[name] = partial(quantized, variables, moments, qstate, x, labels)
+    times = interleaved(variants, rounds)
+    base = "float, fenced" if case.fenced else "float"
+    report: dict[str, Any] = {
+        name: _ratios(seconds, times[base], rounds) for name, seconds in times.items()
+    }
+    report["base"] = base
+    report["compile"] = {
+        **{f"{name}_s": seconds for name, seconds in compiled.items()},
+        "ratio": compiled["quantized"] / compiled["float"],
+    }
+    return report
+
+
+def _compile_seconds(step: Any, arguments: tuple[Any, ...]) -> float:
+    with_cache = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        start = time.perf_counter()
+        step.lower(*arguments).compile()
+        return time.perf_counter() - start
+    finally:
+        jax.config.update("jax_enable_compilation_cache", with_cache)
+
+
+def _ratios(seconds: list[float], base: list[float], rounds: int) -> dict[str, float]:
+    each = [a / b for a, b in zip(seconds, base, strict=True)]
+    half = STUDENT_T.get(rounds, 2.1) * statistics.stdev(each) / math.sqrt(rounds)
+    return {
+        "ms": 1e3 * statistics.median(seconds),
+        "ratio": statistics.median(each),
+        "mean_ratio": statistics.mean(each),
+        "upper_95": statistics.mean(each) + half,
+        "lower_95": statistics.mean(each) - half,
+    }
+
+
+def main() -> None:
+    """Measure and print; write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    report: dict[str, Any] = {
+        "jax": importlib.metadata.version("jax"),
+        "python": platform.python_version(),
+        "backend": jax.default_backend(),
+        "rounds": options.rounds,
+    }
+    for name in options.cases:
+        report[name] = measured(CASES[name], options.rounds)
+        print(name, json.dumps(report[name], indent=1))
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

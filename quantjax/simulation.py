@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from quantjax import errors
@@ -84,17 +85,35 @@ def _local(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> _Local:
 
 def _tangent_of_theta(
     arithmetic: Arithmetic, centered: jax.Array, given: _Given, d: _Given, point: Point
-) -> jax.Array | float:
-    """How the levels at hand move with ``theta``, their codes staying what they are."""
-    moved: jax.Array | float = 0.0
-    if arithmetic.estimator.to_parameters is not None:
-        moved = arithmetic.estimator.to_parameters(point, d.own)
-    if not jax.tree.leaves(given.theta):
-        return moved
+) -> list[jax.Array]:
+    """How the levels at hand move with ``theta``, their codes staying what they are; terms."""
+    terms = []
+    if arithmetic.estimator.to_parameters is not None and _moves(d.own):
+        terms.append(arithmetic.estimator.to_parameters(point, _instantiated(d.own)))
+    if not _moves(d.theta):
+        return terms
     format, bits, theta, dtheta = arithmetic.format, given.bits, given.theta, d.theta
     codes = format.encode(centered + jnp.round(given.zero_point), bits, theta)
     decode = lambda theta: format.decode(codes, bits, theta)  # noqa: E731
-    return moved + jax.jvp(decode, (theta,), (dtheta,))[1]
+    return [*terms, jax.jvp(decode, (theta,), (_instantiated(dtheta),))[1]]
+
+
+def _sum_of(terms: list[jax.Array], like: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(like)
+
+
+def _moves(tangents: Any) -> bool:
+    """Whether a tangent is there at all: what is not differentiated is a symbolic zero, and then
+    nothing is computed or kept for it."""
+    return not all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(tangents))
+
+
+def _instantiated(tangents: Any) -> Any:
+    def zeros(leaf: Any) -> Any:
+        is_zero = isinstance(leaf, SymbolicZero)
+        return jnp.zeros(leaf.shape, leaf.dtype) if is_zero else leaf
+
+    return jax.tree.map(zeros, tangents)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -102,15 +121,21 @@ def _centered(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
     return _local(arithmetic, x, given).centered
 
 
-@_centered.defjvp
+@functools.partial(_centered.defjvp, symbolic_zeros=True)
 def _centered_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, given), (dx, d) = primals, tangents
     _, slope, passed, point = _local(arithmetic, x, given)
-    to_x, to_scale = divide_by_scale(slope, given.scale), -divide_by_scale(passed, given.scale)
     # The function itself, not its body: else its derivative would be differentiated as rounding.
     centered = _centered(arithmetic, x, given)
-    tangent = to_x * dx + to_scale * d.scale + (slope - 1.0) * d.zero_point
-    return centered, tangent + _tangent_of_theta(arithmetic, centered, given, d, point)
+    terms = []
+    if _moves(dx):
+        terms.append(divide_by_scale(slope, given.scale) * dx)
+    if _moves(d.scale):
+        terms.append(-divide_by_scale(passed, given.scale) * d.scale)
+    if _moves(d.zero_point):
+        terms.append((slope - 1.0) * d.zero_point)
+    terms += _tangent_of_theta(arithmetic, centered, given, d, point)
+    return centered, _sum_of(terms, centered)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -119,20 +144,22 @@ def _fake_quant(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Arra
     return jnp.where(is_bypassed(given.bits), x, centered * given.scale)
 
 
-@_fake_quant.defjvp
+@functools.partial(_fake_quant.defjvp, symbolic_zeros=True)
 def _fake_quant_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, given), (dx, d) = primals, tangents
     _, slope, passed, point = _local(arithmetic, x, given)
     centered = _centered(arithmetic, x, given)
     bypass = is_bypassed(given.bits)
-    slope = jnp.where(bypass, 1.0, slope)
-    to_scale = jnp.where(bypass, 0.0, centered - passed)
-    to_zero = jnp.where(bypass, 0.0, (slope - 1.0) * given.scale)
-    tangent = slope * dx + to_scale * d.scale + to_zero * d.zero_point
-    if jax.tree.leaves(given.theta) or arithmetic.estimator.to_parameters is not None:
-        moved = _tangent_of_theta(arithmetic, centered, given, d, point)
-        tangent = tangent + jnp.where(bypass, 0.0, given.scale * moved)
-    return _fake_quant(arithmetic, x, given), tangent
+    terms = []
+    if _moves(dx):
+        terms.append(jnp.where(bypass, 1.0, slope) * dx)
+    if _moves(d.scale):
+        terms.append(jnp.where(bypass, 0.0, centered - passed) * d.scale)
+    if _moves(d.zero_point):
+        terms.append(jnp.where(bypass, 0.0, (slope - 1.0) * given.scale) * d.zero_point)
+    moved = _tangent_of_theta(arithmetic, centered, given, d, point)
+    terms += [jnp.where(bypass, 0.0, given.scale * term) for term in moved]
+    return _fake_quant(arithmetic, x, given), _sum_of(terms, centered)
 
 
 def prepare(

@@ -18,6 +18,7 @@ from quantjax.policy import Policy
 from quantjax.printing import shape_text
 from quantjax.qtensor import QTensor, encode, is_quantized, packed
 from quantjax.quantizer import Quantizer
+from quantjax.simulation import prepare
 
 
 def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None = None) -> PyTree:
@@ -146,4 +147,8 @@ def _quantize(name: str, leaf: Any, quantizer: Quantizer, key: PRNGKeyArray | No
     if quantizer.symmetric:  # one for all
         qparams = qparams._replace(zero_point=jnp.zeros((1,) * leaf.ndim))
     format, rounding, scaling = quantizer.format, quantizer.rounding, quantizer.scaling
-    return encode(leaf, qparams, format, rounding=rounding, scaling=scaling, key=key)
+    estimator, dtype = quantizer.estimator, leaf.dtype
+    leaf, qparams = prepare(leaf, quantizer.started(qparams), quantizer.arithmetic)
+    qparams = qparams._replace(theta=estimator.rest(qparams.theta))
+    tensor = encode(leaf, qparams, format, rounding=rounding, scaling=scaling, key=key)
+    return QTensor(tensor.stored, tensor.qparams, format, dtype, tensor.packing)

@@ -249,6 +249,8 @@ def _check_rules(policy: Policy, table: SiteTable) -> None:
                 why=f"the earlier rule '{earlier}' matches all that it matches",
                 fix="move it ahead of that rule, or qj.rule(..., optional=True)",
             )
+        if rule.scheme.gradients is not None and not rule.optional:
+            _check_has_gradients(rule, matched)
         wants = rule.scheme != Scheme()
         if wants and all(site.status is SiteStatus.OPAQUE for site in matched):
             raise errors.OpaqueSiteError(
@@ -257,6 +259,18 @@ def _check_rules(policy: Policy, table: SiteTable) -> None:
                 why=matched[0].reason,
                 fix="qj.rule(..., optional=True), or move the product out of that container",
             )
+
+
+def _check_has_gradients(rule: Rule, matched: list[Site]) -> None:
+    roles = {operand.role for site in matched for operand in site.operands}
+    if Role.GRADIENT not in roles:
+        raise errors.PolicyError(
+            f"the rule '{rule}' quantizes gradients, and there are none",
+            where=", ".join(site.name for site in matched[:4]),
+            why="the products of a backward pass are in the program of jax.grad",
+            fix="table = qj.sites(jax.grad(loss), params, ...), and "
+            "qj.fake_quantize(jax.grad(loss), plan); or qj.rule(..., optional=True)",
+        )
 
 
 def _plan_site(site: Site, rule: Rule | None) -> SitePlan:

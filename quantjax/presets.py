@@ -38,6 +38,8 @@ from quantjax.policy import Scheme
 from quantjax.quantizer import Quantizer, RangeMode, activation_quantizer, weight_quantizer
 from quantjax.ranges import MIN_MAX, MSE, FitRule, RangeRule
 
+NARROW = integer(max_bits=8, narrow=True)
+
 
 def _weights(
     bits: int,
@@ -70,7 +72,7 @@ def straight_through(*, weight_bits: int = 4, activation_bits: int = 4) -> Schem
     """Fixed ranges of least squared error, gradients passed beyond them too (Bengio et al., 2013).
 
     >>> print(straight_through())
-    w=int4/tensor a=uint4/tensor
+    w=int4/tensor/straight_through a=uint4/tensor/straight_through
     """
     return Scheme(
         weights=_weights(weight_bits, STRAIGHT_THROUGH),
@@ -160,7 +162,7 @@ def tqt(*, weight_bits: int = 4, activation_bits: int = 4) -> Scheme:
 def qil(*, weight_bits: int = 4, activation_bits: int = 4) -> Scheme:
     """A learned interval, below which values are pruned (Jung et al., 2019)."""
     return Scheme(
-        weights=_weights(weight_bits, QIL, rule=MIN_MAX),
+        weights=_weights(weight_bits, QIL, rule=MIN_MAX, format=NARROW),
         activations=_activations(activation_bits, QIL, MIN_MAX),
     )
 

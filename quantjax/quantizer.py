@@ -13,7 +13,7 @@ import numpy as np
 
 from quantjax import errors, statistics
 from quantjax.affine import DIVIDED, QParams, Scaling, mark_faults, qparams_from_range
-from quantjax.estimators import CLIPPED, Estimator
+from quantjax.estimators import CLIPPED, Estimator, check_needs
 from quantjax.formats import UNIT, Format, Theta, integer
 from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken, reduce_to
 from quantjax.printing import shape_text
@@ -109,6 +109,10 @@ class Quantizer:
                 why="a quantizer is static: programs are compared by it",
                 fix="qj.calibrate(..., activation_rule=rule), which takes arrays, or float(number)",
             )
+        is_fixed = self.range is RangeMode.FIXED
+        check_needs(
+            self.estimator, self.format, self.bits, symmetric=self.symmetric, is_fixed=is_fixed
+        )
         if isinstance(self.granularity, PerToken) and self.range is RangeMode.FIXED:
             raise errors.QuantizerError(
                 "scales per token cannot be fixed beforehand",
@@ -208,10 +212,12 @@ class Quantizer:
         )
 
     def __str__(self) -> str:
-        """``int4/channel``, ``uint8/tensor``, ``int8/token/live``."""
+        """``int4/channel``, ``uint8/tensor``, ``int8/token/live``, ``int4/tensor/lsq``."""
         parts = [self.format.label(self.bits), self.granularity.name]
         if self.range is not RangeMode.FIXED:
             parts.append(self.range.value)
+        if self.estimator != CLIPPED:
+            parts.append(self.estimator.name)
         return "/".join(parts)
 
 

@@ -86,6 +86,10 @@ def weighted() -> Weighted:
 def backward() -> Backward:
     """Every product of a backward pass, in the program of ``jax.grad``.
 
+    An operand is a gradient if the transposed part of the program computed it, or if it meets a
+    weight there. A cotangent that comes from elsewhere (``pull(y - t)`` of ``jax.vjp``) is told
+    from a saved activation only by the weight; write such a loss for ``jax.grad``.
+
     >>> import jax, jax.numpy as jnp, quantjax as qj
     >>> loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]) ** 2)
     >>> table = qj.sites(jax.grad(loss), {"w": jnp.ones((2, 3))}, jnp.ones((4, 2)))

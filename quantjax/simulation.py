@@ -33,9 +33,18 @@ class Arithmetic(NamedTuple):
 
     def resolved(self, qparams: QParams, shape: tuple[int, ...]) -> QParams:
         """The scale, zero point and width in use, by the estimator; ``theta`` stays."""
-        self.estimator.own(qparams.theta)  # which raises where something is missing
-        resolve = self.estimator.resolve
-        return qparams if resolve is None else resolve(qparams, self.format, shape)
+        estimator, theta = self.estimator, qparams.theta
+        own = estimator.own(theta)
+        if estimator.resolve is None:
+            return qparams
+        plain = qparams._replace(theta=estimator.rest(theta))
+        found = estimator.resolve(plain, own, self.format, shape)
+        faulty = jnp.isnan(qparams.scale)  # of which the zero point is the fault
+        return found._replace(
+            scale=jnp.where(faulty, jnp.nan, found.scale),
+            zero_point=jnp.where(faulty, qparams.zero_point, found.zero_point),
+            theta=theta,
+        )
 
 
 class _Given(NamedTuple):
@@ -75,7 +84,15 @@ def _local(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> _Local:
     scaled, snapped = _snapped(arithmetic, x, given)
     low, high = format.level_range(bits, theta)
     point = Point(
-        scaled + zero, snapped.unclipped, snapped.level, low, high, zero, given.scale, given.own
+        scaled + zero,
+        snapped.unclipped,
+        snapped.level,
+        low,
+        high,
+        zero,
+        given.scale,
+        bits,
+        given.own,
     )
     slope = estimator.slope(point)
     # Not a plain product: where the quotient is infinite and clipped, 0 · ∞ would be NaN.
@@ -186,8 +203,9 @@ def transformed(
     assert estimator.transform is not None
     spread = lambda array: expand(jnp.asarray(array, jnp.float32), x.shape)  # noqa: E731
     own = jax.tree.map(spread, estimator.own(qparams.theta))
-    wide = qparams._replace(scale=spread(qparams.scale), theta=own)
-    return estimator.transform(x.astype(jnp.float32), wide, arithmetic.format)
+    theta = arithmetic.format.map_groups(estimator.rest(qparams.theta), spread)
+    wide = qparams._replace(scale=spread(qparams.scale), theta=theta)
+    return estimator.transform(x.astype(jnp.float32), wide, own, arithmetic.format)
 
 
 def _given(
@@ -259,10 +277,13 @@ def is_clipped(
     key: PRNGKeyArray | None = None,
 ) -> Bool[Array, "..."]:
     """Where the range has no level for ``x``, and the outermost one stands in."""
+    raw = jnp.asarray(x).astype(jnp.float32)
     x, given = _given(*prepare(x, qparams, arithmetic), arithmetic, key)
     low, high = arithmetic.format.level_range(given.bits, given.theta)
     unclipped = _snapped(arithmetic, x, given)[1].unclipped
-    return (unclipped < low) | (unclipped > high)
+    outside = (unclipped < low) | (unclipped > high)
+    # A clip that is learned goes ahead of rounding, and leaves nothing outside.
+    return outside | (x != raw) if "clip" in arithmetic.estimator.parameters else outside
 
 
 def apply(

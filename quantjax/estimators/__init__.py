@@ -1,6 +1,6 @@
 """Gradient rules for the rounding and clipping of a quantizer: one method a file."""
 
-from quantjax.estimators.base import Estimator, Parameters, Point
+from quantjax.estimators.base import Estimator, Need, Parameters, Point
 from quantjax.estimators.binary import APPROX_SIGN, ERROR_DECAY, MAGNITUDE_AWARE, SWISH_SIGN
 from quantjax.estimators.clipped import CLIPPED
 from quantjax.estimators.dorefa import DOREFA_ACTIVATIONS, DOREFA_WEIGHTS
@@ -12,6 +12,7 @@ from quantjax.estimators.learned_width import (
     learned_bits,
 )
 from quantjax.estimators.lsq import LSQ, LSQ_FEATURES, LSQ_PLUS
+from quantjax.estimators.needs import check_needs
 from quantjax.estimators.pact import PACT
 from quantjax.estimators.qil import QIL
 from quantjax.estimators.quant_noise import QUANT_NOISE
@@ -66,7 +67,9 @@ __all__ = [
     "SWISH_SIGN",
     "TQT",
     "Estimator",
+    "Need",
     "Parameters",
     "Point",
+    "check_needs",
     "learned_bits",
 ]

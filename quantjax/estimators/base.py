@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ class Point(NamedTuple):
       low, high: the outermost levels at the width in use.
       zero_point: rounded.
       scale: positive.
+      bits: the width in use, a scalar.
       parameters: the estimator's own.
     """
 
@@ -36,6 +38,7 @@ class Point(NamedTuple):
     high: jax.Array
     zero_point: jax.Array
     scale: jax.Array
+    bits: jax.Array
     parameters: Parameters
 
     @property
@@ -47,6 +50,17 @@ class Point(NamedTuple):
     def scaled(self) -> jax.Array:
         """``x/s``."""
         return self.position - self.zero_point
+
+
+class Need(enum.Enum):
+    """What an estimator asks of the quantizer that has it."""
+
+    FIXED_RANGE = "a range that calibration fixes, which its parameters start from"
+    INTEGERS = "integer codes, which are one apart"
+    NO_ZERO_POINT = "a symmetric range: its zero point is 0"
+    REAL_SCALES = "scales that are any real numbers"
+    ONE_BIT = "codes of one bit"
+    MORE_THAN_ONE_BIT = "signed codes of more than one bit"
 
 
 class Estimator(NamedTuple):
@@ -67,27 +81,30 @@ class Estimator(NamedTuple):
         the incoming gradient, so the rule is linear, and forward and reverse mode both work.
       parameters: names of its own arrays in ``QParams.theta``.
       start: ``(qparams, format) -> parameters``, what calibration starts them from.
-      resolve: ``(qparams, format, shape) -> qparams``: scale, zero point and width as functions of
-        what is learned; ``shape`` is the tensor's.
-      transform: ``(x, qparams, format) -> x``: what is rounded in place of ``x``; the QParams are
-        resolved.
+      resolve: ``(qparams, parameters, format, shape) -> qparams``: scale, zero point and width as
+        functions of what is learned; ``shape`` is the tensor's. Of the QParams, ``theta`` is the
+        format's.
+      transform: ``(x, qparams, parameters, format) -> x``: what is rounded in place of ``x``; the
+        QParams are resolved, scale and parameters of the shape of ``x``.
       to_parameters: ``(point, tangents) -> tangent of the level``, where the slope's parameters are
         learned as well.
       asymmetry: ``point -> a``: an incoming gradient ``g`` of a level becomes
         ``g · (1 + a · sign(g))``. Reverse mode only.
       chosen: ``(parameters, key, shape) -> bool array``: the entries that are quantized; the others
         pass as they are. Needs a key.
+      needs: what a quantizer has to be for it.
     """
 
     name: str
     slope: Callable[[Point], jax.Array]
     parameters: tuple[str, ...] = ()
     start: Callable[[QParams, Format], Parameters] | None = None
-    resolve: Callable[[QParams, Format, tuple[int, ...]], QParams] | None = None
-    transform: Callable[[jax.Array, QParams, Format], jax.Array] | None = None
+    resolve: Callable[[QParams, Parameters, Format, tuple[int, ...]], QParams] | None = None
+    transform: Callable[[jax.Array, QParams, Parameters, Format], jax.Array] | None = None
     to_parameters: Callable[[Point, Parameters], jax.Array] | None = None
     asymmetry: Callable[[Point], jax.Array] | None = None
     chosen: Callable[[Parameters, jax.Array, tuple[int, ...]], jax.Array] | None = None
+    needs: frozenset[Need] = frozenset()
 
     @property
     def is_random(self) -> bool:
@@ -135,7 +152,17 @@ class Estimator(NamedTuple):
         return qparams._replace(theta={**(qparams.theta or {}), **found})
 
 
-def highest(format: Format, bits: jax.Array, theta: Theta = ()) -> jax.Array:
-    """The highest level of a width; 1 at bypass, so that it can divide."""
-    high = format.level_range(bits, theta)[1]
-    return jnp.where(is_bypassed(bits), 1.0, high)
+def highest(format: Format, qparams: QParams) -> jax.Array:
+    """The highest level of the width; 1 at bypass, so that it can divide.
+
+    ``theta`` of the QParams is the format's.
+    """
+    high = format.level_range(qparams.bits, qparams.theta)[1]
+    return jnp.where(is_bypassed(qparams.bits), 1.0, high)
+
+
+def reach(format: Format, qparams: QParams) -> jax.Array:
+    """What a symmetric range covers, ``s · steps``; ``steps`` is the highest level where codes are
+    narrow, and one more in two's complement."""
+    steps = format.steps(qparams.bits, symmetric=True, theta=qparams.theta)
+    return qparams.scale * jnp.where(is_bypassed(qparams.bits), 1.0, steps)

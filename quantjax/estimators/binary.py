@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax.affine import QParams
-from quantjax.estimators.base import Estimator, Parameters, Point
+from quantjax.estimators.base import Estimator, Need, Parameters, Point
 from quantjax.formats import Format
 
 
@@ -14,7 +14,7 @@ def _approx_sign(point: Point) -> jax.Array:
     return jnp.maximum(2.0 - 2.0 * jnp.abs(point.scaled), 0.0)
 
 
-APPROX_SIGN = Estimator("approx-sign", _approx_sign)
+APPROX_SIGN = Estimator("approx-sign", _approx_sign, needs=frozenset({Need.ONE_BIT}))
 """``∂q/∂u = max(2 - 2|u|, 0)`` with ``u = x/s``: the slope of a parabola on each side of zero.
 
 Source: Liu et al., Bi-Real Net: enhancing the performance of 1-bit CNNs with improved
@@ -34,7 +34,9 @@ def _beta(qparams: QParams, format: Format) -> Parameters:
     return {"beta": jnp.full_like(qparams.scale, 5.0)}
 
 
-SWISH_SIGN = Estimator("swish-sign", _swish_sign, parameters=("beta",), start=_beta)
+SWISH_SIGN = Estimator(
+    "swish-sign", _swish_sign, parameters=("beta",), start=_beta, needs=frozenset({Need.ONE_BIT})
+)
 """``∂q/∂u = β (2 - βu tanh(βu/2)) / (1 + cosh(βu))``, the derivative of
 ``2σ(βu)(1 + βu(1 - σ(βu))) - 1``; it is negative further out.
 
@@ -49,7 +51,7 @@ def _magnitude_aware(point: Point) -> jax.Array:
     return point.scale * near.astype(jnp.float32)
 
 
-MAGNITUDE_AWARE = Estimator("magnitude-aware", _magnitude_aware)
+MAGNITUDE_AWARE = Estimator("magnitude-aware", _magnitude_aware, needs=frozenset({Need.ONE_BIT}))
 """``∂y/∂w = s`` for ``|w| < 1``, else 0, with ``s`` the mean magnitude of the weights.
 
 Large weights of a channel make its gradients larger, so that signs which hardly move are changed.
@@ -70,7 +72,13 @@ def _sharpness(qparams: QParams, format: Format) -> Parameters:
     return {"sharpness": jnp.full_like(qparams.scale, 0.1)}
 
 
-ERROR_DECAY = Estimator("error-decay", _error_decay, parameters=("sharpness",), start=_sharpness)
+ERROR_DECAY = Estimator(
+    "error-decay",
+    _error_decay,
+    parameters=("sharpness",),
+    start=_sharpness,
+    needs=frozenset({Need.ONE_BIT}),
+)
 """``∂q/∂u = k t (1 - tanh²(t u))``, ``k = max(1/t, 1)``: nearly 1 everywhere at first, then a bump.
 
 ``t = theta["sharpness"]`` grows over training from 0.1 to 10, ``t = 0.1 · 10^(2 i/N)`` at step

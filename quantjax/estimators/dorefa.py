@@ -6,26 +6,28 @@ import jax
 import jax.numpy as jnp
 
 from quantjax.affine import QParams
-from quantjax.estimators.base import Estimator, Point, highest
+from quantjax.estimators.base import Estimator, Need, Parameters, Point, reach
 from quantjax.estimators.straight_through import ones
 from quantjax.formats import Format, divide_by_scale
 
 
-def _transform(x: jax.Array, qparams: QParams, format: Format) -> jax.Array:
+def _transform(x: jax.Array, qparams: QParams, own: Parameters, format: Format) -> jax.Array:
+    del own
     squashed = jnp.tanh(x)
     largest = jnp.max(jnp.abs(squashed))
     # A tensor of zeros stays one.
     unit = divide_by_scale(squashed, jnp.where(largest > 0.0, largest, 1.0))
-    reach = highest(format, qparams.bits, DOREFA_WEIGHTS.rest(qparams.theta)) * qparams.scale
-    return unit * reach
+    return unit * reach(format, qparams)
 
 
-DOREFA_WEIGHTS = Estimator("dorefa-weights", ones, transform=_transform)
+DOREFA_WEIGHTS = Estimator(
+    "dorefa-weights", ones, transform=_transform, needs=frozenset({Need.NO_ZERO_POINT})
+)
 """Weights are squashed to ``t = tanh(w) / max|tanh(w)|`` and then rounded straight through.
 
-``y = s · round(t · high)``, so that the largest weight has the highest code. The paper's output is
-normalized, ``s = 1 / high``, which is the range rule ``qj.ranges.constant(-1.0, 1.0)`` for narrow
-codes; any other scale keeps the size of pretrained weights. The paper's levels are
+``y = s · round(t · steps)``, so that the largest weight has the end of the range. The paper's
+output is normalized, ``s = 1 / high``, which is the range rule ``qj.ranges.constant(-1.0, 1.0)``;
+any other scale keeps the size of pretrained weights. The paper's levels are
 ``2 round((2^k - 1)(t/2 + 1/2)) / (2^k - 1) - 1``, which leave out 0: ``qj.formats.midrise()``.
 ``∂y/∂w`` is that of the squashing, through the maximum as well.
 

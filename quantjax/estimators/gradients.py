@@ -30,6 +30,11 @@ ceil_through = _through(jnp.ceil)
 """Rounded up, derivative 1."""
 
 
+def clip_through(x: jax.Array, low: float, high: float) -> jax.Array:
+    """Clipped, derivative 1: what has left the bounds finds back."""
+    return x + jax.lax.stop_gradient(jnp.clip(x, low, high) - x)
+
+
 @jax.custom_jvp
 def scale_gradient(x: jax.Array, factor: jax.Array) -> jax.Array:
     """``x``, whose gradient is multiplied by ``factor``.

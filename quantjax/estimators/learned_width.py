@@ -8,33 +8,44 @@ import jax
 import jax.numpy as jnp
 
 from quantjax.affine import QParams, is_bypassed
-from quantjax.estimators.base import Estimator, Parameters, highest
-from quantjax.estimators.gradients import ceil_through, round_through
+from quantjax.estimators.base import Estimator, Need, Parameters, highest
+from quantjax.estimators.gradients import ceil_through, clip_through, round_through
 from quantjax.estimators.pact import clip_of, clipped_to
 from quantjax.estimators.straight_through import ones
 from quantjax.formats import Format, divide_by_scale
 
+_NEEDS = frozenset({Need.FIXED_RANGE, Need.INTEGERS, Need.NO_ZERO_POINT})
 
-def _transform(x: jax.Array, qparams: QParams, format: Format) -> jax.Array:
-    return clipped_to(x, qparams.theta["clip"], format)
+
+def _transform(x: jax.Array, qparams: QParams, own: Parameters, format: Format) -> jax.Array:
+    widest = qparams._replace(bits=jnp.full_like(qparams.bits, float(format.max_bits)))
+    held = qparams.scale * highest(format, widest)  # what the container has codes for
+    return clipped_to(x, jnp.minimum(own["clip"], held), format)
+
+
+def _clipped(x: jax.Array, qparams: QParams, own: Parameters, format: Format) -> jax.Array:
+    del qparams
+    return clipped_to(x, own["clip"], format)
 
 
 def _of_tensor(width: jax.Array, qparams: QParams, format: Format) -> jax.Array:
     """One width: that of the group which needs most; 0 stays bypass."""
-    width = jnp.clip(jnp.max(width), 1.0, float(format.max_bits))
+    width = clip_through(jnp.max(width), 1.0, float(format.max_bits))
     return jnp.where(is_bypassed(qparams.bits), 0.0, width)
 
 
-def _differentiable(qparams: QParams, format: Format) -> jax.Array:
-    clip = qparams.theta["clip"]
+def _differentiable(qparams: QParams, own: Parameters, format: Format) -> jax.Array:
+    clip = own["clip"]
     needed = ceil_through(jnp.log2(divide_by_scale(clip, qparams.scale) + 1.0))
     return _of_tensor(needed + (1.0 if format.signed else 0.0), qparams, format)
 
 
-def _resolve_differentiable(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+def _resolve_differentiable(
+    qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]
+) -> QParams:
     del shape
     zero = jnp.zeros_like(qparams.zero_point)
-    return qparams._replace(bits=_differentiable(qparams, format), zero_point=zero)
+    return qparams._replace(bits=_differentiable(qparams, own, format), zero_point=zero)
 
 
 DIFFERENTIABLE_QUANTIZATION = Estimator(
@@ -44,10 +55,12 @@ DIFFERENTIABLE_QUANTIZATION = Estimator(
     start=clip_of,
     resolve=_resolve_differentiable,
     transform=_transform,
+    needs=_NEEDS | {Need.MORE_THAN_ONE_BIT},
 )
 """Scale ``d`` and clip ``q_max`` are learned; the width is ``ceil(log2(q_max/d + 1)) + 1``.
 
-``y = d · round(clip(x, ±q_max) / d)``. ``∂y/∂d = q - x/d`` inside the range and 0 outside;
+``y = d · round(clip(x, ±q_max) / d)``. ``∂y/∂d = q - x/d`` inside the range; outside it is that of
+the clip, ``round(q_max/d) - q_max/d``, because the bound is a code here and not ``q_max`` itself;
 ``∂y/∂q_max = sign(x)`` outside and 0 inside; the width of unsigned codes is one less. Where groups
 have scales of their own, the width is that of the group which needs most.
 ``quantjax.training.learned_bits`` is the width, differentiable, for a penalty on the size.
@@ -57,8 +70,8 @@ Source: Uhlich et al., Mixed precision DNNs: all you need is a good parametrizat
 """
 
 
-def _rounded(qparams: QParams, format: Format) -> jax.Array:
-    return _of_tensor(round_through(qparams.theta["width"]), qparams, format)
+def _rounded(qparams: QParams, own: Parameters, format: Format) -> jax.Array:
+    return _of_tensor(round_through(own["width"]), qparams, format)
 
 
 def _start_rounded(qparams: QParams, format: Format) -> Parameters:
@@ -66,13 +79,15 @@ def _start_rounded(qparams: QParams, format: Format) -> Parameters:
     return {**clip_of(qparams, format), "width": width}
 
 
-def _resolve_rounded(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+def _resolve_rounded(
+    qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]
+) -> QParams:
     del shape
-    bits = _rounded(qparams, format)
-    high = highest(format, jax.lax.stop_gradient(bits))
+    bits = _rounded(qparams, own, format)
+    high = highest(format, qparams._replace(bits=jax.lax.stop_gradient(bits)))
     # high is 2^(b-1) - 1 or 2^b - 1, whose derivative is (high + 1) ln 2; its value stays.
     high = high + math.log(2.0) * (high + 1.0) * (bits - jax.lax.stop_gradient(bits))
-    scale = divide_by_scale(qparams.theta["clip"], high)
+    scale = divide_by_scale(own["clip"], high)
     zero = jnp.zeros_like(qparams.zero_point)
     return qparams._replace(scale=scale, bits=bits, zero_point=zero)
 
@@ -83,7 +98,8 @@ ROUNDED_WIDTH = Estimator(
     parameters=("clip", "width"),
     start=_start_rounded,
     resolve=_resolve_rounded,
-    transform=_transform,
+    transform=_clipped,
+    needs=_NEEDS | {Need.REAL_SCALES},
 )
 """A real width is learned and rounded straight through: ``b = round(width)``, ``s = clip/high(b)``.
 
@@ -108,4 +124,6 @@ def learned_bits(qparams: QParams, format: Format, estimator: Estimator) -> jax.
     """
     if estimator.resolve is None:
         return jnp.asarray(qparams.bits, jnp.float32)
-    return estimator.resolve(qparams, format, jnp.shape(qparams.scale)).bits
+    own, plain = estimator.own(qparams.theta), estimator.rest(qparams.theta)
+    plain_qparams = qparams._replace(theta=plain)
+    return estimator.resolve(plain_qparams, own, format, jnp.shape(qparams.scale)).bits

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax.affine import QParams
-from quantjax.estimators.base import Estimator, highest
+from quantjax.estimators.base import Estimator, Parameters, highest
 from quantjax.estimators.clipped import inside
 from quantjax.estimators.gradients import scale_gradient
 from quantjax.formats import Format
@@ -23,20 +23,27 @@ def _factor(
     if has_batch and jnp.ndim(qparams.scale) == len(shape) > 1:
         groups //= qparams.scale.shape[0]
     count = max(entries // max(groups, 1), 1)
-    return 1.0 / jnp.sqrt(float(count) * highest(format, qparams.bits))
+    return 1.0 / jnp.sqrt(float(count) * highest(format, qparams))
 
 
-def _scale(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+def _scale(qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]) -> QParams:
+    del own
     factor = _factor(qparams, format, shape, has_batch=False)
     return qparams._replace(scale=scale_gradient(qparams.scale, factor))
 
 
-def _scale_of_features(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+def _scale_of_features(
+    qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]
+) -> QParams:
+    del own
     factor = _factor(qparams, format, shape, has_batch=True)
     return qparams._replace(scale=scale_gradient(qparams.scale, factor))
 
 
-def _both_of_features(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+def _both_of_features(
+    qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]
+) -> QParams:
+    del own
     factor = _factor(qparams, format, shape, has_batch=True)
     return qparams._replace(
         scale=scale_gradient(qparams.scale, factor),

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from quantjax.affine import QParams
-from quantjax.estimators.base import Estimator, Parameters, highest
+from quantjax.estimators.base import Estimator, Need, Parameters, highest
 from quantjax.estimators.straight_through import ones
 from quantjax.formats import Format, divide_by_scale
 
 
 def clip_of(qparams: QParams, format: Format) -> Parameters:
     """``{"clip": s · (high - z)}``: what the highest code stands for."""
-    high = highest(format, qparams.bits) - jnp.round(qparams.zero_point)
+    high = highest(format, qparams) - jnp.round(qparams.zero_point)
     return {"clip": qparams.scale * jnp.maximum(high, 1.0)}
 
 
@@ -25,19 +25,26 @@ def clipped_to(x: jax.Array, clip: jax.Array, format: Format) -> jax.Array:
     return jnp.where(above > 0.0, above, 0.0)
 
 
-def _resolve(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+def _resolve(qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]) -> QParams:
     del shape
-    clip = jax.lax.stop_gradient(qparams.theta["clip"])
-    scale = divide_by_scale(clip, highest(format, qparams.bits))
+    clip = jax.lax.stop_gradient(own["clip"])
+    scale = divide_by_scale(clip, highest(format, qparams))
     return qparams._replace(scale=scale, zero_point=jnp.zeros_like(scale))
 
 
-def _transform(x: jax.Array, qparams: QParams, format: Format) -> jax.Array:
-    return clipped_to(x, qparams.theta["clip"], format)
+def _transform(x: jax.Array, qparams: QParams, own: Parameters, format: Format) -> jax.Array:
+    del qparams
+    return clipped_to(x, own["clip"], format)
 
 
 PACT = Estimator(
-    "pact", ones, parameters=("clip",), start=clip_of, resolve=_resolve, transform=_transform
+    "pact",
+    ones,
+    parameters=("clip",),
+    start=clip_of,
+    resolve=_resolve,
+    transform=_transform,
+    needs=frozenset({Need.FIXED_RANGE, Need.NO_ZERO_POINT, Need.REAL_SCALES}),
 )
 """The clip of an activation is learned: ``y = round(clip(x, 0, α) / s) · s`` with ``s = α / high``.
 

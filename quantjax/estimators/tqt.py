@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from quantjax.affine import QParams
-from quantjax.estimators.base import Estimator, Parameters, highest
+from quantjax.estimators.base import Estimator, Need, Parameters, highest
 from quantjax.estimators.clipped import inside
-from quantjax.estimators.gradients import ceil_through
+from quantjax.estimators.gradients import ceil_through, clip_through
 from quantjax.formats import Format
 
 
@@ -29,21 +29,36 @@ def _two_to_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 def _bits_of_magnitude(qparams: QParams, format: Format) -> jax.Array:
     """``log2(high + 1)``: ``b - 1`` for signed integers, ``b`` for unsigned ones."""
-    return jnp.round(jnp.log2(highest(format, qparams.bits) + 1.0))
+    return jnp.round(jnp.log2(highest(format, qparams) + 1.0))
+
+
+def _log2(x: jax.Array) -> jax.Array:
+    """Exact at powers of two, where ``jnp.log2`` is not: the ceiling would double the scale."""
+    mantissa, exponent = jnp.frexp(x)
+    exponent = exponent.astype(jnp.float32)
+    return jnp.where(mantissa == 0.5, exponent - 1.0, exponent + jnp.log2(mantissa))
 
 
 def _start(qparams: QParams, format: Format) -> Parameters:
-    return {"log2_threshold": jnp.log2(qparams.scale) + _bits_of_magnitude(qparams, format)}
+    return {"log2_threshold": _log2(qparams.scale) + _bits_of_magnitude(qparams, format)}
 
 
-def _resolve(qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+def _resolve(qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]) -> QParams:
     del shape
-    exponent = ceil_through(qparams.theta["log2_threshold"]) - _bits_of_magnitude(qparams, format)
-    unknown = jnp.isnan(qparams.scale)  # of which the zero point holds the reason
-    return qparams._replace(scale=jnp.where(unknown, jnp.nan, _two_to(exponent)))
+    threshold = own["log2_threshold"]
+    exponent = ceil_through(threshold) - _bits_of_magnitude(qparams, format)
+    scale = _two_to(clip_through(exponent, -126.0, 127.0))
+    return qparams._replace(scale=jnp.where(jnp.isnan(threshold), jnp.nan, scale))
 
 
-TQT = Estimator("tqt", inside, parameters=("log2_threshold",), start=_start, resolve=_resolve)
+TQT = Estimator(
+    "tqt",
+    inside,
+    parameters=("log2_threshold",),
+    start=_start,
+    resolve=_resolve,
+    needs=frozenset({Need.FIXED_RANGE, Need.INTEGERS}),
+)
 """The logarithm of the threshold is learned, and the scale is the power of two above it.
 
 ``s = 2^ceil(log2 t) / 2^(b-1)`` (``2^b`` for unsigned codes). ``ceil`` is passed straight through:

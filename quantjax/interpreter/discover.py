@@ -88,12 +88,7 @@ class _Findings(NamedTuple):
 
 
 def discover(jaxpr: jex_core.ClosedJaxpr, param_paths: Sequence[str]) -> Discovery:
-    """All sites of a program whose first inputs are the parameters.
-
-    Args:
-      jaxpr: the program.
-      param_paths: paths of the parameters, in order.
-    """
+    """All sites of a program whose first inputs are the parameters at ``param_paths``."""
     inputs = [provenance.leaf(path) for path in param_paths]
     inputs += [provenance.DATA] * (len(jaxpr.jaxpr.invars) - len(inputs))
     found = _Findings([], {})
@@ -160,7 +155,7 @@ def _walk(
                 _note_others(found, eqn.primitive.name, operands)
         else:
             outputs = _enter(container, operands, here, scope, around, found)
-        outputs = provenance.in_scope(scope, outputs)
+        outputs = provenance.in_scope(scope, eqn.primitive.name, operands, outputs)
         origins.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -333,9 +328,10 @@ def _describe(
     if not weights and (0 in product.lhs.shape or 0 in product.rhs.shape):
         reason = reason or "an empty product"  # parallel scans multiply empty halves
     weight = weights[0] if len(weights) == 1 else None
-    operands = tuple(_operand(product, side, weight, origins[side]) for side in (0, 1))
     origin = origins[weight] if weight is not None else None
-    notes = [around.note, "" if origin is None else _weight_note(origin)]
+    around_it = provenance.at_product(scope, origins, weight)
+    operands = tuple(_operand(product, side, weight, around_it[side]) for side in (0, 1))
+    notes = around.note, "" if origin is None else _weight_note(origin)
     site = Site(
         name=_name(product, origin, scope),
         op=product.op,

@@ -102,12 +102,32 @@ def data(operands: Sequence[Origin]) -> Origin:
     return COTANGENT if any(operand is COTANGENT for operand in operands) else DATA
 
 
-def in_scope(scope: str, origins: list[Origin]) -> list[Origin]:
-    """What a backward pass computes, and does not compute again, are cotangents.
+def is_backward(scope: str) -> bool:
+    """Whether an equation belongs to a backward pass, and not to what it computes again."""
+    return "transpose(" in scope and "rematted_computation" not in scope
 
-    Constants as well, which it starts from; weights stay what they are.
+
+def at_product(scope: str, origins: Sequence[Origin], weight: int | None) -> Sequence[Origin]:
+    """Of both operands: what a weight meets in a backward pass is a cotangent, wherever it is from.
+
+    Args:
+      weight: the side of the weight; None where there is none.
     """
-    if "transpose(" not in scope or "rematted_computation" in scope:
+    if weight is None or not is_backward(scope):
+        return origins
+    return [origin if side == weight else COTANGENT for side, origin in enumerate(origins)]
+
+
+def in_scope(
+    scope: str, primitive: str, operands: Sequence[Origin], origins: list[Origin]
+) -> list[Origin]:
+    """What a backward pass computes are cotangents.
+
+    Constants as well, which it starts from; weights stay what they are, and what is only moved,
+    such as a saved activation that is transposed.
+    """
+    moved = primitive in PASSING and all(operand is DATA for operand in operands)
+    if not is_backward(scope) or moved:
         return origins
     known = (OriginKind.LEAF, OriginKind.FUNCTION)
     return [origin if origin.kind in known else COTANGENT for origin in origins]

@@ -20,6 +20,7 @@ from quantjax.transforms.check import check
 from quantjax.transforms.observe import State
 from quantjax.transforms.operands import (
     Bits,
+    check_signs,
     check_used,
     covering,
     statistics_for,
@@ -70,7 +71,8 @@ def calibrate(
       BitsError: a width that the container cannot hold.
       PolicyError: a width for operands that are not quantized.
       PlanMismatchError: a parameter tree that is not the one planned for.
-      DataError: a concrete weight that holds NaN or infinity.
+      DataError: a concrete weight that holds NaN or infinity; negative activations for unsigned
+        codes without a zero point.
 
     Sharp edges: under a trace nothing can be raised for values; the scale is NaN instead, and
     ``qj.check(qstate)`` says why.
@@ -118,6 +120,8 @@ def calibrate(
                 ranged = _ranged(entry, operand, chosen)
                 reader = f"the rule {ranged.name}" if ranged.reads_distribution else None
                 stats = statistics_for(entry, operand, state, weight, bits, histogram_for=reader)
+                if weight is None:
+                    check_signs(entry, operand, stats)
                 jobs.append(_Job(entry, operand, ranged, stats, quantizer.target(bits, theta)))
     for job, qparams in _by_rule(jobs):
         found[job.entry.site.name, job.operand.key] = qparams

@@ -31,6 +31,12 @@ UNUSABLE = (
 )
 
 
+LEARNED = (
+    "a learned parameter is NaN or infinite, or a clip is not positive",
+    "a lower learning rate for theta, and quantjax.training.keep_positive(names=...)",
+)
+
+
 class Problem(NamedTuple):
     """One operand whose parameters cannot be used.
 
@@ -94,7 +100,25 @@ def _problems(site: str, operand: str, qparams: QParams) -> list[Problem]:
     unusable = np.any(~(scale > 0) | np.isinf(scale), axis=axes) & ~np.any(faults > 0, axis=axes)
     if unusable.any():
         found.append(Problem(site, operand, _lanes(unusable, batch), *UNUSABLE))
+    learned = _learned_faults(qparams, batch) & ~np.any(faults > 0, axis=axes)
+    if learned.any():
+        found.append(Problem(site, operand, _lanes(learned, batch), *LEARNED))
     return found
+
+
+def _learned_faults(qparams: QParams, batch: int) -> np.ndarray:
+    """By lane: entries of ``theta`` that no estimator can use."""
+    hit = np.zeros(np.shape(qparams.bits), bool)
+    theta = qparams.theta if isinstance(qparams.theta, Mapping) else {}
+    for name, array in theta.items():
+        values = concrete(array)
+        if values is None or not np.issubdtype(values.dtype, np.floating):
+            continue
+        bad = ~np.isfinite(values)
+        if name == "clip":
+            bad |= ~(values > 0)
+        hit = hit | np.any(bad, axis=tuple(range(batch, bad.ndim)))
+    return hit
 
 
 def _lanes(hit: np.ndarray, batch: int) -> tuple[int, ...]:

@@ -119,10 +119,13 @@ def _not_frozen(
     def left(entry: SitePlan) -> SitePlan:
         name = entry.site.name
         ready = name in stored and stored[name].path in frozen
-        operands = [
-            dataclasses.replace(operand, quantizer=None) if ready and operand.is_weight else operand
-            for operand in entry.operands
-        ]
+        operands = []
+        for operand in entry.operands:
+            quantizer = operand.quantizer
+            if quantizer is not None:
+                gone = ready and operand.is_weight
+                quantizer = None if gone else _for_every_entry(quantizer)
+            operands.append(dataclasses.replace(operand, quantizer=quantizer))
         return dataclasses.replace(entry, operands=tuple(operands))
 
     return dataclasses.replace(plan, sites=tuple(map(left, plan.sites)))
@@ -199,12 +202,20 @@ def _multiplied(
 
 def encoded(x: jax.Array, qparams: QParams, quantizer: Quantizer, key: Key | None) -> Codes:
     """The codes of a tensor that comes in float, as floats."""
-    x, qparams = prepare(x, qparams, quantizer.arithmetic)
+    arithmetic = _for_every_entry(quantizer).arithmetic
+    x, qparams = prepare(x, qparams, arithmetic)
     zero_point = jnp.round(jnp.asarray(qparams.zero_point, jnp.float32))
-    centered = centered_codes(x, qparams, quantizer.arithmetic, key)
+    centered = centered_codes(x, qparams, arithmetic, key)
     centered = jnp.where(jnp.isnan(centered), 0.0, centered)
     scale = jnp.where(is_bypassed(qparams.bits), jnp.nan, qparams.scale)  # no codes to execute
     return Codes(centered + expand(zero_point, x.shape), zero_point, scale)
+
+
+def _for_every_entry(quantizer: Quantizer) -> Quantizer:
+    """Without the draws of an estimator, which are for training."""
+    if not quantizer.estimator.is_random:
+        return quantizer
+    return dataclasses.replace(quantizer, estimator=quantizer.estimator._replace(chosen=None))
 
 
 def integer_operand(codes: Codes, quantizer: Quantizer) -> IntegerOperand:

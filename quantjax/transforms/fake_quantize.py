@@ -31,7 +31,14 @@ from quantjax.quantizer import RangeMode
 from quantjax.statistics import AxisName, Statistics
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.keys import Key, next_keys, site_keys
-from quantjax.transforms.observe import State, init, planned_statistics, updated
+from quantjax.transforms.observe import (
+    State,
+    check_inputs,
+    check_statistics,
+    init,
+    planned_statistics,
+    updated,
+)
 from quantjax.transforms.sites import check_program
 from quantjax.transforms.steps import over_steps
 
@@ -98,6 +105,8 @@ def fake_quantize(
         state: State | None = None,
         where: Bool[Array, "..."] | None = None,
     ) -> tuple[Any, State]:
+        mask = None if where is None else jnp.asarray(where)
+        check_inputs(inputs, mask)
         program, keys, values = prepared(qstate, params, inputs, key)
 
         def handler(visit: Visit) -> Outcome:
@@ -108,10 +117,11 @@ def fake_quantize(
 
         seen = planned_statistics(plan, init(plan) if state is None else state)
         watched = {name: _Watched(keys.get(name), seen.get(name, {})) for name in planned}
-        mask = None if where is None else jnp.asarray(where)
         carried = Carried(values, watched, mask)
         result, after, _ = evaluate(program, handler, frozenset(planned), carried, params, *inputs)
-        return result, {name: after[name].statistics for name in seen}
+        found = {name: after[name].statistics for name in seen}
+        check_statistics(found)
+        return result, found
 
     return observing if observe else quantized
 

@@ -21,11 +21,12 @@ from quantjax.simulation import transformed
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.encoding import Encoding, codes_by_parts, encoded_codes
 from quantjax.transforms.fake_quantize import check_qstate
-from quantjax.transforms.keys import Key, is_random, split_keys
+from quantjax.transforms.keys import Key, split_keys
 from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import (
     StoredWeight,
     parameter_qparams,
+    same_arrays,
     same_qparams,
     stored_weights,
 )
@@ -81,14 +82,17 @@ def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -
         _check_agreement(weights, stated)
         own = _key_for(weights[0], key, number)
         learned = _learned(weights[0], qstate)
+        for weight in weights[1:]:
+            _check_transforms(weights[0], weight, learned, _learned(weight, qstate))
         frozen[path] = _encode(weights[0], leaves[path], stated[0], learned, own)
     flat = [frozen.get(path, leaf) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(params), flat)
 
 
 def _key_for(weight: StoredWeight, key: Key | None, number: int) -> Key | None:
-    if not is_random(weight.operand):
-        return None
+    quantizer = weight.operand.quantizer
+    if quantizer is None or not quantizer.rounding.is_random:
+        return None  # an estimator's draws are for training: every entry is encoded
     if key is None:
         raise errors.KeyMissingError(
             "the weight is rounded at random and there is no key",
@@ -111,6 +115,20 @@ def _learned(weight: StoredWeight, qstate: QState) -> dict[str, jax.Array]:
         name: scale_in_parameter(jnp.broadcast_to(array, qparams.scale.shape), weight.moves, layers)
         for name, array in quantizer.estimator.own(qparams.theta).items()
     }
+
+
+def _check_transforms(first: StoredWeight, other: StoredWeight, learned: Any, its: Any) -> None:
+    """Raise ``FreezeError`` where two sites round other values of one parameter."""
+    estimators = [w.operand.quantizer.estimator for w in (first, other) if w.operand.quantizer]
+    transforms = {estimator.transform for estimator in estimators}
+    same = len(transforms) == 1 and same_arrays(learned, its)
+    if not same:
+        raise errors.FreezeError(
+            f"the parameter {first.path} has two estimators, or one with two sets of parameters",
+            where=f"{first.where} and {other.where}",
+            why="a frozen tree holds a tied weight once",
+            fix="the same scheme and parameters for both, or keep one in float: qj.Scheme()",
+        )
 
 
 def _transformed(

@@ -110,7 +110,7 @@ def observe(
         plan.check_params(params)
         if where is not None:
             where = jnp.asarray(where)
-        _check_inputs(inputs, where)
+        check_inputs(inputs, where)
         program = programs(params, *inputs)
         check_program(plan, program)
 
@@ -120,7 +120,7 @@ def observe(
 
         carried = Carried({}, planned_statistics(plan, state), where)
         result, after, _ = evaluate(program, handler, handled, carried, params, *inputs)
-        _check_statistics(after)
+        check_statistics(after)
         return result, after
 
     return observing
@@ -206,7 +206,7 @@ def _update(visit: Visit, operand: OperandPlan, axis_name: AxisName) -> Statisti
     return statistics.update(visit.state[operand.key], x, where=mask, axis_name=axis_name)
 
 
-def _check_inputs(inputs: Any, where: Any) -> None:
+def check_inputs(inputs: Any, where: Any) -> None:
     """Concrete inputs only; ahead of any work."""
     if where is not None and where.dtype != jnp.bool_:
         raise errors.DataError(
@@ -246,7 +246,7 @@ def _check_inputs(inputs: Any, where: Any) -> None:
             )
 
 
-def _check_statistics(state: State) -> None:
+def check_statistics(state: State) -> None:
     """Concrete statistics only: a NaN that arose inside the model."""
     for name, operands in state.items():
         for key, stats in operands.items():

@@ -83,6 +83,28 @@ def _observed(entry: SitePlan, operand: OperandPlan, state: State, bits: jax.Arr
     return stats
 
 
+NEGATIVE_SHARE = 0.25
+"""Of the largest magnitude: what lies further below zero than that is no tail of an activation."""
+
+
+def check_signs(entry: SitePlan, operand: OperandPlan, stats: Statistics) -> None:
+    """Raise ``DataError`` where unsigned codes about zero would clip what is negative to 0."""
+    quantizer = operand.quantizer
+    assert quantizer is not None
+    low, high = concrete(stats.extremes.low), concrete(stats.extremes.high)
+    if quantizer.format.signed or not quantizer.symmetric or low is None or high is None:
+        return
+    far = np.minimum(low, 0.0) < -NEGATIVE_SHARE * np.maximum(high, 0.0)
+    if np.any(far & np.isfinite(low)):
+        raise errors.DataError(
+            "negative values, for which unsigned codes about zero have none",
+            where=f"site {entry.site.name}, {operand.key}: from {float(low.min()):.3g} to "
+            f"{float(high.max()):.3g}",
+            why="all of them would become 0",
+            fix="symmetric=False, or signed codes, qj.integer(); of the presets, lsq_plus",
+        )
+
+
 def check_used(plan: Plan, bits: Bits | None, role: Role) -> None:
     """Raise ``PolicyError`` for widths of operands that no quantizer touches."""
     if bits is None:

@@ -84,7 +84,12 @@ def resolved_qparams(weight: StoredWeight, qstate: Mapping[str, Mapping[str, QPa
 
 def same_qparams(first: QParams, other: QParams) -> bool:
     """Equal where both are known; under a trace, of equal shapes."""
-    structures: list[Any] = [jax.tree.structure(qparams) for qparams in (first, other)]
+    return same_arrays(first, other)
+
+
+def same_arrays(first: Any, other: Any) -> bool:
+    """The same of two trees."""
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (first, other)]
     if structures[0] != structures[1]:
         return False
     for left, right in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import quantjax as qj
 from quantjax import estimators as es
 from quantjax.estimators import ESTIMATORS, Estimator
-from quantjax.formats import integer
+from quantjax.formats import IntegerFormat, integer
 from quantjax.simulation import Arithmetic, apply, centered_codes, prepare
 from tests.oracles import estimators as oracle
 
@@ -82,7 +82,7 @@ CASES = [
     Case(es.MAGNITUDE_AWARE, oracle.magnitude_aware, 1, scale=0.8),
     *(
         Case(es.DSQ, oracle.dsq, b, signed=s, zero_point=z, own={"alpha": a})
-        for b, s, z, a in [(2, True, 0.0, 0.2), (4, False, 3.0, 0.45)]
+        for b, s, z, a in [(1, True, 0.0, 0.3), (2, True, 0.0, 0.2), (4, False, 3.0, 0.45)]
     ),
     *(
         Case(es.TQT, oracle.tqt, b, signed=s, own={"log2_threshold": t})
@@ -123,8 +123,14 @@ def arguments(case: Case):
 
 def run(case: Case, x, scale, zero_point, theta):
     qparams = qj.QParams(scale, zero_point, jnp.float32(case.bits), theta or ())
-    arithmetic = Arithmetic(integer(signed=case.signed), estimator=case.estimator)
+    arithmetic = Arithmetic(format_of(case), estimator=case.estimator)
     return apply(x, qparams, arithmetic)
+
+
+def format_of(case: Case) -> IntegerFormat:
+    """Narrow codes where a paper normalizes by the highest one."""
+    normalized = case.estimator in (es.QIL, es.DOREFA_WEIGHTS)
+    return integer(signed=case.signed, narrow=case.signed and normalized)
 
 
 def expected(case: Case) -> oracle.Entry:
@@ -166,7 +172,7 @@ def test_products_of_codes_have_the_same_gradients(case):
 
     def product(x, scale, zero_point, theta):
         qparams = qj.QParams(scale, zero_point, jnp.float32(case.bits), theta or ())
-        arithmetic = Arithmetic(integer(signed=case.signed), estimator=case.estimator)
+        arithmetic = Arithmetic(format_of(case), estimator=case.estimator)
         x, qparams = prepare(x, qparams, arithmetic)
         return qparams.scale * centered_codes(x, qparams, arithmetic)
 
@@ -197,7 +203,7 @@ def test_forward_mode_agrees_with_reverse_mode(case):
 def test_jit_vmap_and_traced_widths_change_nothing(case):
     """Bypass passes value and gradient as they are."""
     x, scale, zero_point, theta = arguments(case)
-    arithmetic = Arithmetic(integer(signed=case.signed), estimator=case.estimator)
+    arithmetic = Arithmetic(format_of(case), estimator=case.estimator)
 
     def both(bits):
         def value(x):

@@ -135,13 +135,15 @@ def dsq(x, scale, zero_point, bits, *, signed, alpha) -> Entry:
         k = math.log(2 / a - 1)
         return i + (np.tanh(k * (v - i - 0.5)) / (1 - a) + 1) / 2
 
-    v, step = x / scale + zero_point, 1e-6
+    delta = 2 if bits == 1 and signed else 1  # from -1 to 1, or from level to level
+    v, step = (x / scale + zero_point - low) / delta, 1e-6
     q = np.clip(np.rint(x / scale) + zero_point, low, high) - zero_point
-    within = (v >= low) & (v <= high)
+    q = np.where(x >= 0, 1.0, -1.0) if delta == 2 else q
+    within = (v >= 0) & (v <= (high - low) / delta)
     slope = np.where(within, (staircase(v + step, alpha) - staircase(v - step, alpha)), 0.0)
     slope = slope / (2 * step)
     to_alpha = (staircase(v, alpha + step) - staircase(v, alpha - step)) / (2 * step)
-    to_alpha = np.where(within, scale * to_alpha, 0.0)
+    to_alpha = np.where(within, scale * delta * to_alpha, 0.0)
     return Entry(scale * q, slope, {"scale": q - slope * x / scale, "alpha": to_alpha})
 
 

@@ -218,3 +218,38 @@ def test_training_with_eight_bit_gradients_learns():
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, to_params)
         losses.append(float(loss))
     assert losses[-1] < 0.35 * losses[0]
+
+
+def test_a_policy_for_gradients_without_a_backward_pass_is_refused():
+    table = qj.sites(flat, PARAMS, X, Y)
+    with pytest.raises(qj.errors.PolicyError, match=r"jax\.grad"):
+        qj.plan(qj.uniform_policy(gradient_bits=8), table)
+    scheme = qj.Scheme(gradients=qj.gradient_quantizer())
+    optional = qj.Policy([qj.rule(qj.weighted(), scheme, optional=True)])
+    assert len(qj.plan(optional, table).quantized) == 0
+
+
+def test_a_cotangent_from_outside_is_known_by_the_weight_that_it_meets():
+    def program(params, x, y):
+        out, pull = jax.vjp(lambda p: jnp.tanh(x @ p["one"]) @ p["two"], params)
+        return pull(out - y)
+
+    table = qj.sites(program, PARAMS, X, Y)
+    weighted = [site for site in table if site.weight is not None and "#" in site.name]
+    assert [sorted(roles(site)) for site in weighted] == [["gradient", "weight"]]
+
+
+def test_saved_activations_that_are_moved_are_no_gradients():
+    @jax.custom_vjp
+    def dense(x, w):
+        return x @ w
+
+    dense.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+
+    def loss(params, x, y):
+        return jnp.mean((dense(jnp.tanh(dense(x, params["one"])), params["two"]) - y) ** 2)
+
+    table = qj.sites(jax.grad(loss), PARAMS, X, Y)
+    backward = [sorted(roles(site)) for site in table if qj.backward().matches(site)]
+    assert ["gradient", "gradient"] not in backward
+    assert backward.count(["activation", "gradient"]) == 2

@@ -41,16 +41,23 @@ X = jnp.abs(normal(12, WIDTH))
 NAMES = pytest.mark.parametrize("name", MODELS)
 
 
+def _activations(estimator: es.Estimator) -> qj.Quantizer:
+    """Asymmetric, or from 0 where the estimator has no zero point."""
+    if estimator in BINARY:
+        return qj.activation_quantizer(bits=1, symmetric=True, estimator=estimator)
+    if es.Need.NO_ZERO_POINT not in estimator.needs:
+        return qj.activation_quantizer(bits=4, estimator=estimator)
+    format = qj.integer(signed=False)
+    return qj.activation_quantizer(bits=4, estimator=estimator, format=format, symmetric=True)
+
+
 def planned(name: str, weights=es.CLIPPED, activations=es.CLIPPED, **options):
     f, params = MODELS[name]
     binary = weights in BINARY
     scheme = qj.Scheme(
         weights=qj.weight_quantizer(bits=1 if binary else 4, estimator=weights, **options),
-        activations=qj.activation_quantizer(bits=4, estimator=activations),
+        activations=_activations(activations),
     )
-    if activations in BINARY:
-        signs = qj.activation_quantizer(bits=1, symmetric=True, estimator=activations)
-        scheme = qj.Scheme(weights=scheme.weights, activations=signs)
     plan = qj.plan(qj.Policy([qj.rule(qj.weighted(), scheme)]), qj.sites(f, params, X))
     state = qj.observe(f, plan)(qj.init(plan), params, X)[1]
     clipping = qj.ranges.percentile(0.9)

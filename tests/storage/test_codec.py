@@ -148,7 +148,8 @@ def test_every_public_value_of_a_room_can_be_written():
             static = (formats.Format, granularity.Granularity, selectors.Selector)
             if named and issubclass(value, static) and value is not granularity.Granularity:
                 assert BUILT_IN.classes.get(value.__name__) is value, name
-            described = issubclass(value, formats.Law | estimators.Need | enum.IntEnum) if named else True
+            other = formats.Law | estimators.Need | enum.IntEnum
+            described = issubclass(value, other) if named else True
             if named and issubclass(value, enum.Enum) and not described:
                 assert BUILT_IN.enums.get(value.__name__) is value, name
 

@@ -85,19 +85,21 @@ def edges(names: list[str]) -> list[str]:
     return [names[0], names[-1]]
 
 
-def plan_for(model: nn.Module, variables: Variables, images: Any, scheme: qj.Scheme) -> qj.Plan:
-    """The scheme at every product but the first and the last, which have 8 bits."""
+def plan_for(
+    model: nn.Module, variables: Variables, images: Any, scheme: qj.Scheme, *, exempt: bool = True
+) -> qj.Plan:
+    """The scheme at every product; the first and the last have 8 bits where they are exempt."""
     table = qj.sites(lambda v, x: model.apply(v, x), variables, images)
     outer = qj.uniform_policy(weight_bits=EDGE_BITS, activation_bits=EDGE_BITS).rules[0].scheme
     names = [site.name for site in table]
-    rules = [qj.rule(qj.path(name), outer) for name in edges(names)]
+    rules = [qj.rule(qj.path(name), outer) for name in edges(names)] if exempt else []
     return qj.plan(qj.Policy([*rules, qj.rule(qj.weighted(), scheme)]), table)
 
 
-def inner_bits(plan: qj.Plan, bits: Any) -> dict[str, Any]:
-    """``{site: bits}`` of all products but the first and the last."""
+def inner_bits(plan: qj.Plan, bits: Any, *, exempt: bool = True) -> dict[str, Any]:
+    """``{site: bits}`` of all products, but the first and the last where they are exempt."""
     names = [entry.site.name for entry in plan.quantized]
-    return {name: bits for name in names if name not in edges(names)}
+    return {name: bits for name in names if not exempt or name not in edges(names)}
 
 
 def learner(
@@ -110,6 +112,7 @@ def learner(
     distillation: Distillation | None = None,
     teacher: nn.Module | None = None,
     rules: Sequence[qj.RangeRule] = (),
+    exempt: bool = True,
 ) -> Learner:
     """The functions of one method.
 
@@ -118,12 +121,14 @@ def learner(
       distillation: what is learned from a teacher, whose variables ``start`` is given.
       teacher: the teacher's module; None for the model itself.
       rules: of which ``start`` is told one, in place of the method's own.
+      exempt: whether the first and the last layer stay at 8 bits.
     """
-    plan = plan_for(model, variables, images[:1], method.scheme(weight_bits=8, activation_bits=8))
+    scheme = method.scheme(weight_bits=8, activation_bits=8)
+    plan = plan_for(model, variables, images[:1], scheme, exempt=exempt)
     training_mode, inference = _functions(model)
     quantized = qj.fake_quantize(training_mode, plan)
     served = jax.jit(qj.fake_quantize(inference, plan))
-    calibrated = _calibration(plan, inference, rules)
+    calibrated = _calibration(plan, inference, rules, exempt=exempt)
     optimizer = _optimizer(method, recipe)
     in_float = (teacher or model).apply
 
@@ -235,7 +240,7 @@ def _functions(model: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]
 
 
 def _calibration(
-    plan: qj.Plan, f: Callable[..., Any], rules: Sequence[qj.RangeRule]
+    plan: qj.Plan, f: Callable[..., Any], rules: Sequence[qj.RangeRule], *, exempt: bool
 ) -> Callable[..., Any]:
     """``(variables, images, (weight_bits, activation_bits, rule)) -> qstate``.
 
@@ -251,8 +256,8 @@ def _calibration(
             plan,
             state,
             variables,
-            weight_bits=inner_bits(plan, weights),
-            activation_bits=inner_bits(plan, activations),
+            weight_bits=inner_bits(plan, weights, exempt=exempt),
+            activation_bits=inner_bits(plan, activations, exempt=exempt),
             rule=None if stack is None else stack[rule],
         )
 

@@ -15,7 +15,9 @@ from experiments.qat.study import (
     PRUNED,
     PRUNED_KD,
     PTQ,
+    PTQ_WHOLE,
     QAT,
+    QAT_WHOLE,
     SIGNS,
     STUDENT,
     STUDENT_KD,
@@ -73,10 +75,12 @@ def paired(first: dict[int, float], second: dict[int, float]) -> Interval:
     return interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
 
 
-def best_calibrated(rows: Sequence[Row], bits: int) -> tuple[str, dict[int, float]]:
+def best_calibrated(
+    rows: Sequence[Row], bits: int, table: str = PTQ
+) -> tuple[str, dict[int, float]]:
     """The range rule with the highest mean, chosen on the test images: in its own favour."""
-    names = sorted({row.method for row in rows if row.table == PTQ and row.bits == bits})
-    found = {name: accuracies(rows, PTQ, name, bits) for name in names}
+    names = sorted({row.method for row in rows if row.table == table and row.bits == bits})
+    found = {name: accuracies(rows, table, name, bits) for name in names}
     best = max(names, key=lambda name: float(np.mean(list(found[name].values()))))
     return best, found[best]
 
@@ -121,6 +125,21 @@ def over_calibration(rows: Sequence[Row], widths: Sequence[int]) -> str:
     return f"LSQ minus the best range rule without training: {', '.join(lines)}."
 
 
+def whole_table(rows: Sequence[Row], widths: Sequence[int]) -> str:
+    """The first and the last layer at the same width as all others."""
+    floats = accuracies(rows, FLOAT, "float", 32)
+    body = []
+    for bits in widths:
+        found = accuracies(rows, QAT_WHOLE, "LSQ", bits)
+        if found:
+            name, calibrated = best_calibrated(rows, bits, PTQ_WHOLE)
+            differences = paired(found, floats), paired(found, calibrated)
+            best = f"{_mean(calibrated)} ({name})"
+            body.append([f"W{bits}A{bits}", best, _mean(found), *map(str, differences)])
+    header = ["", "best range rule", "LSQ", "LSQ minus float", "LSQ minus the rule"]
+    return _table(header, body)
+
+
 def other_table(rows: Sequence[Row], table: str, bits: int) -> str:
     """Accuracy, mean bits of a weight, and the paired difference from float."""
     floats = accuracies(rows, FLOAT, "float", 32)
@@ -151,6 +170,7 @@ def page(rows: Sequence[Row], widths: Sequence[int], head: str) -> str:
         "points, with 95 % intervals by Student's t.",
         "## Every method\n\n" + estimators_table(rows, widths),
         over_calibration(rows, widths),
+        "## Every layer at the same width\n\n" + whole_table(rows, widths),
         "## Learned widths\n\nStarted at 4 bits, under a penalty on the bits of the weights.\n\n"
         + other_table(rows, LEARNED, 4),
         "## Weights of one bit\n\nThe scale is the mean magnitude of a channel, in every step; "

@@ -25,7 +25,7 @@ from experiments.qat.learner import (
     learner,
     plan_entries,
 )
-from experiments.qat.methods import BINARY, LEARNED_WIDTHS, Method
+from experiments.qat.methods import BINARY, LEARNED_WIDTHS, WHOLE, Method
 from experiments.qat.results import Results, Row
 from experiments.training import Task, TrainerConfig, train
 from quantjax import presets, training
@@ -38,6 +38,7 @@ FLOAT, PTQ, QAT, LEARNED, SIGNS, TAUGHT = (
     *("float", "calibrated", "trained", "learned widths"),
     *("one-bit weights", "distillation"),
 )
+PTQ_WHOLE, QAT_WHOLE = "every layer, calibrated", "every layer, trained"
 """Tables."""
 STUDENT, STUDENT_KD = "small network", "small network + KD"
 PRUNED, PRUNED_KD = "80 % pruned, W4A4", "80 % pruned, W4A4 + KD"
@@ -69,8 +70,10 @@ class Setting(NamedTuple):
 def run(setting: Setting, results: Results, folder: Path | None, note: Note) -> None:
     """Compute every cell that the results do not have."""
     floats = {seed: _float(setting, results, folder, seed, note) for seed in setting.seeds}
-    _calibrated(setting, results, floats, note)
+    _calibrated(setting, results, floats, PTQ, note)
+    _calibrated(setting, results, floats, PTQ_WHOLE, note)
     each = [(QAT, method, setting.widths) for method in setting.methods]
+    each += [(QAT_WHOLE, method, setting.widths) for method in setting.methods if method in WHOLE]
     each += [(LEARNED, method, (4,)) for method in LEARNED_WIDTHS]
     each += [(SIGNS, method, (1,)) for method in BINARY]
     for table, method, widths in each:
@@ -130,7 +133,7 @@ def _missing(
 
 
 def _calibrated(
-    setting: Setting, results: Results, floats: dict[int, Variables], note: Note
+    setting: Setting, results: Results, floats: dict[int, Variables], table: str, note: Note
 ) -> None:
     """Every range rule without training, weights per tensor and per channel."""
     clipped = presets.clipped(weight_bits=8, activation_bits=8)
@@ -139,18 +142,21 @@ def _calibrated(
     for label, scheme in (("tensor", clipped), ("channel", per_channel)):
         names = [f"{name}, weights per {label}" for name, _ in rules]
         if not any(
-            cell for name in names for cell in _missing(setting, results, PTQ, name, setting.widths)
+            cell
+            for name in names
+            for cell in _missing(setting, results, table, name, setting.widths)
         ):
             continue
         method = Method(f"weights per {label}", lambda *, scheme=scheme, **_: scheme)
-        learned = _learner(setting, floats, method, rules=[rule for _, rule in rules])
+        every = [rule for _, rule in rules]
+        learned = _learner(setting, floats, method, rules=every, exempt=table == PTQ)
         for index, name in enumerate(names):
-            for bits, seed in list(_missing(setting, results, PTQ, name, setting.widths)):
+            for bits, seed in list(_missing(setting, results, table, name, setting.widths)):
                 state = _start(setting, learned, floats[seed], bits, rule=index)
                 found = learned.evaluate(state, *setting.data.test)
-                cell = (PTQ, name, bits, seed)
+                cell = (table, name, bits, seed)
                 results.add(_row(results, cell, found, found, float(bits), 0.0))
-        note(f"calibrated by {len(names)} rules, weights per {label}")
+        note(f"{table} by {len(names)} rules, weights per {label}")
 
 
 def _learner(
@@ -189,7 +195,7 @@ def _trained(
     cells = list(_missing(setting, results, table, method.name, widths))
     if not cells:
         return
-    learned = _learner(setting, floats, method)
+    learned = _learner(setting, floats, method, exempt=table != QAT_WHOLE)
     for bits, seed in cells:
         activation_bits = ACTIVATION_BITS if table == SIGNS else bits
         state = _start(setting, learned, floats[seed], bits, activation_bits=activation_bits)

@@ -100,6 +100,14 @@ def test_the_first_and_last_layer_have_8_bits(data, model, floats):
         assert float(operands["activation"].bits) == activation
 
 
+def test_or_they_have_the_width_of_all(data, model, floats):
+    method = methods.METHODS[2]
+    learned = learner(model, floats, data.train[0], method, RECIPE, exempt=False)
+    state = learned.start(floats, jnp.asarray(data.train[0][:128]), 2)
+    for operands in state.qstate.values():
+        assert all(float(qparams.bits) == 2 for qparams in operands.values())
+
+
 def test_entries_are_those_of_the_kernels(data, model, floats):
     learned = learner(model, floats, data.train[0], methods.METHODS[2], RECIPE)
     kernels = [leaf for leaf in jax.tree.leaves(floats["params"]) if leaf.ndim >= 2]
@@ -222,6 +230,8 @@ def rows_of(study_name: str = "s") -> list[Row]:
             rows.append(row(study.PTQ, "bad rule", bits, seed, 0.5 + up))
             rows.append(row(study.PTQ, "good rule", bits, seed, 0.8 + 0.02 * bits + up))
             rows.append(row(study.QAT, "LSQ", bits, seed, 0.87 + 0.01 * bits + up))
+            rows.append(row(study.PTQ_WHOLE, "good rule", bits, seed, 0.3 + up))
+            rows.append(row(study.QAT_WHOLE, "LSQ", bits, seed, 0.85 + up))
         rows.append(row(study.LEARNED, "rounded width", 4, seed, 0.88 + up, 3.5))
         rows.append(row(study.SIGNS, "clipped", 1, seed, 0.7 + up))
         rows.append(row(study.TAUGHT, study.STUDENT, 32, seed, 0.6 + up))
@@ -237,6 +247,8 @@ def test_the_page_says_what_the_rows_say():
     assert "| best range rule, not trained | 88.10 (good rule) | −2.00 ± 0.00" in text
     assert "| LSQ | 91.10 | +1.00 ± 0.00 | 89.10 | −1.00 ± 0.00 |" in text
     assert "W4A4 +3.00 ± 0.00, W2A2 +5.00 ± 0.00" in text
+    whole = "| W2A2 | 30.10 (good rule) | 85.10 | −5.00 ± 0.00 | +55.00 ± 0.00 |"
+    assert whole in text
     assert "| rounded width | 3.50 | 88.10 | −2.00 ± 0.00 |" in text
     assert "| small network | 60.10 | 65.20 | +5.10 ± 0.25 |" in text
     assert "| 80 % pruned, W4A4 | 80.00 | 81.00 | +1.00 ± 0.00 |" in text

@@ -22,7 +22,7 @@ EVERY_ROLE = qj.Scheme(
     activations=qj.activation_quantizer(bits=8),
     gradients=qj.activation_quantizer(bits=8),
 )
-W8A8 = qj.Policy([qj.rule(qj.weighted(), EVERY_ROLE)])
+W8A8 = qj.Policy([qj.rule(qj.weighted(), EVERY_ROLE, optional=True)])
 
 
 def widths(plan: qj.Plan, bits: Any) -> dict[str, Any]:

@@ -73,6 +73,15 @@ def test_an_interrupt_at_once_after_going_on_is_no_error(tmp_path, monkeypatch, 
     assert_same(tiny.run(tmp_path), whole)
 
 
+@pytest.fixture
+def interruptible():
+    """A shell starts what it sends to the background with SIGINT ignored, and Python keeps that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_evaluating_repeats_the_step_and_evaluates(tmp_path, whole):
     def evaluate(state):
         if int(state.count) == 10:

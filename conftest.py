@@ -4,6 +4,7 @@ The persistent compilation cache needs nothing here: JAX reads JAX_COMPILATION_C
 companions, which scripts/test sets.
 """
 
+import collections
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,3 +32,28 @@ def _programs_are_let_go() -> Iterator[None]:
     yield
     if MAPS.exists() and MAPS.read_text().count("\n") > ENOUGH_MAPS:
         jax.clear_caches()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--thin N``: only every N-th parameter set of each test, besides what is thinned already."""
+    parser.addoption("--thin", type=int, default=1, help="keep every N-th parameter set")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What ``thinned(n)`` and ``--thin`` leave out is slow.
+
+    Every n-th parameter set stays, counted over the sets that a module's tests share, so that all
+    tests of one set stay together. Of a product of two parameters with a step that divides neither
+    length, each value stays with some of the others.
+    """
+    places: dict[object, dict[str, int]] = collections.defaultdict(dict)
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is None:
+            continue
+        marker = item.get_closest_marker("thinned")
+        step = config.getoption("--thin") * (marker.args[0] if marker else 1)
+        seen = places[item.path, frozenset(callspec.params)]
+        if seen.setdefault(callspec.id, len(seen)) % step:
+            item.add_marker(pytest.mark.slow)

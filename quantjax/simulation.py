@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from quantjax import errors
@@ -21,6 +20,7 @@ from quantjax.estimators.gradients import by_sign, round_through
 from quantjax.formats import Format, Snapped, Theta, divide_by_scale
 from quantjax.granularity import expand
 from quantjax.rounding import HALF_EVEN, Rounding
+from quantjax.tangents import instantiated, moves, sum_of
 
 
 class Arithmetic(NamedTuple):
@@ -105,32 +105,20 @@ def _tangent_of_theta(
 ) -> list[jax.Array]:
     """How the levels at hand move with ``theta``, their codes staying what they are; terms."""
     terms = []
-    if arithmetic.estimator.to_parameters is not None and _moves(d.own):
-        terms.append(arithmetic.estimator.to_parameters(point, _instantiated(d.own)))
-    if not _moves(d.theta):
+    if arithmetic.estimator.to_parameters is not None and moves(d.own):
+        terms.append(arithmetic.estimator.to_parameters(point, instantiated(d.own)))
+    if not moves(d.theta):
         return terms
     format, bits, theta, dtheta = arithmetic.format, given.bits, given.theta, d.theta
     codes = format.encode(centered + jnp.round(given.zero_point), bits, theta)
     decode = lambda theta: format.decode(codes, bits, theta)  # noqa: E731
-    return [*terms, jax.jvp(decode, (theta,), (_instantiated(dtheta),))[1]]
+    return [*terms, jax.jvp(decode, (theta,), (instantiated(dtheta),))[1]]
 
 
-def _sum_of(terms: list[jax.Array], like: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(like)
-
-
-def _moves(tangents: Any) -> bool:
-    """Whether a tangent is there at all: what is not differentiated is a symbolic zero, and then
-    nothing is computed or kept for it."""
-    return not all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(tangents))
-
-
-def _instantiated(tangents: Any) -> Any:
-    def zeros(leaf: Any) -> Any:
-        is_zero = isinstance(leaf, SymbolicZero)
-        return jnp.zeros(leaf.shape, leaf.dtype) if is_zero else leaf
-
-    return jax.tree.map(zeros, tangents)
+def _again(x: jax.Array) -> jax.Array:
+    """``x`` for the derivative, which divides once more: a quotient that is shared with the code
+    would be written out and read twice, and the code not be computed where ``x`` is."""
+    return jax.lax.optimization_barrier(x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -140,19 +128,48 @@ def _centered(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
 
 @functools.partial(_centered.defjvp, symbolic_zeros=True)
 def _centered_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x, given), (dx, d) = primals, tangents
-    _, slope, passed, point = _local(arithmetic, x, given)
     # The function itself, not its body: else its derivative would be differentiated as rounding.
-    centered = _centered(arithmetic, x, given)
+    centered = _centered(arithmetic, *primals)
+    return centered, _tangent_of_codes(arithmetic, primals, tangents, centered)
+
+
+def _tangent_of_codes(
+    arithmetic: Arithmetic,
+    primals: Any,
+    tangents: Any,
+    centered: jax.Array,
+    bypass: jax.Array | None = None,
+) -> jax.Array:
+    """How centered codes move; under ``bypass``, how ``x`` does."""
+    (x, given), (dx, d) = primals, tangents
+    _, slope, passed, point = _local(arithmetic, _again(x), given)
+
+    def unless_bypassed(term: jax.Array, otherwise: float) -> jax.Array:
+        return term if bypass is None else jnp.where(bypass, otherwise, term)
+
     terms = []
-    if _moves(dx):
-        terms.append(divide_by_scale(slope, given.scale) * dx)
-    if _moves(d.scale):
-        terms.append(-divide_by_scale(passed, given.scale) * d.scale)
-    if _moves(d.zero_point):
-        terms.append((slope - 1.0) * d.zero_point)
-    terms += _tangent_of_theta(arithmetic, centered, given, d, point)
-    return centered, _sum_of(terms, centered)
+    if moves(dx):
+        terms.append(unless_bypassed(slope / given.scale, 1.0) * dx)
+    if moves(d.scale):
+        terms.append(unless_bypassed(-(passed / given.scale), 0.0) * d.scale)
+    if moves(d.zero_point):
+        terms.append(unless_bypassed(slope - 1.0, 0.0) * d.zero_point)
+    moved = _tangent_of_theta(arithmetic, centered, given, d, point)
+    terms += [unless_bypassed(term, 0.0) for term in moved]
+    return sum_of(terms, centered)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _codes_or_x(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
+    return jnp.where(is_bypassed(given.bits), x, _centered(arithmetic, x, given))
+
+
+@functools.partial(_codes_or_x.defjvp, symbolic_zeros=True)
+def _codes_or_x_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    x, given = primals
+    bypass, centered = is_bypassed(given.bits), _centered(arithmetic, x, given)
+    out = jnp.where(bypass, x, centered)
+    return out, _tangent_of_codes(arithmetic, primals, tangents, centered, bypass)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -164,19 +181,19 @@ def _fake_quant(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Arra
 @functools.partial(_fake_quant.defjvp, symbolic_zeros=True)
 def _fake_quant_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, given), (dx, d) = primals, tangents
-    _, slope, passed, point = _local(arithmetic, x, given)
+    _, slope, passed, point = _local(arithmetic, _again(x), given)
     centered = _centered(arithmetic, x, given)
     bypass = is_bypassed(given.bits)
     terms = []
-    if _moves(dx):
+    if moves(dx):
         terms.append(jnp.where(bypass, 1.0, slope) * dx)
-    if _moves(d.scale):
+    if moves(d.scale):
         terms.append(jnp.where(bypass, 0.0, centered - passed) * d.scale)
-    if _moves(d.zero_point):
+    if moves(d.zero_point):
         terms.append(jnp.where(bypass, 0.0, (slope - 1.0) * given.scale) * d.zero_point)
     moved = _tangent_of_theta(arithmetic, centered, given, d, point)
     terms += [jnp.where(bypass, 0.0, given.scale * term) for term in moved]
-    return _fake_quant(arithmetic, x, given), _sum_of(terms, centered)
+    return _fake_quant(arithmetic, x, given), sum_of(terms, centered)
 
 
 def prepare(
@@ -268,6 +285,21 @@ def centered_codes(
         return centered
     quotient = divide_by_scale(x, given.scale)
     return jnp.where(_chosen(x, qparams, estimator, key), centered, quotient)
+
+
+def codes_or_values(
+    x: Float[Array, "..."],
+    qparams: QParams,
+    arithmetic: Arithmetic,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, "..."], QParams]:
+    """What a product multiplies: centered codes, at width 0 ``x``; and the QParams in use."""
+    estimator = arithmetic.estimator
+    prepared, resolved = prepare(x, qparams, arithmetic)
+    if not (estimator.transform or estimator.asymmetry or estimator.chosen):
+        return _codes_or_x(arithmetic, *_given(prepared, resolved, arithmetic, key)), resolved
+    codes = centered_codes(prepared, resolved, arithmetic, key)
+    return jnp.where(is_bypassed(resolved.bits), x.astype(jnp.float32), codes), resolved
 
 
 def is_clipped(

@@ -22,7 +22,7 @@ THIS = Path(__file__).relative_to(ROOT).as_posix()
 # A room (module or folder directly below quantjax/) imports from its own layer and earlier ones.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "_compat", "printing"}),
-    frozenset({"formats", "granularity", "rounding", "affine", "packing"}),
+    frozenset({"formats", "granularity", "rounding", "affine", "packing", "tangents"}),
     frozenset({"qtensor", "fake_quant", "simulation", "estimators"}),
     frozenset({"statistics", "ranges", "contract"}),
     frozenset(

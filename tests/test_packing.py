@@ -15,6 +15,8 @@ from numpy.testing import assert_array_equal
 from quantjax import errors
 from quantjax.packing import Packing, can_pack, pack, unpack
 
+pytestmark = pytest.mark.thinned(3)
+
 KINDS = tuple(itertools.product((1, 2, 4), (True, False)))
 EACH = pytest.mark.parametrize(("bits", "signed"), KINDS)
 # Some fill bytes, and words of two and of four bytes, at each size.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from quantjax._compat import bind_equation, equation_context
 from quantjax.interpreter.containers import Carried, Outputs, container_of, rebuild
 from quantjax.interpreter.product import Product, product_of
 from quantjax.interpreter.sites import Location, Site
+from quantjax.interpreter.sums import summed
 from quantjax.interpreter.trace import Program
 
 
@@ -125,6 +127,7 @@ class _Walk:
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
         env.update(zip(jaxpr.invars, arguments, strict=True))
         last_use = _last_uses(jaxpr)
+        into_sums: frozenset[Any] | None = None
         states: dict[str, Any] = {}
         records: dict[str, Any] = {}
         for index, eqn in enumerate(jaxpr.eqns):
@@ -132,7 +135,11 @@ class _Walk:
             operands = [a.val if isinstance(a, jex_core.Literal) else env[a] for a in eqn.invars]
             site = self._sites.get(here)
             if site is not None:
-                outcome = self._handle(site, eqn, operands, carried)
+                into_sums = summed(jaxpr) if into_sums is None else into_sums
+                product = product_of(eqn)
+                assert product is not None
+                product = dataclasses.replace(product, is_summed=eqn.outvars[0] in into_sums)
+                outcome = self._handle(site, product, operands, carried)
                 outputs = [outcome.out]
                 if site.name in carried.states:
                     states[site.name] = outcome.state
@@ -152,13 +159,11 @@ class _Walk:
         return Outputs(result, states, records)
 
     def _handle(
-        self, site: Site, eqn: jex_core.JaxprEqn, operands: Sequence[Any], carried: Carried
+        self, site: Site, product: Product, operands: Sequence[Any], carried: Carried
     ) -> Outcome:
-        product = product_of(eqn)
-        assert product is not None
         value, state = carried.values.get(site.name), carried.states.get(site.name)
         visit = Visit(site, product, operands[0], operands[1], value, state, carried.shared)
-        with equation_context(eqn):
+        with equation_context(product.eqn):
             outcome = self._handler(visit)
         out, expected = outcome.out, product.out
         if tuple(out.shape) != tuple(expected.shape) or out.dtype != expected.dtype:

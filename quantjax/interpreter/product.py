@@ -41,10 +41,12 @@ class Product:
     Attributes:
       op: which primitive.
       eqn: the equation.
+      is_summed: whether the result may flow into a sum that is no product; True where not known.
     """
 
     op: Op
     eqn: jex_core.JaxprEqn
+    is_summed: bool = True
 
     @property
     def params(self) -> dict[str, Any]:

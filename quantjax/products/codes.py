@@ -7,6 +7,7 @@ sums are taken within each group and added in float32, one after another.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from quantjax.affine import QParams, is_bypassed
+from quantjax.granularity import expand
 from quantjax.interpreter import Op, Product
 from quantjax.products import blocks
 from quantjax.products.exactness import FLOAT32_EXACT, Exactness, Sizing
@@ -25,7 +27,8 @@ from quantjax.products.groups import (
     scaled,
     sum_of_groups,
 )
-from quantjax.simulation import Arithmetic, centered_codes, prepare
+from quantjax.simulation import Arithmetic, codes_or_values
+from quantjax.tangents import instantiated, moves, sum_of
 
 
 def coded(
@@ -35,10 +38,8 @@ def coded(
     key: PRNGKeyArray | None = None,
 ) -> Coded:
     """Centered codes and factor of ``x``; at width 0, ``x`` itself and 1."""
-    prepared, qparams = prepare(x, qparams, arithmetic)
+    values, qparams = codes_or_values(x, qparams, arithmetic, key)
     bypass = is_bypassed(qparams.bits)
-    codes = centered_codes(prepared, qparams, arithmetic, key)
-    values = jnp.where(bypass, x.astype(jnp.float32), codes)
     # Without the barrier XLA moves the choice behind the product, onto its whole output, where no
     # fused kernel takes it: two more passes over memory, a forward pass 1.5 times as long.
     factor = lax.optimization_barrier(jnp.where(bypass, 1.0, qparams.scale))
@@ -69,8 +70,7 @@ def multiply(
     def quantized() -> jax.Array:
         if ungrouped:
             any_bypass = jnp.any(jnp.stack(flags)) if flags else jnp.zeros((), bool)
-            sums = _sums(product, sizing, lhs.values, rhs.values, any_bypass)
-            total = scaled(product, sums, lhs.factor, rhs.factor)
+            total = _scaled_sums(product, sizing, lhs, rhs, any_bypass)
         else:
             total = sum_of_groups(product, lhs, rhs, (lhs_groups, rhs_groups))
         return total.astype(product.out.dtype)
@@ -85,30 +85,30 @@ def _fenced(product: Product, out: jax.Array) -> jax.Array:
     """The result behind a fence, as the matrix that XLA makes of a dot's: how it vectorizes what
     reads the cotangent depends on the shape."""
     if product.op is Op.CONV:
-        return _fence(out)
+        return _fence(product, out)
     axes = [blocks.dot_axes(product, side) for side in (0, 1)]
     roles = axes[0].batch, axes[0].free, axes[1].free
     operands = product.lhs, product.lhs, product.rhs
     sizes = [math.prod(x.shape[a] for a in role) for x, role in zip(operands, roles, strict=True)]
     matrix = sizes if roles[0] else sizes[1:]
-    return _fence(out.reshape(matrix)).reshape(out.shape)
+    return _fence(product, out.reshape(matrix)).reshape(out.shape)
 
 
-@jax.custom_jvp
-def _fence(x: jax.Array) -> jax.Array:
-    """The identity, which XLA does not fuse across, neither its value nor its cotangent.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _fence(product: Product, x: jax.Array) -> jax.Array:
+    """The identity, across which XLA fuses no cotangent, and no value that is summed afterwards.
 
     XLA picks the order of a batch reduction (batch norm's statistics, the gradient of a bias) by
     what it fuses into it. With the fence those sums see the product and the cotangent as the float
     program has them, and bypass is bit-exact under ``jit`` as well; without it single sums differ
     in the last place, as they still do on JAX 0.10.2, whose XLA removes fences before it fuses.
     """
-    return lax.optimization_barrier(x)
+    return lax.optimization_barrier(x) if product.is_summed else x
 
 
 @_fence.defjvp
-def _fence_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return lax.optimization_barrier(primals[0]), lax.optimization_barrier(tangents[0])
+def _fence_jvp(product: Product, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _fence(product, primals[0]), lax.optimization_barrier(tangents[0])
 
 
 def _float32_is_native(product: Product) -> bool:
@@ -119,6 +119,67 @@ def _float32_is_native(product: Product) -> bool:
     """
     dtypes = {product.lhs.dtype, product.rhs.dtype, product.out.dtype}
     return dtypes == {jnp.dtype(jnp.float32)} and jax.default_backend() == "cpu"
+
+
+def _scaled_sums(
+    product: Product, sizing: Sizing, lhs: Coded, rhs: Coded, any_bypass: jax.Array
+) -> jax.Array:
+    """``Σ lhs · rhs · (s_lhs · s_rhs)``, whose derivatives have each factor where it is cheapest.
+
+    The plain rule multiplies the cotangent, an array of the output's size, by both factors before
+    each product of the backward pass. Here a factor goes with the tangent of its own operand, where
+    it joins the estimator's slope, and one that varies with the other operand, mostly a weight.
+    """
+    factors = lhs.factor, rhs.factor
+    operands = (lhs.values, rhs.values), factors
+
+    def value(values: tuple[jax.Array, jax.Array], flag: jax.Array) -> jax.Array:
+        sums = _sums(product, sizing, *values, flag)
+        # Where no fence stands behind the factors, one stands ahead of them.
+        return sums if product.is_summed else lax.optimization_barrier(sums)
+
+    @jax.custom_jvp
+    def total(operands: Any, flag: jax.Array) -> jax.Array:
+        values, factors = operands
+        return scaled(product, value(values, flag), *factors)
+
+    @functools.partial(total.defjvp, symbolic_zeros=True)
+    def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        ((values, factors), flag), ((dvalues, dfactors), _) = primals, tangents
+        sums = value(values, flag)
+        terms = [
+            _tangent(product, side, values, factors, dvalue)
+            for side, dvalue in enumerate(dvalues)
+            if moves(dvalue)
+        ]
+        if moves(dfactors):
+            scale = lambda factors: scaled(product, sums, *factors)  # noqa: E731
+            terms.append(jax.jvp(scale, (factors,), (instantiated(dfactors),))[1])
+        out = scaled(product, sums, *factors)
+        return out, sum_of(terms, out)
+
+    return total(operands, any_bypass)
+
+
+def _tangent(
+    product: Product,
+    side: int,
+    values: tuple[jax.Array, jax.Array],
+    factors: tuple[jax.Array | None, jax.Array | None],
+    tangent: jax.Array,
+) -> jax.Array:
+    """How the scaled sums move with the values of one operand."""
+    other = values[1 - side]
+    for which, factor in ((side, factors[side]), (1 - side, factors[1 - side])):
+        if factor is None:
+            continue
+        if which == side or factor.size == 1:
+            scalar = factor.reshape((1,) * tangent.ndim) if factor.size == 1 else factor
+            tangent = tangent * expand(scalar, tangent.shape)
+        else:
+            other = other * expand(factor, other.shape)
+    operands = (tangent, other) if side == 0 else (other, tangent)
+    return product.in_float32(*operands)
 
 
 def _sums(

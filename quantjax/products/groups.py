@@ -146,18 +146,16 @@ def times(sums: jax.Array, factor: jax.Array) -> jax.Array:
     others, so that a cell of a sweep differs from that cell alone. It does not look through a
     choice that depends on the data.
     """
-    if jnp.issubdtype(sums.dtype, jnp.floating):
-        return _times(sums, factor)
-    # Integers are never NaN, which compilers know. They do not know that a bit pattern is left as
-    # it is; the mask is 0 unless the factor is NaN, and so is the product.
-    bits = lax.bitcast_convert_type(sums.astype(jnp.float32) * factor, jnp.int32)
-    mask = jnp.isnan(factor).astype(jnp.int32)
-    return lax.bitcast_convert_type(bits ^ mask, jnp.float32)
+    return _times(sums.astype(jnp.float32), factor)
 
 
 @jax.custom_jvp
 def _times(sums: jax.Array, factor: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isnan(sums), sums, sums * factor)
+    # Compilers do not know that the bit pattern is left as it is; the mask is 0 unless the factor
+    # is NaN, and so is the product.
+    bits = lax.bitcast_convert_type(sums * factor, jnp.int32)
+    mask = jnp.isnan(factor).astype(jnp.int32)
+    return lax.bitcast_convert_type(bits ^ mask, jnp.float32)
 
 
 @_times.defjvp

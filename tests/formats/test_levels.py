@@ -17,6 +17,8 @@ from quantjax.formats.levels import ANY_LEVELS, LevelFormat, laws_of, row_of, wi
 from quantjax.rounding import CEIL, FLOOR, HALF_AWAY, HALF_EVEN, ROUNDINGS, STOCHASTIC
 from tests.oracles import codebooks as oracle
 
+pytestmark = pytest.mark.thinned(2)
+
 ZERO = jnp.float32(0)
 ALL = pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda r: r.name)
 

@@ -23,6 +23,8 @@ from quantjax.simulation import Arithmetic, apply
 from tests.oracles import logarithms as oracle
 from tests.oracles.logarithms import FAMILIES, Logarithms
 
+pytestmark = pytest.mark.thinned(2)
+
 ZERO = jnp.float32(0)
 EACH = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: container(f).name)
 

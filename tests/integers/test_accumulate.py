@@ -18,6 +18,8 @@ from tests.oracles.integers import spread
 from tests.products.forms import CONVS, FORMS, conv, dot
 from tests.products.terms import product
 
+pytestmark = pytest.mark.thinned(2)
+
 MORE = {
     "outer_product": dot(
         "m,n->mn", (3,), (4,), lambda p, x: lax.dot_general(x, p["w"], (((), ()), ((), ())))

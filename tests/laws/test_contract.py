@@ -11,6 +11,8 @@ from quantjax.formats import ALL_LAWS, BUILT_IN, example_theta
 from quantjax.rounding import ROUNDINGS
 from tests.laws.contract_cases import DTYPES, GRANULARITIES, Row, pairwise, some_widths
 
+pytestmark = pytest.mark.thinned(3)
+
 
 def label(format):
     return format.label(format.max_bits)

@@ -20,6 +20,8 @@ from tests.models import Case, assert_same_bits, normal, planned
 from tests.products.forms import Form, conv, dot
 from tests.products.test_remainders import Axes, Operand, axes_of, by_blocks, check, pairs_for
 
+pytestmark = pytest.mark.thinned(2)
+
 SHORTER = Remainder.SHORTER
 
 # Form, rows and columns; REFUSE where they divide, SHORTER where they do not.

@@ -24,6 +24,8 @@ from tests import models
 from tests.ranges import fitting
 from tests.ranges.fitting import INTEGERS, SHAPE, coarse, drawn, fitted, losses
 
+pytestmark = pytest.mark.thinned(3)
+
 SYMMETRIC = (LEAST_SQUARES, ADMM, HQO_SCALE)
 RULES = (*SYMMETRIC, HQO_ZERO_POINT)
 ANY_RULE = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)

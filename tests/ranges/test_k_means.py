@@ -20,6 +20,8 @@ from tests import models
 from tests.oracles import codebooks as oracle
 from tests.refused import refused
 
+pytestmark = pytest.mark.thinned(2)
+
 SHAPE, WHOLE, MAX_BITS = (12, 16), (1, 1), 4
 FORMAT = learned_codebook(max_bits=MAX_BITS)
 WIDTHS = pytest.mark.parametrize("bits", [1, 2, 3, 4])

@@ -13,6 +13,8 @@ from tests.ranges import cases
 from tests.ranges.cases import ASYMMETRIC, SYMMETRIC, at_hand, derived, drawn, losses, observed
 from tests.refused import refused
 
+pytestmark = pytest.mark.thinned(2)
+
 KINDS = st.sampled_from(sorted(cases.DRAWS))
 TARGETS = pytest.mark.parametrize(
     "target", [SYMMETRIC, ASYMMETRIC], ids=["symmetric", "asymmetric"]

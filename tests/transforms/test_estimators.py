@@ -11,6 +11,8 @@ import quantjax as qj
 from quantjax import estimators as es
 from quantjax import storage
 
+pytestmark = pytest.mark.thinned(3)
+
 RNG = np.random.default_rng(5)
 LAYERS, WIDTH = 3, 8
 BINARY = (es.APPROX_SIGN, es.SWISH_SIGN, es.ERROR_DECAY, es.MAGNITUDE_AWARE)

@@ -39,6 +39,8 @@ from tests.transforms.coded import (
 )
 from tests.transforms.integer_zoo import GROUP, MODELS, MODES
 
+pytestmark = pytest.mark.thinned(3)
+
 INTEGERS = (Execution.INTEGER, Execution.GROUPED)
 
 

@@ -16,6 +16,8 @@ from quantjax.ranges import MIN_MAX
 from tests import models
 from tests.refused import refused
 
+pytestmark = pytest.mark.thinned(3)
+
 LAYERS, WIDTH = 3, 32
 
 

@@ -16,6 +16,8 @@ from tests.conformance.containers.cases import CASES, build
 from tests.conformance.test_identity import assert_close, fences_hold
 from tests.models import assert_same_bits
 
+pytestmark = pytest.mark.thinned(3)
+
 IDENTITY = qj.Policy([])
 EVERY_ROLE = qj.Scheme(
     weights=qj.weight_quantizer(bits=8),

@@ -15,6 +15,8 @@ from tests.conformance.containers.raw_cases import affine
 from tests.conformance.test_identity import assert_close
 from tests.models import assert_same_bits, normal, policy
 
+pytestmark = pytest.mark.thinned(2)
+
 SHORT, LONG = 5, 9
 RECURRENT = sorted(name for name in CASES if name.split("/")[1].startswith("time"))
 STACKED = [f"{framework}/layers" for framework in ("raw", "linen", "nnx")]

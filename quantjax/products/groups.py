@@ -143,8 +143,8 @@ def times(sums: jax.Array, factor: jax.Array) -> jax.Array:
     """``sums · factor`` in float32, rounded before anything is added to it.
 
     XLA would contract this product and a bias into one multiply-add in some programs and not in
-    others, so that a cell of a sweep differs from that cell alone. It does not look through a
-    choice that depends on the data.
+    others, so that a cell of a sweep differs from that cell alone. It does not look through a bit
+    pattern that passes an exclusive or.
     """
     return _times(sums.astype(jnp.float32), factor)
 

@@ -44,8 +44,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """What ``thinned(n)`` and ``--thin`` leave out is slow.
 
     Every n-th parameter set stays, counted over the sets that a module's tests share, so that all
-    tests of one set stay together. Of a product of two parameters with a step that divides neither
-    length, each value stays with some of the others.
+    tests of one set stay together. Of a product of two parameters each value stays with some of the
+    others where the step shares no factor with the length of the one that runs faster; other steps
+    lose some of its values, and lists of one parameter always do.
     """
     places: dict[object, dict[str, int]] = collections.defaultdict(dict)
     for item in items:

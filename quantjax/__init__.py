@@ -8,6 +8,7 @@ from quantjax import (
     affine,
     errors,
     estimators,
+    folding,
     formats,
     presets,
     pruning,
@@ -18,11 +19,13 @@ from quantjax import (
     training,
 )
 from quantjax.affine import Fault, QParams
+from quantjax.biases import AccumulatorBias, bias_quantizer
 from quantjax.contract import Trial, check_format
 from quantjax.data_free import dequantize_params, pack_params, quantize_params
 from quantjax.distillation import kd_loss
 from quantjax.estimators import Estimator
 from quantjax.fake_quant import fake_quant
+from quantjax.folding import batch_norms, fold_batch_norm
 from quantjax.formats import FloatBits, Format, IntegerFormat, integer, minifloat
 from quantjax.granularity import (
     Granularity,
@@ -33,8 +36,8 @@ from quantjax.granularity import (
     PerToken,
     Remainder,
 )
-from quantjax.interpreter import Site
-from quantjax.planning import Plan, SiteTable, plan
+from quantjax.interpreter import Op, Role, Site
+from quantjax.planning import Plan, plan
 from quantjax.policy import Policy, Rule, Scheme, rule, uniform_policy
 from quantjax.pruning import apply_mask, prune_mask
 from quantjax.qtensor import QTensor, encode
@@ -46,9 +49,24 @@ from quantjax.quantizer import (
     weight_quantizer,
 )
 from quantjax.ranges import FitRule, RangeRule
+from quantjax.relative_selectors import costliest, first, last
 from quantjax.rounding import Rounding
-from quantjax.selectors import Selector, backward, everything, path, weighted
+from quantjax.selectors import (
+    Selector,
+    all_of,
+    any_of,
+    at_least,
+    backward,
+    everything,
+    not_,
+    op,
+    path,
+    role,
+    scope,
+    weighted,
+)
 from quantjax.statistics import Statistics
+from quantjax.table import SiteTable
 from quantjax.transforms.calibrate import calibrate
 from quantjax.transforms.check import check
 from quantjax.transforms.compare import Report, compare
@@ -96,6 +114,7 @@ __all__ = [
     "affine",
     "apply_mask",
     "backward",
+    "batch_norms",
     "calibrate",
     "check",
     "check_format",
@@ -108,9 +127,13 @@ __all__ = [
     "execute",
     "fake_quant",
     "fake_quantize",
+    "fold_batch_norm",
+    "folding",
     "formats",
     "freeze",
     "gradient_quantizer",
+    "bias_quantizer",
+    "AccumulatorBias",
     "init",
     "integer",
     "kd_loss",
@@ -119,6 +142,18 @@ __all__ = [
     "observe",
     "pack_params",
     "path",
+    "op",
+    "role",
+    "scope",
+    "at_least",
+    "first",
+    "last",
+    "costliest",
+    "all_of",
+    "any_of",
+    "not_",
+    "Op",
+    "Role",
     "plan",
     "presets",
     "prune_mask",

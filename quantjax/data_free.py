@@ -51,8 +51,10 @@ def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None 
     """
     named = leaves_by_path(params, is_leaf=is_quantized)
     kernels = {name: as_site(name, leaf) for name, leaf in named.items() if is_kernel(leaf)}
-    for rule in policy.rules:
-        if not rule.optional and not any(map(rule.selector.matches, kernels.values())):
+    sites = list(kernels.values())
+    chosen = policy.choices(sites)
+    for rule, selector in zip(policy.rules, policy.resolved(sites), strict=True):
+        if not rule.optional and not any(map(selector.matches, sites)):
             raise errors.PolicyError(
                 f"the rule '{rule}' matches no kernel",
                 where=f"kernels: {', '.join(list(kernels)[:8]) or 'none'}",
@@ -60,7 +62,7 @@ def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None 
             )
     leaves = []
     for number, (name, leaf) in enumerate(named.items()):
-        match = policy.first_match(kernels[name]) if name in kernels else None
+        match = chosen.get(name)
         quantizer = match.scheme.weights if match is not None else None
         own = None if key is None else jax.random.fold_in(key, number)
         leaves.append(leaf if quantizer is None else _quantize(name, leaf, quantizer, own))

@@ -199,3 +199,10 @@ class AdapterError(QuantjaxError, ValueError):
     ``f(params, state, x)`` of ``adapters.nnx.functional(module)`` fails where the module creates
     its cache in the first call. Call ``module(x)`` once before ``functional``.
     """
+
+
+class MissingPackageError(QuantjaxError, ImportError):
+    """A package that only one function needs, and that is not installed.
+
+    ``qj.sites(f, params, x).to_pandas()`` fails without pandas. ``pip install "quantjax[pandas]"``.
+    """

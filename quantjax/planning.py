@@ -4,113 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from quantjax import errors
-from quantjax.granularity import OperandAxes
-from quantjax.interpreter import Op, Operand, Origin, Role, Site, SiteStatus, leaves_by_path
+from quantjax.interpreter import Origin, Role, Site, SiteStatus, leaves_by_path
 from quantjax.policy import Policy, Rule, Scheme
-from quantjax.printing import columns, shape_text
-from quantjax.products import Form, Sizing, execution_form, group_length, sizing, sum_length
-from quantjax.quantizer import Quantizer, RangeMode
-
-
-@dataclasses.dataclass(frozen=True)
-class SiteTable:
-    """The sites of a traced model, in program order; prints.
-
-    Attributes:
-      sites: one row a product.
-      weights: how each weight is recomputed from the parameters.
-      others: where a parameter goes besides the weights of sites: a primitive, by path.
-      shapes: of all parameters, by path.
-    """
-
-    sites: tuple[Site, ...]
-    weights: Mapping[str, Origin] = dataclasses.field(compare=False, repr=False)
-    others: Mapping[str, str] = dataclasses.field(compare=False, repr=False)
-    shapes: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(repr=False)
-
-    def __iter__(self) -> Any:
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __getitem__(self, name: str) -> Site:
-        for site in self.sites:
-            if site.name == name:
-                return site
-        raise KeyError(name)
-
-    def __str__(self) -> str:
-        rows = [
-            [
-                site.name,
-                site.op.value,
-                *(f"{shape_text(o.shape)} {o.role.value}" for o in site.operands),
-                shape_text(site.out_shape),
-                f"{site.multiply_adds:,}",
-                " ".join(site.loops),
-                site.reason or site.status.value,
-            ]
-            for site in self.sites
-        ]
-        head = ["site", "op", "left", "right", "output", "multiply-adds", "inside", "status"]
-        return columns(head, rows)
-
-
-class PlanStatus(enum.Enum):
-    """What a plan does at a site."""
-
-    QUANTIZED = "quantized"
-    FLOAT = "float"
-    OPAQUE = "opaque"
-
-
-@dataclasses.dataclass(frozen=True)
-class OperandPlan:
-    """One operand of a planned site; ``scale_shape`` is None for a live range."""
-
-    operand: Operand
-    quantizer: Quantizer | None
-    scale_shape: tuple[int, ...] | None
-
-    @property
-    def key(self) -> str:
-        """The operand's name in the site's state."""
-        return self.operand.key
-
-    @property
-    def is_weight(self) -> bool:
-        """By dataflow."""
-        return self.operand.role is Role.WEIGHT
-
-    @property
-    def axes(self) -> OperandAxes:
-        """Axes by role, for granularities."""
-        return OperandAxes(self.operand.free, self.operand.contracted, self.operand.window)
-
-
-@dataclasses.dataclass(frozen=True)
-class SitePlan:
-    """What happens at one site, and why; ``sizing`` and ``form`` are None in float."""
-
-    site: Site
-    operands: tuple[OperandPlan, ...]
-    sizing: Sizing | None
-    form: Form | None
-    status: PlanStatus
-    reason: str
-
-    @property
-    def quantized(self) -> tuple[OperandPlan, ...]:
-        """The operands that have a quantizer."""
-        return tuple(operand for operand in self.operands if operand.quantizer is not None)
+from quantjax.printing import amount, columns, shape_text
+from quantjax.site_plan import PlanStatus, SitePlan, plan_site
+from quantjax.table import SiteTable, distinct, frame, site_row, weight_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +29,7 @@ class Plan:
     weights: Mapping[str, Origin] = dataclasses.field(compare=False, repr=False)
     others: Mapping[str, str] = dataclasses.field(compare=False, repr=False)
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(repr=False)
+    biases: Mapping[str, Origin] = dataclasses.field(compare=False, repr=False)
 
     @property
     def quantized(self) -> tuple[SitePlan, ...]:
@@ -153,20 +58,77 @@ class Plan:
                 )
 
     def __str__(self) -> str:
+        """At most 120 columns; ``bytes`` are those of the weight with its scales."""
         rows = []
         for entry in self.sites:
-            texts = {
-                operand.key: str(operand.quantizer) if operand.quantizer else "float"
-                for operand in entry.operands
-            }
+            texts = {o.key: str(o.quantizer) if o.quantizer else "float" for o in entry.operands}
             first = texts.get("weight", texts.get("lhs", ""))
             second = next((texts[k] for k in ("activation", "gradient", "rhs") if k in texts), "")
             sums = entry.sizing.exactness.value if entry.sizing is not None else ""
             executed = entry.form.execution.value if entry.form is not None else ""
-            status = entry.reason or entry.status.value
-            rows.append([entry.site.name, first, second, sums, executed, status])
-        head = ["site", "weight | left", "activation | right", "sums", "executed", "status"]
-        return columns(head, rows)
+            size = amount(entry.bytes) if entry.site.weight is not None else ""
+            notes = [*(f"{o.key} {o.quantizer}" for o in entry.after)]
+            notes += [f"bias {entry.bias}"] if entry.bias is not None else []
+            status = "; ".join([*notes, entry.reason or entry.status.value])
+            rows.append([entry.site.name, first, second, size, sums, executed, status])
+        head = [
+            "site",
+            "weight | left",
+            "activation | right",
+            "bytes",
+            "sums",
+            "executed",
+            "status",
+        ]
+        table = columns(head, rows)
+        return f"{table}\n{self._total()}" if len(rows) > 1 else table
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights of the table, as codes and scales where they are; shared ones once."""
+        chosen = {site.name for site in distinct(entry.site for entry in self.sites)}
+        return sum(entry.bytes for entry in self.sites if entry.site.name in chosen)
+
+    def _total(self) -> str:
+        weights = distinct(entry.site for entry in self.sites)
+        parameters = sum(site.parameters for site in weights)
+        whole = sum(weight_bytes(site) for site in weights)
+        ratio = whole / self.bytes if self.bytes else 1.0
+        macs = sum(entry.site.multiply_adds for entry in self.sites)
+        quantized = sum(entry.site.multiply_adds for entry in self.quantized)
+        share = quantized / macs if macs else 0.0
+        return (
+            f"total: {amount(parameters)} weights, {amount(self.bytes)} bytes, {amount(whole)} in "
+            f"float ({ratio:.3g}x); {amount(macs)} MACs, {share:.0%} of them in quantized sites"
+        )
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame``, one row a site: all of the table, and what is planned.
+
+        Raises:
+          MissingPackageError: pandas is not installed.
+        """
+        return frame([self._row(entry) for entry in self.sites])
+
+    def _row(self, entry: SitePlan) -> dict[str, Any]:
+        operands = {o.key: o for o in (*entry.operands, *entry.after)}
+        roles = ("weight", "activation", "gradient", "lhs", "rhs", "output", "bias")
+        quantizers = {
+            f"{key}_quantizer": str(operands[key].quantizer)
+            if key in operands and operands[key].quantizer is not None
+            else None
+            for key in roles
+        }
+        if entry.bias is not None:
+            quantizers["bias_quantizer"] = str(entry.bias)
+        return site_row(entry.site) | {
+            "plan": entry.status.value,
+            "plan_reason": entry.reason,
+            **quantizers,
+            "sums": None if entry.sizing is None else entry.sizing.exactness.value,
+            "executed": None if entry.form is None else entry.form.execution.value,
+            "planned_bytes": entry.bytes,
+        }
 
 
 def plan(policy: Policy, table: SiteTable) -> Plan:
@@ -182,10 +144,10 @@ def plan(policy: Policy, table: SiteTable) -> Plan:
       OpaqueSiteError: a rule that matches only sites that the interpreter does not rewrite.
       GranularityError: groups that do not divide, or a fixed range per token.
     """
-    chosen = {site.name: policy.first_match(site) for site in table.sites}
-    _check_rules(policy, table)
-    entries = tuple(_plan_site(site, chosen[site.name]) for site in table.sites)
-    return Plan(policy, entries, table.weights, table.others, table.shapes)
+    chosen = policy.choices(table.sites)
+    _check_rules(policy, table, chosen)
+    entries = tuple(plan_site(site, chosen[site.name]) for site in table.sites)
+    return Plan(policy, entries, table.weights, table.others, table.shapes, table.biases)
 
 
 def first_difference(
@@ -226,10 +188,10 @@ def site_text(site: Site) -> str:
     return f"{site.op.value} of {', '.join(operands)}{steps} ({site.status.value})"
 
 
-def _check_rules(policy: Policy, table: SiteTable) -> None:
+def _check_rules(policy: Policy, table: SiteTable, chosen: Mapping[str, Rule | None]) -> None:
     names = [site.name for site in table.sites]
-    for rule in policy.rules:
-        matched = [site for site in table.sites if rule.selector.matches(site)]
+    for rule, selector in zip(policy.rules, policy.resolved(table.sites), strict=True):
+        matched = [site for site in table.sites if selector.matches(site)]
         if rule.optional:
             continue
         if not matched:
@@ -241,8 +203,8 @@ def _check_rules(policy: Policy, table: SiteTable) -> None:
                 where=f"sites: {shown or 'none: the function has no product'}",
                 fix=f"{hint}, or qj.rule(..., optional=True)",
             )
-        if all(policy.first_match(site) is not rule for site in matched):
-            earlier = policy.first_match(matched[0])
+        if all(chosen[site.name] is not rule for site in matched):
+            earlier = chosen[matched[0].name]
             raise errors.PolicyError(
                 f"the rule '{rule}' decides on no site",
                 where=", ".join(site.name for site in matched[:4]),
@@ -271,99 +233,3 @@ def _check_has_gradients(rule: Rule, matched: list[Site]) -> None:
             fix="table = qj.sites(jax.grad(loss), params, ...), and "
             "qj.fake_quantize(jax.grad(loss), plan); or qj.rule(..., optional=True)",
         )
-
-
-def _plan_site(site: Site, rule: Rule | None) -> SitePlan:
-    if site.status is SiteStatus.OPAQUE:
-        floats = tuple(OperandPlan(operand, None, None) for operand in site.operands)
-        return SitePlan(site, floats, None, None, PlanStatus.OPAQUE, site.reason)
-    scheme = rule.scheme if rule is not None else None
-    operands = []
-    for operand in site.operands:
-        quantizer = None
-        if scheme is not None:
-            quantizer = scheme.quantizer(operand.role)
-        operands.append(_plan_operand(site, operand, quantizer))
-    if all(operand.quantizer is None for operand in operands):
-        reason = "no rule matches" if rule is None else "float by rule"
-        return SitePlan(site, tuple(operands), None, None, PlanStatus.FLOAT, f"float: {reason}")
-    size, form = _sizing(site, operands)
-    notes = [size.reason, form.reason if form.reason != size.reason else "", site.reason]
-    status = "; ".join(note for note in notes if note)
-    return SitePlan(site, tuple(operands), size, form, PlanStatus.QUANTIZED, status)
-
-
-def _plan_operand(site: Site, operand: Operand, quantizer: Quantizer | None) -> OperandPlan:
-    planned = OperandPlan(operand, quantizer, None)
-    if quantizer is None:
-        return planned
-    try:
-        shape = quantizer.granularity.scale_shape(
-            operand.shape, planned.axes, is_weight=planned.is_weight
-        )
-    except errors.GranularityError as error:
-        raise errors.GranularityError(
-            error.what,
-            where=f"site {site.name} ({site.op.value}), {operand.key} {shape_text(operand.shape)}",
-            why=error.why,
-            fix=error.fix,
-        ) from None
-    if quantizer.range is RangeMode.LIVE:
-        return planned
-    if not planned.is_weight and any(shape[axis] != 1 for axis in operand.free):
-        raise errors.GranularityError(
-            f"a fixed range cannot have a scale for each row ({quantizer.granularity.name})",
-            where=f"site {site.name} ({site.op.value}), {operand.key} {shape_text(operand.shape)}",
-            why="the number of rows is that of the batch, which changes from call to call",
-            fix="qj.activation_quantizer(..., range=qj.RangeMode.LIVE)",
-        )
-    return dataclasses.replace(planned, scale_shape=shape)
-
-
-def resized(entry: SitePlan, site: Site) -> SitePlan:
-    """The plan of a site for a program in which its sums have another length.
-
-    Products without a weight sum over tokens or the batch; how their sums are held follows them.
-    """
-    if site.contraction_size == entry.site.contraction_size or site.weight is not None:
-        return entry
-    found = {operand.key: operand for operand in site.operands}
-    operands = tuple(dataclasses.replace(p, operand=found[p.key]) for p in entry.operands)
-    size, form = _sizing(site, operands)
-    return dataclasses.replace(entry, operands=operands, sizing=size, form=form)
-
-
-def _sizing(site: Site, operands: Sequence[OperandPlan]) -> tuple[Sizing, Form]:
-    bounds: list[int | None] = []
-    lengths: list[int | None] = []
-    reals = ""  # the format of levels that are no integers
-    for planned in operands:
-        quantizer, operand = planned.quantizer, planned.operand
-        if quantizer is None:
-            bounds.append(None)
-            lengths.append(None)
-            continue
-        shape = quantizer.granularity.scale_shape(
-            operand.shape, planned.axes, is_weight=planned.is_weight
-        )
-        length = group_length(
-            operand.shape, shape, operand.contracted, site.contraction_size // site.taps
-        )
-        folded = length == 1 or any(shape[axis] != 1 for axis in operand.window)
-        bound = quantizer.format.largest_centered_code(symmetric=quantizer.symmetric)
-        reals = reals or (quantizer.format.name if bound is None else "")
-        bounds.append(None if folded else bound)
-        lengths.append(None if folded else length)
-    length = sum_length(site.contraction_size, site.taps, lengths)
-    grouped = any(n is not None for n in lengths)
-    size = sizing(length, bounds[0], bounds[1], taps=site.taps, grouped=grouped)
-    containers = [p.quantizer.format.max_bits if p.quantizer else None for p in operands]
-    batch_groups = site.op is Op.CONV and not site.operands[0].free
-    form = execution_form(
-        size,
-        (containers[0], containers[1]),
-        grouped=grouped,
-        batch_groups=batch_groups,
-        reals=reals,
-    )
-    return size, form

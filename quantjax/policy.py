@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from quantjax.biases import AccumulatorBias
 from quantjax.granularity import Granularity, PerToken
 from quantjax.interpreter import Role, Site
 from quantjax.quantizer import (
@@ -21,23 +22,34 @@ from quantjax.selectors import Selector, weighted
 class Scheme:
     """What happens at one site, by the role of the operand; None leaves it in float.
 
-    Gradients are operands of a backward pass: of ``qj.fake_quantize(jax.grad(f), plan)``.
+    Gradients are operands of a backward pass: of ``qj.fake_quantize(jax.grad(f), plan)``. Outputs
+    are what a site returns, behind its bias where it has one; ``biases`` speaks of sites that do,
+    and of no others.
     """
 
     weights: Quantizer | None = None
     activations: Quantizer | None = None
     gradients: Quantizer | None = None
+    outputs: Quantizer | None = None
+    biases: Quantizer | AccumulatorBias | None = None
 
     def quantizer(self, role: Role) -> Quantizer | None:
         """Of operands of one role."""
-        by_role = {Role.WEIGHT: self.weights, Role.GRADIENT: self.gradients}
+        by_role = {
+            Role.WEIGHT: self.weights,
+            Role.GRADIENT: self.gradients,
+            Role.OUTPUT: self.outputs,
+            Role.BIAS: self.biases if isinstance(self.biases, Quantizer) else None,
+        }
         return by_role.get(role, self.activations)
 
     def __str__(self) -> str:
-        """``w=int4/channel a=uint8/tensor g=int8/tensor/live``."""
+        """``w=int4/channel a=uint8/tensor g=int8/tensor/live o=uint8/tensor b=int32/sums``."""
         parts = [f"w={self.weights}"] if self.weights else []
         parts += [f"a={self.activations}"] if self.activations else []
         parts += [f"g={self.gradients}"] if self.gradients else []
+        parts += [f"o={self.outputs}"] if self.outputs else []
+        parts += [f"b={self.biases}"] if self.biases else []
         return " ".join(parts) or "float"
 
 
@@ -77,9 +89,17 @@ class Policy:
     def __init__(self, rules: Iterable[Rule]) -> None:
         object.__setattr__(self, "rules", tuple(rules))
 
-    def first_match(self, site: Site) -> Rule | None:
-        """The rule that decides on ``site``."""
-        return next((rule for rule in self.rules if rule.selector.matches(site)), None)
+    def resolved(self, sites: Sequence[Site]) -> list[Selector]:
+        """The selectors of all rules, for one table."""
+        return [rule.selector.resolved(sites) for rule in self.rules]
+
+    def choices(self, sites: Sequence[Site]) -> dict[str, Rule | None]:
+        """The rule that decides on each site, by its name."""
+        pairs = list(zip(self.rules, self.resolved(sites), strict=True))
+        return {
+            site.name: next((rule for rule, selector in pairs if selector.matches(site)), None)
+            for site in sites
+        }
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.rules)) or "identity"

@@ -17,6 +17,19 @@ def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
+def amount(number: int) -> str:
+    """A count of at most five letters: three digits, ``k`` for 1000, ``M``, ``G``, ``T``.
+
+    >>> [amount(n) for n in (0, 999, 1000, 12_345, 999_999, 41_000_000, 5 * 10**12)]
+    ['0', '999', '1k', '12.3k', '1M', '41M', '5T']
+    """
+    for unit, letter in ((1, ""), (10**3, "k"), (10**6, "M"), (10**9, "G"), (10**12, "T")):
+        shown = float(f"{number / unit:.3g}")
+        if shown < 1000 or letter == "T":
+            return f"{shown:g}{letter}"
+    raise AssertionError(number)
+
+
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns under a head; the last column wraps, and a name that leaves it no room has a
     line of its own.

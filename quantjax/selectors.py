@@ -5,8 +5,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import fnmatch
+from collections.abc import Sequence
 
-from quantjax.interpreter import Role, Site
+from quantjax.interpreter import Op, Role, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,21 @@ class Selector(abc.ABC):
 
     @abc.abstractmethod
     def matches(self, site: Site) -> bool:
-        """Whether the rule speaks of ``site``."""
+        """Whether the rule speaks of ``site``; of a resolved selector."""
+
+    def resolved(self, sites: Sequence[Site]) -> Selector:
+        """The selector for one table; most are the same for all."""
+        del sites
+        return self
+
+    def __and__(self, other: Selector) -> Selector:
+        return all_of(self, other)
+
+    def __or__(self, other: Selector) -> Selector:
+        return any_of(self, other)
+
+    def __invert__(self) -> Selector:
+        return not_(self)
 
     @abc.abstractmethod
     def __str__(self) -> str:
@@ -73,6 +88,115 @@ class Path(Selector):
         return self.pattern
 
 
+@dataclasses.dataclass(frozen=True)
+class OfOp(Selector):
+    """Sites of some primitives."""
+
+    ops: tuple[Op, ...]
+
+    def matches(self, site: Site) -> bool:
+        """By the primitive."""
+        return site.op in self.ops
+
+    def __str__(self) -> str:
+        return "op " + "|".join(op.value for op in self.ops)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithRole(Selector):
+    """Sites one of whose operands is that to the model."""
+
+    role: Role
+
+    def matches(self, site: Site) -> bool:
+        """By the roles of the operands, the output and the bias aside."""
+        return any(operand.role is self.role for operand in site.operands)
+
+    def __str__(self) -> str:
+        return f"role {self.role.value}"
+
+
+@dataclasses.dataclass(frozen=True)
+class InScope(Selector):
+    """Sites traced under a module path that fits a shell pattern."""
+
+    pattern: str
+
+    def matches(self, site: Site) -> bool:
+        """Whether the whole scope fits."""
+        return fnmatch.fnmatchcase(site.scope, self.pattern)
+
+    def __str__(self) -> str:
+        return f"scope {self.pattern}"
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast(Selector):
+    """Sites of some size."""
+
+    multiply_adds: int
+    parameters: int
+
+    def matches(self, site: Site) -> bool:
+        """Whether it reaches both."""
+        return site.multiply_adds >= self.multiply_adds and site.parameters >= self.parameters
+
+    def __str__(self) -> str:
+        return f"at least {self.multiply_adds:,} multiply-adds, {self.parameters:,} parameters"
+
+
+@dataclasses.dataclass(frozen=True)
+class Combined(Selector):
+    """All of some selectors, or any of them."""
+
+    parts: tuple[Selector, ...]
+    every: bool
+
+    def matches(self, site: Site) -> bool:
+        """Whether all of them match, or one does."""
+        found = [part.matches(site) for part in self.parts]
+        return all(found) if self.every else any(found)
+
+    def resolved(self, sites: Sequence[Site]) -> Selector:
+        """Of resolved parts."""
+        return Combined(tuple(part.resolved(sites) for part in self.parts), self.every)
+
+    def __str__(self) -> str:
+        return "(" + (" & " if self.every else " | ").join(map(str, self.parts)) + ")"
+
+
+@dataclasses.dataclass(frozen=True)
+class Not(Selector):
+    """What another selector does not match."""
+
+    part: Selector
+
+    def matches(self, site: Site) -> bool:
+        """Whether the other one does not."""
+        return not self.part.matches(site)
+
+    def resolved(self, sites: Sequence[Site]) -> Selector:
+        """Of the resolved one."""
+        return Not(self.part.resolved(sites))
+
+    def __str__(self) -> str:
+        return f"~{self.part}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(Selector):
+    """Sites of these names: what a selector that looks at the whole table becomes."""
+
+    names: frozenset[str]
+
+    def matches(self, site: Site) -> bool:
+        """By its name."""
+        return site.name in self.names
+
+    def __str__(self) -> str:
+        return ", ".join(sorted(self.names))
+
+
 def everything() -> Everything:
     """Every site, products of two activations (attention) included."""
     return Everything()
@@ -109,3 +233,49 @@ def path(pattern: str) -> Path:
     'params/Conv_*/kernel'
     """
     return Path(pattern)
+
+
+def op(*ops: Op) -> Selector:
+    """Sites of some primitives: ``qj.op(qj.Op.CONV)``; lookups are ``GATHER`` and ``SLICE``."""
+    return OfOp(ops)
+
+
+def role(role: Role) -> Selector:
+    """Sites that have an operand of a role: weight, activation or gradient."""
+    return WithRole(role)
+
+
+def scope(pattern: str) -> Selector:
+    """Sites by the module path that they were traced under; shell wildcards, ``*`` crosses slashes.
+
+    For products of two activations, whose names are scopes with a number behind them.
+    """
+    return InScope(pattern)
+
+
+def at_least(*, multiply_adds: int = 0, parameters: int = 0) -> Selector:
+    """Sites of at least so many multiply-adds a call, and parameters, of all layers together.
+
+    >>> str(at_least(multiply_adds=1_000_000))
+    'at least 1,000,000 multiply-adds, 0 parameters'
+    """
+    return AtLeast(multiply_adds, parameters)
+
+
+def all_of(*selectors: Selector) -> Selector:
+    """Sites that all of them match; ``a & b`` is short for it."""
+    return Combined(selectors, every=True)
+
+
+def any_of(*selectors: Selector) -> Selector:
+    """Sites that one of them matches; ``a | b`` is short for it."""
+    return Combined(selectors, every=False)
+
+
+def not_(selector: Selector) -> Selector:
+    """Sites that it does not match; ``~a`` is short for it.
+
+    >>> str(weighted() & ~path("*/head/*"))
+    '(weighted & ~*/head/*)'
+    """
+    return Not(selector)

@@ -28,13 +28,13 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             *("policy", "quantizer", "selectors", "presets", "data_free", "interpreter"),
-            *("kernels", "distillation", "pruning"),
+            *("kernels", "distillation", "pruning", "biases", "relative_selectors"),
         }
     ),
     frozenset({"products", "layout"}),
-    frozenset({"planning", "integers"}),
+    frozenset({"planning", "site_plan", "table", "integers"}),
     frozenset({"adapters", "storage", "transforms"}),
-    frozenset({"sweep", "calibration", "training"}),
+    frozenset({"sweep", "calibration", "folding", "training"}),
     frozenset({"cli"}),
 )
 # Rooms that may import less than their layer: the interpreter knows nothing of quantization.

@@ -68,3 +68,13 @@ class ResNet(nn.Module):
 def resnet20(classes: int = 10) -> ResNet:
     """The network of 20 layers: 269,722 parameters with ten classes."""
     return ResNet(3, classes)
+
+
+def resnet32(classes: int = 10) -> ResNet:
+    """The network of 32 layers: 464,154 parameters with ten classes."""
+    return ResNet(5, classes)
+
+
+def resnet56(classes: int = 10) -> ResNet:
+    """The network of 56 layers: 853,018 parameters with ten classes."""
+    return ResNet(9, classes)

@@ -17,9 +17,10 @@ from quantjax.calibration.measure import bars, measure, outermost, points
 from quantjax.calibration.results import CalibrationReport, OperandRanges, RuleRange
 from quantjax.calibration.rules import RULES
 from quantjax.interpreter import Role, leaves_by_path
-from quantjax.planning import OperandPlan, Plan, SitePlan
+from quantjax.planning import Plan
 from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.ranges import FitRule, RangeRule, Target, derive_many
+from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.statistics import Statistics, as_integer
 from quantjax.transforms.check import check
 from quantjax.transforms.observe import State

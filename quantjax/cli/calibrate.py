@@ -18,9 +18,10 @@ from quantjax.calibration.report import calibration_report
 from quantjax.calibration.rules import FITS, RULES, FitName, RuleName
 from quantjax.cli.named import ARRAYS, find_data, find_model
 from quantjax.cli.progress import RichProgress
-from quantjax.planning import Plan, PlanStatus
+from quantjax.planning import Plan
 from quantjax.policy import uniform_policy
 from quantjax.ranges import FitRule, RangeRule
+from quantjax.site_plan import PlanStatus
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,16 @@ def direct_conv(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
     return lax.conv_general_dilated(lhs, rhs, preferred_element_type=jnp.int32, **numbers)
 
 
-DEFAULT: Mapping[Op, Lowering] = {Op.DOT: direct_dot, Op.CONV: direct_conv}
+def direct_ragged(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
+    """``lax.ragged_dot`` of int8 into int32; ``numbers`` are the sizes of the groups."""
+    return lax.ragged_dot(lhs, rhs, preferred_element_type=jnp.int32, **numbers)
+
+
+DEFAULT: Mapping[Op, Lowering] = {
+    Op.DOT: direct_dot,
+    Op.CONV: direct_conv,
+    Op.RAGGED: direct_ragged,
+}
 TABLE: Mapping[str, Mapping[Op, Lowering]] = {"cpu": DEFAULT, "gpu": DEFAULT, "tpu": DEFAULT}
 """By backend; a backend that is not listed takes the default."""
 

@@ -22,7 +22,7 @@ from quantjax.granularity import expand
 from quantjax.integers.lowering import lowering
 from quantjax.integers.operands import IntegerOperand
 from quantjax.interpreter import Op, Product
-from quantjax.products import blocks
+from quantjax.products import blocks, ragged
 from quantjax.products.groups import (
     add_blocks,
     block_factors,
@@ -55,6 +55,8 @@ def integer_product(product: Product, lhs: IntegerOperand, rhs: IntegerOperand) 
         total = scaled(product, accumulate(product, lhs, rhs), lhs.factor, rhs.factor)
     else:
         total = _by_group(product, lhs, rhs, block_length(product, lengths))
+    if product.op is Op.RAGGED:  # rows behind all groups, to which zero points would add
+        total = jnp.where(ragged.is_in_a_group(product), total, 0.0)
     return total.astype(product.out.dtype)
 
 
@@ -91,6 +93,8 @@ def _whole(product: Product, lhs: IntegerOperand) -> tuple[jax.Array, _Kernel]:
     if product.op is Op.CONV:
         left, padding = padded(product, lhs)
         return left, _conv_kernel(product, padding, length)
+    if product.op is Op.RAGGED:
+        return lhs.codes, _ragged_kernel(product, length)
 
     def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
         numbers = product.params["dimension_numbers"]
@@ -100,6 +104,17 @@ def _whole(product: Product, lhs: IntegerOperand) -> tuple[jax.Array, _Kernel]:
         return lambda codes: blocks.to_output(product, side, _sum(product, side, codes))
 
     return lhs.codes, _Kernel(multiply, sums(0), sums(1), length)
+
+
+def _ragged_kernel(product: Product, length: int) -> _Kernel:
+    def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
+        operands = ragged.canonical(product, 0, left), ragged.canonical(product, 1, right)
+        return lowering(Op.RAGGED)(*operands, group_sizes=product.rest[0])
+
+    def sums(side: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda codes: blocks.to_output(product, side, _sum(product, side, codes))
+
+    return _Kernel(multiply, sums(0), sums(1), length)
 
 
 def _sum(product: Product, side: int, codes: jax.Array) -> jax.Array:
@@ -175,6 +190,14 @@ def _by_group(product: Product, lhs: IntegerOperand, rhs: IntegerOperand, length
     if product.op is Op.CONV:
         left, padding = padded(product, lhs)
         kernel = _conv_kernel(product, padding, length)
+    elif product.op is Op.RAGGED:
+        left = lhs.codes
+        kernel = _Kernel(
+            lambda a, b: lowering(Op.RAGGED)(a, b, group_sizes=product.rest[0]),
+            lambda a: jnp.sum(a, axis=-1, keepdims=True, dtype=jnp.int32),
+            lambda b: ragged.by_row(product, jnp.sum(b, axis=-2, dtype=jnp.int32)),
+            length,
+        )
     else:
         left = lhs.codes
         kernel = _Kernel(

@@ -4,9 +4,12 @@ Knows nothing of quantization.
 """
 
 from quantjax.interpreter.containers import Carried
+from quantjax.interpreter.describe import unbroadcast
 from quantjax.interpreter.discover import discover
 from quantjax.interpreter.evaluate import (
     NOTHING,
+    Addition,
+    Additions,
     Evaluated,
     Handler,
     Outcome,
@@ -27,6 +30,8 @@ from quantjax.interpreter.trace import Program, ProgramCache, leaves_by_path, tr
 __all__ = [
     "NEUTRAL_MOVES",
     "NOTHING",
+    "Addition",
+    "Additions",
     "Carried",
     "Evaluated",
     "Handler",
@@ -48,4 +53,5 @@ __all__ = [
     "evaluate_origin",
     "leaves_by_path",
     "trace",
+    "unbroadcast",
 ]

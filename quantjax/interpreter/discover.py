@@ -1,22 +1,21 @@
-"""Find the products of a program and say what each is."""
+"""Find the sites of a program, and give them names."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 from quantjax._compat import name_stack
 from quantjax.interpreter import provenance
 from quantjax.interpreter.containers import Container, ContainerKind, container_of
-from quantjax.interpreter.product import Product, product_of
+from quantjax.interpreter.describe import Around, bias_of, describe, site_of
+from quantjax.interpreter.product import product_of
 from quantjax.interpreter.provenance import Loop, Origin, OriginKind
-from quantjax.interpreter.sites import Location, Operand, Role, Site, SiteStatus
+from quantjax.interpreter.sites import Added, Location, Site
 
 
 class Discovery(NamedTuple):
@@ -29,6 +28,8 @@ class Discovery(NamedTuple):
       stacked: those of which each step has QParams of its own.
       repeated: names of weighted sites inside a loop whose steps share the weight.
       others: where a parameter goes besides the weights of sites, by path: primitives.
+      biases: how each bias is recomputed, by the name of its site.
+      additions: the site whose bias an equation adds, by location.
     """
 
     sites: Mapping[Location, Site]
@@ -37,39 +38,14 @@ class Discovery(NamedTuple):
     stacked: Mapping[str, tuple[Location, ...]]
     repeated: frozenset[str]
     others: Mapping[str, str]
+    biases: Mapping[str, Origin]
+    additions: Mapping[Location, Added]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Around:
-    """What lies around a program.
-
-    Attributes:
-      scope: module path.
-      labels: containers for the table.
-      loops: its scans and whiles.
-      opaque: why nothing in it can be rewritten.
-      note: what to know of sites in it.
-    """
-
-    scope: str = ""
-    labels: tuple[str, ...] = ()
-    loops: tuple[Loop, ...] = ()
-    opaque: str = ""
-    note: str = ""
-
-    def within(self, scope: str, label: str, *, opaque: str = "", note: str = "") -> _Around:
-        """One container further in."""
-        return dataclasses.replace(
-            self,
-            scope=scope,
-            labels=(*self.labels, label) if label else self.labels,
-            opaque=self.opaque or opaque,
-            note=self.note or note,
-        )
-
-    def looped(self, loop: Loop) -> _Around:
-        """Inside one more loop."""
-        return dataclasses.replace(self, loops=(*self.loops, loop))
+class _Bias(NamedTuple):
+    location: Location
+    side: int
+    origin: Origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +54,7 @@ class _Found:
     location: Location
     weight: Origin | None
     loops: tuple[Loop, ...]
+    bias: _Bias | None = None
 
 
 class _Findings(NamedTuple):
@@ -92,7 +69,7 @@ def discover(jaxpr: jex_core.ClosedJaxpr, param_paths: Sequence[str]) -> Discove
     inputs = [provenance.leaf(path) for path in param_paths]
     inputs += [provenance.DATA] * (len(jaxpr.jaxpr.invars) - len(inputs))
     found = _Findings([], {})
-    outputs = _walk(jaxpr, inputs, (), _Around(), found)
+    outputs = _walk(jaxpr, inputs, (), Around(), found)
     _note_others(found, "output", outputs)
     layered = {
         loop for item in found.sites if item.weight is not None for loop in item.weight.loops
@@ -103,6 +80,8 @@ def discover(jaxpr: jex_core.ClosedJaxpr, param_paths: Sequence[str]) -> Discove
     scans: dict[str, tuple[Location, ...]] = {}
     stacked: dict[str, tuple[Location, ...]] = {}
     repeated: set[str] = set()
+    biases: dict[str, Origin] = {}
+    additions: dict[Location, Added] = {}
     for item in found.sites:
         count = seen[item.site.name]
         seen[item.site.name] += 1
@@ -113,20 +92,25 @@ def discover(jaxpr: jex_core.ClosedJaxpr, param_paths: Sequence[str]) -> Discove
         loops = tuple(loop for loop in item.loops if loop in own)
         steps = tuple(loop.length or 0 for loop in loops)
         sites[item.location] = dataclasses.replace(item.site, name=name, steps=steps)
+        if item.bias is not None:
+            biases[name] = item.bias.origin
+            additions[item.bias.location] = Added(sites[item.location], item.bias.side)
         scans[name] = tuple(loop.location for loop in item.loops if loop.length is not None)
         stacked[name] = tuple(loop.location for loop in loops)
         if item.weight is not None:
             weights[name] = item.weight
             if item.weight.derivable and len(loops) < len(item.loops):
                 repeated.add(name)
-    return Discovery(sites, weights, scans, stacked, frozenset(repeated), found.others)
+    return Discovery(
+        sites, weights, scans, stacked, frozenset(repeated), found.others, biases, additions
+    )
 
 
 def _walk(
     closed: jex_core.ClosedJaxpr,
     inputs: Sequence[Origin],
     location: Location,
-    around: _Around,
+    around: Around,
     found: _Findings,
 ) -> list[Origin]:
     """Follow origins through one program; append the sites found; return the outputs' origins."""
@@ -140,14 +124,21 @@ def _walk(
             return provenance.constant(atom.val)
         return origins[atom]
 
+    uses = collections.Counter(a for a in _atoms(jaxpr) if not isinstance(a, jex_core.Literal))
+    products: dict[Any, int] = {}  # places in found.sites, by the variable of the result
     for index, eqn in enumerate(jaxpr.eqns):
         here = (*location, index)
         operands = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name == "add":
+            once = {var: place for var, place in products.items() if uses[var] == 1}
+            _note_bias(found, eqn, operands, here, once)
         scope = "/".join(part for part in (around.scope, name_stack(eqn)) if part)
-        product = product_of(eqn)
+        product = site_of(eqn, operands)
         container = None if product is not None else container_of(eqn)
         if product is not None:
-            found.sites.append(_describe(product, operands, here, scope, around))
+            site, weight = describe(product, operands, scope, around)
+            products[eqn.outvars[0]] = len(found.sites)
+            found.sites.append(_Found(site, here, weight, around.loops))
         if container is None:
             outputs = provenance.results(eqn, operands)
             is_site = product is not None and found.sites[-1].weight is not None
@@ -160,12 +151,38 @@ def _walk(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _holds_sites(program: jex_core.ClosedJaxpr) -> bool:
+def _atoms(jaxpr: jex_core.Jaxpr) -> list[Any]:
+    """All that equations read, and what is handed out."""
+    return [*(atom for eqn in jaxpr.eqns for atom in eqn.invars), *jaxpr.outvars]
+
+
+def _note_bias(
+    found: _Findings,
+    eqn: jex_core.JaxprEqn,
+    operands: Sequence[Origin],
+    here: Location,
+    products: Mapping[Any, int],
+) -> None:
+    """Give a site the bias that is added to its result, if the equation does that."""
+    for side, atom in enumerate(eqn.invars):
+        place = None if isinstance(atom, jex_core.Literal) else products.get(atom)
+        if place is None:
+            continue
+        item, added = found.sites[place], operands[1 - side]
+        bias = bias_of(item.site, item.weight, added)
+        if bias is not None:
+            site = dataclasses.replace(item.site, bias=bias)
+            noted = _Bias(here, 1 - side, added)
+            found.sites[place] = dataclasses.replace(item, site=site, bias=noted)
+
+
+def _holds_products(program: jex_core.ClosedJaxpr) -> bool:
     for eqn in program.jaxpr.eqns:
-        if product_of(eqn) is not None:
+        product = product_of(eqn)
+        if product is not None and not product.op.is_lookup:
             return True
         container = container_of(eqn)
-        if container is not None and any(map(_holds_sites, container.programs)):
+        if container is not None and any(map(_holds_products, container.programs)):
             return True
     return False
 
@@ -181,7 +198,7 @@ def _enter(
     operands: list[Origin],
     here: Location,
     scope: str,
-    around: _Around,
+    around: Around,
     found: _Findings,
 ) -> list[Origin]:
     """Walk the programs of a container; the origins of its outputs."""
@@ -191,7 +208,7 @@ def _enter(
         return _walk(programs[0], operands, (*here, 0), around.within(scope, ""), found)
     if kind is ContainerKind.REMAT:
         return _walk(programs[0], operands, (*here, 0), around.within(scope, "remat"), found)
-    if kind is ContainerKind.INLINED and not _holds_sites(programs[0]):
+    if kind is ContainerKind.INLINED and not _holds_products(programs[0]):
         _note_others(found, name, operands)
         return provenance.results(container.eqn, operands)  # its derivative rule is kept
     if kind is ContainerKind.INLINED:
@@ -230,7 +247,7 @@ def _enter_scan(
     outputs: list[Origin],
     here: Location,
     scope: str,
-    around: _Around,
+    around: Around,
     found: _Findings,
 ) -> list[Origin]:
     consts, init, xs = container.split(operands)
@@ -255,7 +272,7 @@ def _enter_while(
     outputs: list[Origin],
     here: Location,
     scope: str,
-    around: _Around,
+    around: Around,
     found: _Findings,
 ) -> list[Origin]:
     cond_consts, body_consts, init = container.split(operands)
@@ -314,83 +331,3 @@ def _settle(
         del found.sites[mark:]
         found.others.clear()
         found.others.update(others)
-
-
-def _describe(
-    product: Product, origins: Sequence[Origin], location: Location, scope: str, around: _Around
-) -> _Found:
-    weights = [side for side in (0, 1) if origins[side].kind is not OriginKind.DATA]
-    reason = around.opaque
-    if len(weights) == 2:
-        reason = reason or "both operands come from parameters: computed in float, once"
-    if not all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in (product.lhs, product.rhs)):
-        reason = reason or "not a product of real floating-point numbers"
-    if not weights and (0 in product.lhs.shape or 0 in product.rhs.shape):
-        reason = reason or "an empty product"  # parallel scans multiply empty halves
-    weight = weights[0] if len(weights) == 1 else None
-    origin = origins[weight] if weight is not None else None
-    around_it = provenance.at_product(scope, origins, weight)
-    operands = tuple(_operand(product, side, weight, around_it[side]) for side in (0, 1))
-    notes = around.note, "" if origin is None else _weight_note(origin)
-    site = Site(
-        name=_name(product, origin, scope),
-        op=product.op,
-        scope=scope,
-        operands=operands,
-        out_shape=tuple(product.out.shape),
-        contraction_size=product.contraction_size(),
-        taps=product.taps(),
-        multiply_adds=product.multiply_adds()
-        * math.prod(loop.length or 1 for loop in around.loops),
-        loops=around.labels,
-        status=SiteStatus.OPAQUE if reason else SiteStatus.REWRITABLE,
-        reason=reason or "; ".join(note for note in notes if note),
-    )
-    return _Found(site, location, origin, around.loops)
-
-
-def _operand(product: Product, side: int, weight: int | None, origin: Origin) -> Operand:
-    aval = (product.lhs, product.rhs)[side]
-    free, contracted, window = product.axes(side)
-    is_weight = side == weight
-    role = Role.GRADIENT if origin is provenance.COTANGENT else Role.ACTIVATION
-    role = Role.WEIGHT if is_weight else role
-    keys = (role.value, role.value) if weight is not None else ("lhs", "rhs")
-    recipe, constants = provenance.recipe(origin) if is_weight else ("", ())
-    return Operand(
-        key=keys[side],
-        role=role,
-        side=side,
-        shape=tuple(aval.shape),
-        dtype=str(aval.dtype),
-        free=free,
-        contracted=contracted,
-        window=window,
-        paths=origin.paths if is_weight else (),
-        recipe=recipe,
-        constants=constants,
-        storable=is_weight and provenance.is_rearranged_leaf(origin),
-    )
-
-
-def _name(product: Product, weight: Origin | None, scope: str) -> str:
-    if weight is None or weight.kind is OriginKind.CONSTANT:
-        return f"{scope}/{product.op.value}" if scope else product.op.value
-    if weight.kind is OriginKind.LEAF:
-        return weight.paths[0]
-    shown = ",".join(weight.paths[:3]) + (",..." if len(weight.paths) > 3 else "")
-    return f"f({shown})"
-
-
-def _weight_note(origin: Origin) -> str:
-    if origin.kind is OriginKind.FUNCTION and not origin.derivable:
-        return "the weight changes from step to step: observed, not storable"
-    if origin.kind is OriginKind.FUNCTION:
-        return "the weight is computed from parameters: quantized in simulation, not storable"
-    if origin.kind is OriginKind.LEAF and not origin.derivable:
-        return "its place in the parameter changes in a loop: observed, one scale for all"
-    if origin.kind is OriginKind.LEAF and not provenance.is_rearranged_leaf(origin):
-        return "a part of a parameter enters, or integers: quantized in simulation, not storable"
-    if origin.kind is OriginKind.CONSTANT:
-        return "the weight is a constant of the function: pass it in params to name and store it"
-    return ""

@@ -11,21 +11,21 @@ import jax
 from jax.extend import core as jex_core
 
 from quantjax import errors
-from quantjax._compat import bind_equation, equation_context
+from quantjax._compat import bind_equation, bind_in_context, equation_context
 from quantjax.interpreter.containers import Carried, Outputs, container_of, rebuild
 from quantjax.interpreter.product import Product, product_of
-from quantjax.interpreter.sites import Location, Site
+from quantjax.interpreter.sites import Added, Location, Site
 from quantjax.interpreter.sums import summed
 from quantjax.interpreter.trace import Program
 
 
 class Visit(NamedTuple):
-    """One product as the handler meets it.
+    """One product or lookup as the handler meets it.
 
     Attributes:
       site: its row.
       product: the equation.
-      lhs, rhs: its operands.
+      lhs, rhs: its operands; of a lookup, the table and its first index.
       value: the site's entry of ``values``, that of this step where it is stacked; None without.
       state: the site's entry of ``states`` as its last visit left it; None without.
       shared: as given, the same at all sites.
@@ -41,14 +41,47 @@ class Visit(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a handler returns: the product, the site's next state, and a record or None."""
+    """What a handler returns.
+
+    Attributes:
+      out: the product, or its sum with a bias.
+      state: the site's next one.
+      record: or None; that of a bias takes the place of the product's.
+      kept: what the handler of the site's bias is told.
+    """
 
     out: jax.Array
     state: Any = None
     record: Any = None
+    kept: Any = None
 
 
 Handler = Callable[[Visit], Outcome]
+
+
+class Addition(NamedTuple):
+    """The addition of a bias to a product that was handled, as the second handler meets it.
+
+    Attributes:
+      site: the row of the product.
+      out: what the product's handler returned.
+      bias: as it is added, broadcast.
+      add: the equation itself, of both.
+      value, state, shared: as at a visit; the state is what the product's handler left.
+      kept: what the product's handler handed on.
+    """
+
+    site: Site
+    out: jax.Array
+    bias: jax.Array
+    add: Callable[[jax.Array, jax.Array], jax.Array]
+    value: Any
+    state: Any
+    shared: Any
+    kept: Any
+
+
+AdditionHandler = Callable[[Addition], Outcome]
 
 
 class Evaluated(NamedTuple):
@@ -75,6 +108,7 @@ def evaluate(
     carried: Carried,
     *arguments: Any,
     collect: bool = False,
+    additions: Additions | None = None,
 ) -> Evaluated:
     """Run ``program`` with the products named in ``handled`` computed by ``handler``.
 
@@ -85,12 +119,30 @@ def evaluate(
         for each of its scans in value and state.
       arguments: those of the traced function, ``(params, *inputs)``.
       collect: whether the handler returns records.
+      additions: how sums of handled products and their biases are computed; None leaves them.
     """
     active = {loc: site for loc, site in program.sites.items() if site.name in handled}
-    walk = _Walk(handler, active, program.stacked, collect=collect)
+    names = handled & additions.names if additions is not None else frozenset()
+    after = {loc: added for loc, added in program.additions.items() if added.site.name in names}
+    added_by = additions.handler if additions is not None else None
+    walk = _Walk((handler, added_by), active, after, program.stacked, collect=collect)
     outputs = walk.run(program.jaxpr, (), carried.only(handled), jax.tree.leaves(arguments))
     result = jax.tree.unflatten(program.out_tree, outputs.arrays)
     return Evaluated(result, {**carried.states, **outputs.states}, dict(outputs.records))
+
+
+class Additions(NamedTuple):
+    """A handler for the biases of some sites, by name."""
+
+    handler: AdditionHandler
+    names: frozenset[str]
+
+
+class _Earlier(NamedTuple):
+    """What the product's handler left: the site's state, and what it handed on."""
+
+    state: Any
+    kept: Any
 
 
 class _Walk:
@@ -98,13 +150,16 @@ class _Walk:
 
     def __init__(
         self,
-        handler: Handler,
+        handlers: tuple[Handler, AdditionHandler | None],
         sites: Mapping[Location, Site],
+        additions: Mapping[Location, Added],
         stacked: Mapping[str, tuple[Location, ...]],
         *,
         collect: bool,
     ) -> None:
-        self._handler, self._sites, self._collect = handler, sites, collect
+        self._handler, self._add_handler = handlers
+        self._sites, self._collect = sites, collect
+        self._additions = additions
         inside: dict[Location, set[str]] = collections.defaultdict(set)
         for location, site in sites.items():
             for depth in range(1, len(location)):
@@ -130,6 +185,7 @@ class _Walk:
         into_sums: frozenset[Any] | None = None
         states: dict[str, Any] = {}
         records: dict[str, Any] = {}
+        kept: dict[str, Any] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*location, index)
             operands = [a.val if isinstance(a, jex_core.Literal) else env[a] for a in eqn.invars]
@@ -138,13 +194,27 @@ class _Walk:
                 into_sums = summed(jaxpr) if into_sums is None else into_sums
                 product = product_of(eqn)
                 assert product is not None
-                product = dataclasses.replace(product, is_summed=eqn.outvars[0] in into_sums)
+                product = dataclasses.replace(
+                    product,
+                    is_summed=eqn.outvars[0] in into_sums,
+                    rest=tuple(operands[product.factors :]),
+                )
                 outcome = self._handle(site, product, operands, carried)
-                outputs = [outcome.out]
+                outputs, kept[site.name] = [outcome.out], outcome.kept
                 if site.name in carried.states:
                     states[site.name] = outcome.state
                 if self._collect and outcome.record is not None:
                     records[site.name] = outcome.record
+            elif here in self._additions:
+                added = self._additions[here]
+                name = added.site.name
+                earlier = _Earlier(states.get(name), kept[name])
+                outcome = self._add(eqn, added, operands, carried, earlier)
+                outputs = [outcome.out]
+                if name in carried.states:
+                    states[name] = outcome.state
+                if self._collect and outcome.record is not None:
+                    records[name] = outcome.record
             elif here in self._inside:
                 inner = self._rebuild(eqn, here, carried, operands)
                 outputs = list(inner.arrays)
@@ -165,13 +235,38 @@ class _Walk:
         visit = Visit(site, product, operands[0], operands[1], value, state, carried.shared)
         with equation_context(product.eqn):
             outcome = self._handler(visit)
-        out, expected = outcome.out, product.out
-        if tuple(out.shape) != tuple(expected.shape) or out.dtype != expected.dtype:
-            raise errors.SiteError(
-                f"the handler returned {out.dtype}{tuple(out.shape)}",
-                where=f"site {site.name} ({site.op.value}), which has {expected.str_short()}",
-                fix="return the equation's own shape and dtype",
-            )
+        _check_result(site, outcome.out, product.out)
+        return outcome
+
+    def _add(
+        self,
+        eqn: jex_core.JaxprEqn,
+        added: Added,
+        operands: Sequence[Any],
+        carried: Carried,
+        earlier: _Earlier,
+    ) -> Outcome:
+        """The sum of a site's product and its bias, whichever of them stands first."""
+        assert self._add_handler is not None
+        name = added.site.name
+
+        def add(out: jax.Array, bias: jax.Array) -> jax.Array:
+            pair = (out, bias) if added.side == 1 else (bias, out)
+            return bind_in_context(eqn, *pair)[0]
+
+        addition = Addition(
+            added.site,
+            operands[1 - added.side],
+            operands[added.side],
+            add,
+            carried.values.get(name),
+            earlier.state,
+            carried.shared,
+            earlier.kept,
+        )
+        with equation_context(eqn):
+            outcome = self._add_handler(addition)
+        _check_result(added.site, outcome.out, eqn.outvars[0].aval)
         return outcome
 
     def _rebuild(
@@ -192,6 +287,15 @@ class _Walk:
                 self._stacked[location],
                 collect=self._collect,
             )
+
+
+def _check_result(site: Site, out: jax.Array, expected: Any) -> None:
+    if tuple(out.shape) != tuple(expected.shape) or out.dtype != expected.dtype:
+        raise errors.SiteError(
+            f"the handler returned {out.dtype}{tuple(out.shape)}",
+            where=f"site {site.name} ({site.op.value}), which has {expected.str_short()}",
+            fix="return the equation's own shape and dtype",
+        )
 
 
 def _last_uses(jaxpr: jex_core.Jaxpr) -> dict[int, list[Any]]:

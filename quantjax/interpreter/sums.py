@@ -12,7 +12,10 @@ from typing import Any
 from jax.extend import core as jex_core
 
 from quantjax.interpreter.containers import ContainerKind, container_of
-from quantjax.interpreter.product import OPS
+from quantjax.interpreter.product import Op
+
+PRODUCTS = frozenset({Op.DOT.value, Op.CONV.value})
+"""Whose operands lie in memory."""
 
 ADDING = frozenset({"add", "add_any", "sub"})
 """Whose derivatives do not read their operands."""
@@ -116,7 +119,7 @@ def _spread(jaxpr: jex_core.Jaxpr, found: set[Any]) -> set[Any]:
     broadcast = _broadcast(jaxpr)
     for eqn in reversed(jaxpr.eqns):
         operands = {atom for atom in eqn.invars if not isinstance(atom, jex_core.Literal)}
-        if eqn.primitive.name in OPS:
+        if eqn.primitive.name in PRODUCTS:
             continue
         if not found.isdisjoint(eqn.outvars) or _sums(eqn, operands, broadcast):
             found |= operands
@@ -135,7 +138,7 @@ def _sums(eqn: jex_core.JaxprEqn, operands: set[Any], broadcast: set[Any]) -> bo
     if container is None or container.kind not in _CALLS or not broadcast.isdisjoint(operands):
         return True
     inner = container.programs[0].jaxpr
-    holds_product = any(inner_eqn.primitive.name in OPS for inner_eqn in inner.eqns)
+    holds_product = any(inner_eqn.primitive.name in PRODUCTS for inner_eqn in inner.eqns)
     return holds_product or not _spread(inner, set()).isdisjoint(inner.invars)
 
 

@@ -13,7 +13,7 @@ from quantjax import errors
 from quantjax._compat import trace_context
 from quantjax.interpreter.discover import discover
 from quantjax.interpreter.provenance import Origin
-from quantjax.interpreter.sites import Location, Site
+from quantjax.interpreter.sites import Added, Location, Site
 
 Function = Callable[..., Any]
 
@@ -31,6 +31,8 @@ class Program:
       stacked: those of which each step is a layer of its own.
       repeated: weighted sites in a loop whose iterations share the weight.
       others: where a parameter goes besides the weights of sites: a primitive, by path.
+      biases: how to recompute each bias, as it is added, by the name of its site.
+      additions: the site whose bias an equation adds, by location.
     """
 
     jaxpr: jex_core.ClosedJaxpr
@@ -41,6 +43,8 @@ class Program:
     stacked: Mapping[str, tuple[Location, ...]]
     repeated: frozenset[str]
     others: Mapping[str, str]
+    biases: Mapping[str, Origin]
+    additions: Mapping[Location, Added]
 
 
 def leaves_by_path(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jax import lax
 
 from quantjax.granularity import expand, group_size, repeat_groups
 from quantjax.interpreter import Op, Product
+from quantjax.products import ragged
 
 
 class Blocks(NamedTuple):
@@ -86,6 +87,13 @@ def _split_dot(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> 
     return Blocks(lhs, rhs, multiply, lambda total: total.reshape(product.out.shape))
 
 
+def _split_ragged(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> Blocks:
+    left = _split_last(ragged.canonical(product, 0, lhs), block)
+    right = ragged.canonical(product, 1, rhs)
+    right = _split_last(right.swapaxes(1, 2), block).swapaxes(2, 3)
+    return Blocks(left, right, ragged.in_float32(product), lambda total: total)
+
+
 def _split_conv(product: Product, lhs: jax.Array, rhs: jax.Array, channels: int) -> Blocks:
     """Blocks of input channels, the same for each feature group."""
     numbers = product.params["dimension_numbers"]
@@ -113,6 +121,8 @@ def split(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> Block
     """
     if product.op is Op.DOT:
         return _split_dot(product, lhs, rhs, block)
+    if product.op is Op.RAGGED:
+        return _split_ragged(product, lhs, rhs, block)
     return _split_conv(product, lhs, rhs, max(block // product.taps(), 1))
 
 
@@ -136,8 +146,8 @@ def split_groups(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -
 def _run(product: Product, block: int) -> tuple[int, int]:
     """Entries of the last contracted axis that one output sums, and how many of them a block has;
     a convolution sums those of one feature group."""
-    if product.op is Op.DOT:
-        return product.rhs.shape[dot_axes(product, 1).contracted[-1]], block
+    if product.op is not Op.CONV:
+        return product.rhs.shape[product.axes(1)[1][-1]], block
     return product.rhs.shape[product.axes(1)[1][0]], max(block // product.taps(), 1)
 
 
@@ -154,6 +164,8 @@ def to_output(product: Product, side: int, factor: jax.Array) -> jax.Array:
 
     Where it has an entry for each group of a free axis, it is repeated for each index.
     """
+    if product.op is Op.RAGGED:
+        return ragged.to_output(product, side, factor)
     factor = _expanded(product, side, factor, product.axes(side)[0])
     if product.op is Op.CONV:
         numbers = product.params["dimension_numbers"]
@@ -184,7 +196,7 @@ def factors_by_block(product: Product, side: int, factor: jax.Array, block: int)
 
     Returns:
       ``(blocks, ...)``, each slice broadcastable against a block's result: for a dot
-      ``(batch, lhs free, 1)`` or ``(batch, 1, rhs free)``, for a convolution the output's layout.
+      ``(batch, lhs free, 1)`` or ``(batch, 1, rhs free)``, for all others the output's layout.
     """
     shape = (product.lhs, product.rhs)[side].shape
     last = product.axes(side)[1][-1]
@@ -195,7 +207,7 @@ def factors_by_block(product: Product, side: int, factor: jax.Array, block: int)
         factor = repeat_groups(factor, times, count, axis=last)
     full = list(factor.shape)
     full[last] = count
-    if product.op is Op.CONV:
+    if product.op is not Op.DOT:
         by_block = jnp.moveaxis(jnp.broadcast_to(factor, full), last, 0)
         return jax.vmap(lambda f: to_output(product, side, jnp.expand_dims(f, last)))(by_block)
     axes = dot_axes(product, side)

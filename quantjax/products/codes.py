@@ -84,7 +84,7 @@ def multiply(
 def _fenced(product: Product, out: jax.Array) -> jax.Array:
     """The result behind a fence, as the matrix that XLA makes of a dot's: how it vectorizes what
     reads the cotangent depends on the shape."""
-    if product.op is Op.CONV:
+    if product.op is not Op.DOT:
         return _fence(product, out)
     axes = [blocks.dot_axes(product, side) for side in (0, 1)]
     roles = axes[0].batch, axes[0].free, axes[1].free

@@ -18,6 +18,7 @@ class Execution(enum.Enum):
     GROUPED = "int8 by group"
     CODES = "codes in float"
     SIMULATED = "as simulated"
+    ROWS = "rows of codes"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,6 +139,11 @@ def scaled(
     return times(sums, functools.reduce(operator.mul, factors)) if factors else sums
 
 
+def sums_scale(product: Product, lhs: jax.Array, rhs: jax.Array) -> Float[Array, "..."]:
+    """``s_lhs · s_rhs`` of factors that share their sums, as it meets the output."""
+    return blocks.to_output(product, 0, lhs) * blocks.to_output(product, 1, rhs)
+
+
 def times(sums: jax.Array, factor: jax.Array) -> jax.Array:
     """``sums · factor`` in float32, rounded before anything is added to it.
 

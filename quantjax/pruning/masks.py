@@ -100,11 +100,9 @@ def prune_mask(
 
 def _selected(named: Any, select: Selector) -> dict[str, jax.Array]:
     kernels = {name: leaf for name, leaf in named.items() if is_kernel(leaf)}
-    found = {
-        name: jnp.asarray(leaf)
-        for name, leaf in kernels.items()
-        if select.matches(as_site(name, leaf))
-    }
+    rows = {name: as_site(name, leaf) for name, leaf in kernels.items()}
+    chosen = select.resolved(tuple(rows.values()))
+    found = {name: jnp.asarray(kernels[name]) for name in rows if chosen.matches(rows[name])}
     if not found:
         raise errors.PruningError(
             f"'{select}' selects no kernel",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from quantjax import errors
 from quantjax.affine import DIVIDED, RECIPROCAL, RECIPROCAL_ADDED, Scaling
+from quantjax.biases import AccumulatorBias
 from quantjax.estimators import ESTIMATORS, Estimator
 from quantjax.formats import (
     INQ_SCALE,
@@ -75,19 +76,42 @@ from quantjax.ranges import (
     sigma,
     sqnr,
 )
+from quantjax.relative_selectors import Costliest, First, Last
 from quantjax.rounding import ROUNDINGS, Rounding
-from quantjax.selectors import Backward, Everything, Path, Weighted
+from quantjax.selectors import (
+    AtLeast,
+    Backward,
+    Combined,
+    Everything,
+    InScope,
+    Named,
+    Not,
+    OfOp,
+    Path,
+    Weighted,
+    WithRole,
+)
 
 DATACLASSES: tuple[type, ...] = (
+    AccumulatorBias,
     ApotFormat,
+    AtLeast,
     Backward,
     CodebookFormat,
+    Combined,
+    Costliest,
     Everything,
+    First,
+    InScope,
     IntegerFormat,
+    Last,
     LogFormat,
     MidriseFormat,
     MinifloatFormat,
+    Named,
     NormalFloatFormat,
+    Not,
+    OfOp,
     Operand,
     Packing,
     Path,
@@ -103,6 +127,7 @@ DATACLASSES: tuple[type, ...] = (
     Site,
     TernaryFormat,
     Weighted,
+    WithRole,
 )
 """Written as ``{"type": "PerGroup", "size": 64, "axis": null}``."""
 

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 from quantjax import errors
 from quantjax.affine import QParams
 from quantjax.interpreter import Site
-from quantjax.planning import Plan, SiteTable, first_difference, plan, site_text
+from quantjax.planning import Plan, first_difference, plan, site_text
 from quantjax.policy import Policy
 from quantjax.storage.arrays import decode_array, encode_array
 from quantjax.storage.codec import Json, decode_known, encode
 from quantjax.storage.document import read_document, write_document
 from quantjax.storage.known import with_extra
 from quantjax.storage.tree import check_keys, decode_tree, encode_tree
+from quantjax.table import SiteTable
 from quantjax.transforms.calibrate import QState
 
 QUANTIZATION_SCHEMA = "quantjax.quantization"

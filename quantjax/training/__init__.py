@@ -10,10 +10,10 @@ All of them are pure functions and optax transformations over the user's own loo
     params, qstate = optax.apply_updates((params, qstate), updates)
 """
 
+from quantjax.folding import Held, fold_batch_norm, folded_training, refolded, renamed
 from quantjax.training.batch_norm import reestimate
 from quantjax.training.bounds import keep_between, keep_positive
 from quantjax.training.dampening import dampening_loss
-from quantjax.training.folding import NormPair, fold_batch_norm, renamed
 from quantjax.training.oscillation import (
     Followed,
     OscillationState,
@@ -28,7 +28,7 @@ from quantjax.training.widths import with_bits
 
 __all__ = [
     "Followed",
-    "NormPair",
+    "Held",
     "OscillationState",
     "Part",
     "Schedule",
@@ -37,6 +37,7 @@ __all__ = [
     "delayed_bits",
     "error_decay",
     "fold_batch_norm",
+    "folded_training",
     "freeze_oscillations",
     "frozen_share",
     "keep_between",
@@ -45,6 +46,7 @@ __all__ = [
     "parts_of",
     "progressive_bits",
     "reestimate",
+    "refolded",
     "renamed",
     "weight_bits_total",
     "with_bits",

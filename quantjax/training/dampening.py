@@ -13,11 +13,13 @@ from quantjax.affine import QParams, is_bypassed
 from quantjax.estimators import CLIPPED
 from quantjax.granularity import expand
 from quantjax.interpreter import leaves_by_path
-from quantjax.planning import OperandPlan, Plan
+from quantjax.planning import Plan
 from quantjax.rounding import HALF_EVEN
 from quantjax.simulation import Arithmetic, centered_codes, prepare
+from quantjax.site_plan import OperandPlan
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.fake_quantize import check_qstate, live_qparams
+from quantjax.transforms.fake_quantize import check_qstate
+from quantjax.transforms.live import live_qparams
 from quantjax.transforms.operands import weight_at_hand
 from quantjax.transforms.steps import over_steps
 

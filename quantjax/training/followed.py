@@ -15,6 +15,8 @@ def followed_weights(plan: Plan, select: Selector | None) -> list[StoredWeight]:
     """The weights to follow; those that are selected must be such that can be."""
     stored = {weight.entry.site.name: weight for weight in stored_weights(plan)}
     chosen: list[StoredWeight] = []
+    rows = tuple(entry.site for entry in plan.sites)
+    select = None if select is None else select.resolved(rows)
     for entry in plan.quantized:
         if not any(operand.is_weight for operand in entry.quantized):
             continue

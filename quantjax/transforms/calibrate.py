@@ -12,9 +12,10 @@ from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams
 from quantjax.interpreter import Role, leaves_by_path
-from quantjax.planning import OperandPlan, Plan, SitePlan
+from quantjax.planning import Plan
 from quantjax.quantizer import RangeMode
 from quantjax.ranges import FitRule, IndexedRule, RangeRule, Target, checked_rule, derive_many
+from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.statistics import Statistics
 from quantjax.transforms.check import check
 from quantjax.transforms.observe import State
@@ -41,6 +42,8 @@ def calibrate(
     weight_bits: Bits | None = None,
     activation_bits: Bits | None = None,
     gradient_bits: Bits | None = None,
+    output_bits: Bits | None = None,
+    bias_bits: Bits | None = None,
     rule: AnyRule | None = None,
     weight_rule: AnyRule | None = None,
     activation_rule: AnyRule | None = None,
@@ -54,16 +57,16 @@ def calibrate(
       plan: what to derive for.
       state: from ``qj.observe``.
       params: the tree that was planned for.
-      weight_bits, activation_bits, gradient_bits: one width for all, or ``{site: width}`` for some;
-        arrays may be traced, and are under ``vmap`` or ``lax.map`` of a sweep. A site of layers
-        stacked in a scan also takes a width for each layer. Minifloats take
-        ``qj.FloatBits(exponent, mantissa)`` too. Default: the quantizer's own. 0 passes the operand
-        through.
+      weight_bits, activation_bits, gradient_bits, output_bits, bias_bits: one width for all, or
+        ``{site: width}`` for some; arrays may be traced, and are under ``vmap`` or ``lax.map`` of
+        a sweep. A site of layers stacked in a scan also takes a width for each layer. Minifloats
+        take ``qj.FloatBits(exponent, mantissa)`` too. Default: the quantizer's own. 0 passes the
+        operand through.
       rule: one range rule for all, in place of each quantizer's own; ``qj.ranges.stack(...)[i]``
         makes the rule itself a traced axis. Live ranges keep their own. A fit (``qj.ranges.TWN``)
         needs the tensor, so it serves weights.
-      weight_rule, activation_rule: the same for weights, and for activations and gradients; they go
-        before ``rule``.
+      weight_rule, activation_rule: the same for weights, and for activations, gradients and
+        outputs; they go before ``rule``. Biases keep their quantizer's own.
 
     Raises:
       CalibrationError: a site was never observed, or its histogram was left out and the rule reads
@@ -92,10 +95,14 @@ def calibrate(
     check_used(plan, weight_bits, Role.WEIGHT)
     check_used(plan, activation_bits, Role.ACTIVATION)
     check_used(plan, gradient_bits, Role.GRADIENT)
+    check_used(plan, output_bits, Role.OUTPUT)
+    check_used(plan, bias_bits, Role.BIAS)
     asked = {
         Role.WEIGHT: weight_bits,
         Role.ACTIVATION: activation_bits,
         Role.GRADIENT: gradient_bits,
+        Role.OUTPUT: output_bits,
+        Role.BIAS: bias_bits,
     }
     weight_rule, activation_rule = weight_rule or rule, activation_rule or rule
     found: dict[tuple[str, str], QParams] = {}
@@ -110,6 +117,8 @@ def calibrate(
                 found[name, operand.key] = quantizer.width(bits, theta)
                 continue
             given = weight_rule if is_weight else activation_rule
+            if operand.operand.role is Role.BIAS:
+                given = None
             chosen = quantizer.rule if given is None else given
             weight = weight_at_hand(plan, entry, operand, leaves)
             if weight is not None and _fits(chosen):

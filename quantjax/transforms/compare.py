@@ -11,22 +11,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from quantjax._compat import concrete
-from quantjax.affine import is_bypassed
-from quantjax.interpreter import Carried, Outcome, ProgramCache, Visit, evaluate
+from quantjax.affine import QParams, is_bypassed
+from quantjax.interpreter import Addition, Carried, Outcome, ProgramCache, Role, Visit, evaluate
 from quantjax.interpreter.trace import Function
-from quantjax.planning import OperandPlan, Plan, SitePlan
+from quantjax.planning import Plan
 from quantjax.printing import columns
 from quantjax.simulation import apply as apply_fake_quant
 from quantjax.simulation import is_clipped
+from quantjax.site_plan import OperandPlan, SitePlan
+from quantjax.transforms.after import added, additions_of, of_one_group
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.fake_quantize import (
-    SiteValue,
-    check_qstate,
-    live_qparams,
-    quantized_product,
-    site_values,
-)
-from quantjax.transforms.keys import Key, next_keys, site_keys
+from quantjax.transforms.fake_quantize import check_qstate, quantized_product, site_values
+from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
+from quantjax.transforms.live import live_qparams
 from quantjax.transforms.sites import check_program
 from quantjax.transforms.steps import layers_first, over_steps
 
@@ -77,12 +74,24 @@ class Report:
         return self.sites[name]
 
     def __str__(self) -> str:
-        rows = [row for name, site in self.sites.items() for row in _rows(name, site)]
-        head = ["site", "SQNR dB", "cosine", "weight dB", "clipped", "activation dB", "clipped"]
+        known = {key for site in self.sites.values() for key in site.operands}
+        shown = {name: keys for name, keys in SHOWN.items() if name in ALWAYS or known & {*keys}}
+        rows = [row for name, site in self.sites.items() for row in _rows(name, site, shown)]
+        head = ["site", "SQNR dB", "cosine"]
+        head += [text for name in shown for text in (f"{name} dB", "clipped")]
         return columns(head, rows)
 
 
-def _rows(name: str, site: SiteReport) -> list[list[str]]:
+SHOWN: Mapping[str, tuple[str, ...]] = {
+    "weight": ("weight", "lhs"),
+    "activation": ("activation", "gradient", "rhs"),
+    "output": ("output",),
+    "bias": ("bias",),
+}
+ALWAYS = ("weight", "activation")
+
+
+def _rows(name: str, site: SiteReport, shown: Mapping[str, tuple[str, ...]]) -> list[list[str]]:
     """One row a layer; a batch of reports, the result of ``vmap``, prints like layers."""
     shape = jnp.shape(site.sqnr)
     known = all(concrete(leaf) is not None for leaf in jax.tree.leaves(site))
@@ -91,7 +100,7 @@ def _rows(name: str, site: SiteReport) -> list[list[str]]:
         layer = jax.tree.map(lambda leaf, at=index: np.asarray(leaf)[at], site) if known else site
         row = [name + "".join(f"[{i}]" for i in index)]
         row += [_number(layer.sqnr, ".1f"), _number(layer.cosine, ".6f")]
-        for keys in (("weight", "lhs"), ("activation", "gradient", "rhs")):
+        for keys in shown.values():
             operand = next((layer.operands[k] for k in keys if k in layer.operands), None)
             row.append("" if operand is None else _number(operand.sqnr, ".1f"))
             row.append("" if operand is None else _number(operand.saturation, ".2%"))
@@ -133,23 +142,50 @@ def compare(f: Function, plan: Plan) -> Callable[..., Report]:
         check_program(plan, program)
 
         def in_float(visit: Visit) -> Outcome:
-            out = visit.product.bind(visit.lhs, visit.rhs)
-            after, drawn = next_keys(visit.state)
+            entry, raw = planned[visit.site.name], (visit.lhs, visit.rhs)
+            out = visit.product.bind(*raw)
+            keys, qparams = next_keys(visit.state), visit.value.qparams
             sums = {
-                operand.key: _operand_sums(operand, (visit.lhs, visit.rhs), visit.value, drawn)
-                for operand in planned[visit.site.name].quantized
+                o.key: _operand_sums(
+                    o, raw[o.operand.side], qparams[o.key], keys.sides[o.operand.side]
+                )
+                for o in entry.operands
+                if o.quantizer is not None
             }
-            return Outcome(out, state=after, record=(out, sums))
+            if visit.site.bias is None:
+                sums |= _after_sums(entry, {Role.OUTPUT: out}, qparams, keys)
+            return Outcome(out, state=keys.after, record=(out, sums), kept=sums)
+
+        def with_bias_in_float(met: Addition) -> Outcome:
+            entry, keys = planned[met.site.name], next_keys(met.state)
+            out = met.add(met.out, met.bias)
+            results = {Role.OUTPUT: out, Role.BIAS: met.bias}
+            sums = met.kept | _after_sums(entry, results, met.value.qparams, keys)
+            return Outcome(out, state=keys.after, record=(out, sums))
 
         def in_codes(visit: Visit) -> Outcome:
             outcome = quantized_product(planned[visit.site.name], visit)
             return outcome._replace(record=outcome.out)
 
+        def with_bias_in_codes(met: Addition) -> Outcome:
+            outcome = added(planned[met.site.name], met, met.value.qparams, met.state)
+            return outcome._replace(record=outcome.out)
+
         handled = frozenset(planned)
+        pairs = ((in_float, with_bias_in_float), (in_codes, with_bias_in_codes))
         carried = Carried(site_values(plan, program, qstate, params, keys), keys)
         records = [
-            evaluate(program, handler, handled, carried, params, *inputs, collect=True).records
-            for handler in (in_float, in_codes)
+            evaluate(
+                program,
+                handler,
+                handled,
+                carried,
+                params,
+                *inputs,
+                collect=True,
+                additions=additions_of(planned, addition),
+            ).records
+            for handler, addition in pairs
         ]
         reports = {}
         for name, entry in planned.items():
@@ -194,17 +230,32 @@ def _sqnr(signal: jax.Array, noise: jax.Array) -> jax.Array:
     return jnp.where(noise > 0, 10.0 * jnp.log10(signal / noise), jnp.inf)
 
 
+def _after_sums(
+    entry: SitePlan,
+    results: Mapping[Role, jax.Array],
+    qparams: Mapping[str, QParams],
+    keys: SiteKeys,
+) -> dict[str, _OperandSums]:
+    """Of output and bias, where they have quantizers."""
+    found = {}
+    for role, x in results.items():
+        operand = entry.planned(role)
+        if operand is None:
+            continue
+        is_bias = role is Role.BIAS
+        own = of_one_group(operand, qparams[operand.key]) if is_bias else qparams[operand.key]
+        key = keys.bias if is_bias else keys.output
+        found[operand.key] = _operand_sums(operand, x, own, key)
+    return found
+
+
 def _operand_sums(
-    operand: OperandPlan,
-    operands: tuple[jax.Array, jax.Array],
-    value: SiteValue,
-    keys: tuple[Key | None, Key | None],
+    operand: OperandPlan, x: jax.Array, qparams: QParams, key: Key | None
 ) -> _OperandSums:
     quantizer = operand.quantizer
     assert quantizer is not None
-    x = operands[operand.operand.side].astype(jnp.float32)
-    qparams = live_qparams(operand, x, value.qparams[operand.key])
-    key = keys[operand.operand.side]
+    x = x.astype(jnp.float32)
+    qparams = live_qparams(operand, x, qparams)
     quantized = apply_fake_quant(x, qparams, quantizer.arithmetic, key)
     clipped = jnp.sum(is_clipped(x, qparams, quantizer.arithmetic, key).astype(jnp.float32))
     return _OperandSums(

@@ -18,6 +18,7 @@ from quantjax.data_free import dequantize_params
 from quantjax.granularity import expand
 from quantjax.integers import IntegerOperand, int8_codes, integer_product, shift_of
 from quantjax.interpreter import (
+    Addition,
     Carried,
     Outcome,
     Product,
@@ -30,14 +31,24 @@ from quantjax.interpreter import (
 )
 from quantjax.interpreter.trace import Function
 from quantjax.layout import codes_in_product
-from quantjax.planning import OperandPlan, Plan, SitePlan, resized
-from quantjax.products import Coded, Execution, in_float, multiply
+from quantjax.planning import Plan
+from quantjax.products import (
+    Coded,
+    Execution,
+    decoded_rows,
+    in_float,
+    multiply,
+    quantized_rows,
+)
 from quantjax.qtensor import QTensor
 from quantjax.quantizer import Quantizer
 from quantjax.simulation import centered_codes, prepare
+from quantjax.site_plan import OperandPlan, SitePlan, resized
+from quantjax.transforms.after import Sums, added, additions_of, bits_of, finish, sums_of
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.fake_quantize import check_qstate, live_qparams
-from quantjax.transforms.keys import Key, next_keys, site_keys
+from quantjax.transforms.fake_quantize import check_qstate
+from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
+from quantjax.transforms.live import live_qparams
 from quantjax.transforms.sites import check_program
 from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import StoredWeight, frozen_leaves, stored_weights, with_frozen
@@ -100,13 +111,24 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
         check_program(plan, program)
 
         def handler(visit: Visit) -> Outcome:
-            executed = executed_product(planned[visit.site.name], visit)
-            return Outcome(executed.out, state=executed.state)
+            entry = planned[visit.site.name]
+            executed = executed_product(entry, visit)
+            outcome = Outcome(
+                executed.out, state=executed.state, kept=_sums(entry, visit, executed)
+            )
+            if visit.site.bias is not None:
+                return outcome
+            return finish(entry, outcome, visit.value.qparams, visit.state)
+
+        def addition(met: Addition) -> Outcome:
+            return added(planned[met.site.name], met, met.value.qparams, met.state)
 
         keys = site_keys(_not_frozen(plan, stored, frozen), key)
         values = _values(plan, program, stored, qstate, frozen, params, keys)
-        carried = Carried(values, keys)
-        return evaluate(program, handler, frozenset(planned), carried, params, *inputs).result
+        carried, additions = Carried(values, keys), additions_of(planned, addition)
+        return evaluate(
+            program, handler, frozenset(planned), carried, params, *inputs, additions=additions
+        ).result
 
     return executing
 
@@ -129,6 +151,15 @@ def _not_frozen(
         return dataclasses.replace(entry, operands=tuple(operands))
 
     return dataclasses.replace(plan, sites=tuple(map(left, plan.sites)))
+
+
+def _sums(entry: SitePlan, visit: Visit, executed: Executed) -> Sums | None:
+    """For a bias in the units of the sums."""
+    left, right = executed.operands
+    if left is None or right is None:
+        return None
+    bits = bits_of(entry, visit.value.qparams)
+    return sums_of(entry, visit.product, (left.scale, right.scale), bits)
 
 
 class Codes(NamedTuple):
@@ -162,6 +193,10 @@ def executed_product(planned: SitePlan, visit: Visit) -> Executed:
     keys = next_keys(visit.state)
     entry = resized(planned, visit.site)
     raw, value = (visit.lhs, visit.rhs), visit.value
+    if not any(operand.quantizer for operand in entry.operands):
+        return Executed(visit.product.bind(*raw), (None, None), keys.after)
+    if visit.product.op.is_lookup:
+        return _looked_up(entry, visit, keys)
     found: dict[int, Codes | None] = {}
     for operand in entry.operands:
         side = operand.operand.side
@@ -174,6 +209,19 @@ def executed_product(planned: SitePlan, visit: Visit) -> Executed:
             found[side] = encoded(raw[side], qparams, operand.quantizer, keys.sides[side])
     pair = found[0], found[1]
     return Executed(_multiplied(entry, visit.product, raw, pair), pair, keys.after)
+
+
+def _looked_up(entry: SitePlan, visit: Visit, keys: SiteKeys) -> Executed:
+    (operand,) = entry.operands
+    codes = visit.value.weight
+    if codes is None:  # still a float
+        assert operand.quantizer is not None
+        qparams = live_qparams(operand, visit.lhs, visit.value.qparams[operand.key])
+        arithmetic = _for_every_entry(operand.quantizer).arithmetic
+        rows = quantized_rows(visit.product, visit.lhs, qparams, arithmetic, keys.sides[0])
+    else:
+        rows = decoded_rows(visit.product, *codes)
+    return Executed(rows, (codes, None), keys.after)
 
 
 def _multiplied(
@@ -261,7 +309,7 @@ def _values(
                 tensor = frozen[stored[name].path]
                 codes = codes_in_product(tensor.levels(), stored[name].moves)
                 ready = Codes(codes, jnp.round(qparams.zero_point), qparams.scale)
-            elif name in program.repeated:
+            elif name in program.repeated and not entry.site.op.is_lookup:
                 weight = evaluate_origin(program.weights[name], leaves)
                 code = over_steps(partial(_encoded_weight, operand), entry.site.steps)
                 ready = code(weight, qparams, keys.get(name))
@@ -282,7 +330,9 @@ def _encoded_weight(
 
 def _check_widths(plan: Plan, qstate: QState) -> None:
     for entry in plan.quantized:
-        for operand in entry.quantized:
+        for operand in entry.operands:
+            if operand.quantizer is None:
+                continue
             qparams = qstate[entry.site.name][operand.key]
             widths, zeros = concrete(qparams.bits), concrete(qparams.zero_point)
             where = f"site {entry.site.name} ({entry.site.op.value}), {operand.key}"

@@ -14,6 +14,7 @@ from quantjax import errors
 from quantjax.affine import QParams
 from quantjax.granularity import check_scale_shape
 from quantjax.interpreter import (
+    Addition,
     Carried,
     Outcome,
     Program,
@@ -24,13 +25,22 @@ from quantjax.interpreter import (
     leaves_by_path,
 )
 from quantjax.interpreter.trace import Function
-from quantjax.planning import OperandPlan, Plan, SitePlan, resized
+from quantjax.planning import Plan
 from quantjax.printing import shape_text
-from quantjax.products import Coded, coded, in_float, multiply
-from quantjax.quantizer import RangeMode
+from quantjax.products import Coded, coded, in_float, multiply, quantized_rows
+from quantjax.site_plan import OperandPlan, SitePlan, resized
 from quantjax.statistics import AxisName, Statistics
+from quantjax.transforms.after import (
+    added,
+    additions_of,
+    bits_of,
+    finish,
+    sum_with_bias,
+    sums_of,
+)
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.keys import Key, next_keys, site_keys
+from quantjax.transforms.live import live_qparams
 from quantjax.transforms.observe import (
     State,
     check_inputs,
@@ -38,6 +48,7 @@ from quantjax.transforms.observe import (
     init,
     planned_statistics,
     updated,
+    with_output,
 )
 from quantjax.transforms.sites import check_program
 from quantjax.transforms.steps import over_steps
@@ -94,8 +105,13 @@ def fake_quantize(
         def handler(visit: Visit) -> Outcome:
             return quantized_product(planned[visit.site.name], visit)
 
-        carried = Carried(values, keys)
-        return evaluate(program, handler, frozenset(planned), carried, params, *inputs).result
+        def addition(met: Addition) -> Outcome:
+            return added(planned[met.site.name], met, met.value.qparams, met.state)
+
+        carried, additions = Carried(values, keys), additions_of(planned, addition)
+        return evaluate(
+            program, handler, frozenset(planned), carried, params, *inputs, additions=additions
+        ).result
 
     def observing(
         qstate: QState,
@@ -110,15 +126,27 @@ def fake_quantize(
         program, keys, values = prepared(qstate, params, inputs, key)
 
         def handler(visit: Visit) -> Outcome:
-            entry = planned[visit.site.name]
-            seen = updated(visit._replace(state=visit.state.statistics), entry, plan, axis_name)
-            outcome = quantized_product(entry, visit._replace(state=visit.state.key))
+            entry, (drawn, before) = planned[visit.site.name], visit.state
+            seen = updated(visit._replace(state=before), entry, plan, axis_name)
+            outcome = bare_product(entry, visit._replace(state=drawn))
+            if visit.site.bias is None:
+                seen = with_output(entry, outcome.out, seen, mask, axis_name)
+                outcome = finish(entry, outcome, visit.value.qparams, drawn)
+            return outcome._replace(state=_Watched(outcome.state, seen))
+
+        def addition(met: Addition) -> Outcome:
+            entry, (drawn, before) = planned[met.site.name], met.state
+            outcome = sum_with_bias(entry, met, met.value.qparams, drawn)
+            seen = with_output(entry, outcome.out, before, mask, axis_name)
+            outcome = finish(entry, outcome, met.value.qparams, drawn)
             return outcome._replace(state=_Watched(outcome.state, seen))
 
         seen = planned_statistics(plan, init(plan) if state is None else state)
         watched = {name: _Watched(keys.get(name), seen.get(name, {})) for name in planned}
-        carried = Carried(values, watched, mask)
-        result, after, _ = evaluate(program, handler, frozenset(planned), carried, params, *inputs)
+        carried, additions = Carried(values, watched, mask), additions_of(planned, addition)
+        result, after, _ = evaluate(
+            program, handler, frozenset(planned), carried, params, *inputs, additions=additions
+        )
         found = {name: after[name].statistics for name in seen}
         check_statistics(found)
         return result, found
@@ -155,7 +183,7 @@ def site_values(
     for entry in plan.quantized:
         name, shared = entry.site.name, None
         for operand in entry.quantized:
-            if operand.is_weight and name in program.repeated:
+            if operand.is_weight and name in program.repeated and not entry.site.op.is_lookup:
                 code = over_steps(partial(_coded, operand), entry.site.steps)
                 weight = evaluate_origin(program.weights[name], leaves)
                 shared = code(weight, qstate[name][operand.key], keys.get(name))
@@ -164,9 +192,24 @@ def site_values(
 
 
 def quantized_product(planned: SitePlan, visit: Visit) -> Outcome:
-    """One planned product on codes; the state is the site's key, if it has one."""
+    """One planned product on codes; the state is the site's key, if it has one.
+
+    Its output is quantized here where no bias follows.
+    """
+    outcome = bare_product(planned, visit)
+    if visit.site.bias is not None:
+        return outcome
+    return finish(planned, outcome, visit.value.qparams, visit.state)
+
+
+def bare_product(planned: SitePlan, visit: Visit) -> Outcome:
+    """The product alone, whatever becomes of it."""
     entry, value = resized(planned, visit.site), visit.value
     raw, keys = (visit.lhs, visit.rhs), next_keys(visit.state)
+    if visit.product.op.is_lookup:
+        return Outcome(_looked_up(entry, visit, keys.sides[0]), state=keys.after)
+    if not any(operand.quantizer for operand in entry.operands):
+        return Outcome(visit.product.bind(*raw), state=keys.after)
     sides: dict[int, Coded] = {}
     for operand in entry.operands:
         x = raw[operand.operand.side]
@@ -180,29 +223,21 @@ def quantized_product(planned: SitePlan, visit: Visit) -> Outcome:
         sides[operand.operand.side] = side
     assert entry.sizing is not None
     out = multiply(visit.product, raw, sides[0], sides[1], entry.sizing)
-    return Outcome(out, state=keys.after)
+    factors, bits = (sides[0].factor, sides[1].factor), bits_of(entry, value.qparams)
+    return Outcome(out, state=keys.after, kept=sums_of(entry, visit.product, factors, bits))
+
+
+def _looked_up(entry: SitePlan, visit: Visit, key: Key | None) -> jax.Array:
+    (operand,) = entry.operands
+    if operand.quantizer is None:
+        return visit.product.bind(visit.lhs)
+    qparams = live_qparams(operand, visit.lhs, visit.value.qparams[operand.key])
+    return quantized_rows(visit.product, visit.lhs, qparams, operand.quantizer.arithmetic, key)
 
 
 def _coded(operand: OperandPlan, x: jax.Array, qparams: QParams, key: Key | None) -> Coded:
     assert operand.quantizer is not None
     return coded(x, live_qparams(operand, x, qparams), operand.quantizer.arithmetic, key)
-
-
-def live_qparams(operand: OperandPlan, x: jax.Array, qparams: QParams) -> QParams:
-    """The QParams to use: those given, or for a live range those of ``x`` itself.
-
-    The zero point of a symmetric quantizer is not learned: an optimizer of all QParams leaves it 0.
-    """
-    quantizer = operand.quantizer
-    if quantizer is not None and quantizer.symmetric:
-        qparams = qparams._replace(zero_point=jax.lax.stop_gradient(qparams.zero_point))
-    if quantizer is None or quantizer.range is not RangeMode.LIVE:
-        return qparams
-    shape = quantizer.granularity.scale_shape(x.shape, operand.axes, is_weight=operand.is_weight)
-    x, theta = jax.lax.stop_gradient(x), quantizer.estimator.rest(qparams.theta)
-    found = quantizer.qparams_of(x, qparams.bits, theta, scale_shape=shape)
-    own = quantizer.estimator.own(qparams.theta)
-    return found._replace(theta={**(found.theta or {}), **own}) if own else found
 
 
 def _check_fits(scale_shape: Sequence[int], shape: Sequence[int], steps: tuple[int, ...]) -> None:

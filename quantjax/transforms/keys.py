@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 
 from quantjax import errors
-from quantjax.planning import OperandPlan, Plan
+from quantjax.planning import Plan
+from quantjax.site_plan import OperandPlan
 
 Key = jax.Array
 """A key of ``jax.random``, typed or raw."""
@@ -19,10 +20,13 @@ class SiteKeys(NamedTuple):
     Attributes:
       after: the state that the next visit starts from.
       sides: of the left and right operand.
+      output, bias: of what comes after the product.
     """
 
     after: Key | None
     sides: tuple[Key | None, Key | None]
+    output: Key | None = None
+    bias: Key | None = None
 
 
 def is_random(operand: OperandPlan) -> bool:
@@ -64,5 +68,5 @@ def next_keys(state: Key | None) -> SiteKeys:
     """The keys of one visit."""
     if state is None:
         return SiteKeys(None, (None, None))
-    after, left, right = (jax.random.fold_in(state, number) for number in range(3))
-    return SiteKeys(after, (left, right))
+    after, left, right, output, bias = (jax.random.fold_in(state, n) for n in range(5))
+    return SiteKeys(after, (left, right), output, bias)

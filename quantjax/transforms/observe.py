@@ -10,22 +10,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool
 
 from quantjax import errors, statistics
 from quantjax._compat import concrete
 from quantjax.interpreter import (
+    Addition,
+    Additions,
     Carried,
     Op,
     Outcome,
     Product,
     ProgramCache,
+    Role,
     Visit,
     evaluate,
 )
 from quantjax.interpreter.trace import Function
-from quantjax.planning import OperandPlan, Plan, SitePlan
+from quantjax.planning import Plan
 from quantjax.printing import shape_text
+from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.statistics import BINS, TORCH_AVERAGING_CONSTANT, AxisName, Statistics
 from quantjax.transforms.sites import check_program
 from quantjax.transforms.steps import repeat_steps
@@ -37,6 +42,8 @@ def observed_operands(plan: Plan, entry: SitePlan) -> tuple[OperandPlan, ...]:
     """Operands whose statistics come from running the model, not from its parameters."""
 
     def derivable(operand: OperandPlan) -> bool:
+        if operand.operand.role is Role.BIAS:
+            return True
         return operand.is_weight and plan.weights[entry.site.name].derivable
 
     return tuple(o for o in entry.quantized if o.scale_shape is not None and not derivable(o))
@@ -115,11 +122,28 @@ def observe(
         check_program(plan, program)
 
         def handler(visit: Visit) -> Outcome:
-            after = updated(visit, planned[visit.site.name], plan, axis_name)
-            return Outcome(visit.product.bind(visit.lhs, visit.rhs), after)
+            entry = planned[visit.site.name]
+            out = visit.product.bind(visit.lhs, visit.rhs)
+            after = updated(visit, entry, plan, axis_name)
+            if visit.site.bias is None:
+                after = with_output(entry, out, after, where, axis_name)
+            return Outcome(out, after)
 
-        carried = Carried({}, planned_statistics(plan, state), where)
-        result, after, _ = evaluate(program, handler, handled, carried, params, *inputs)
+        def addition(met: Addition) -> Outcome:
+            out = met.add(met.out, met.bias)
+            after = with_output(planned[met.site.name], out, met.state, where, axis_name)
+            return Outcome(out, after)
+
+        names = frozenset(name for name, entry in planned.items() if entry.planned(Role.OUTPUT))
+        result, after, _ = evaluate(
+            program,
+            handler,
+            handled,
+            Carried({}, planned_statistics(plan, state), where),
+            params,
+            *inputs,
+            additions=Additions(addition, names),
+        )
         check_statistics(after)
         return result, after
 
@@ -160,9 +184,30 @@ def planned_statistics(plan: Plan, state: State) -> State:
 def updated(
     visit: Visit, entry: SitePlan, plan: Plan, axis_name: AxisName
 ) -> dict[str, Statistics]:
-    """The statistics of one site after one visit; its state are those before it."""
-    operands = observed_operands(plan, entry)
-    return {operand.key: _update(visit, operand, axis_name) for operand in operands}
+    """The statistics of one site after one visit of its product; its state are those before it."""
+    after = dict(visit.state)
+    for operand in observed_operands(plan, entry):
+        if operand.operand.role is not Role.OUTPUT:
+            side = operand.operand.side
+            x = _aside(visit.product, side, lax.stop_gradient((visit.lhs, visit.rhs)[side]))
+            mask = None if operand.is_weight else visit.shared
+            after[operand.key] = _update(entry, operand, x, after[operand.key], mask, axis_name)
+    return after
+
+
+def with_output(
+    entry: SitePlan,
+    out: jax.Array,
+    seen: dict[str, Statistics],
+    mask: jax.Array | None,
+    axis_name: AxisName,
+) -> dict[str, Statistics]:
+    """The statistics of one site, those of its output after it was seen."""
+    operand = entry.planned(Role.OUTPUT)
+    if operand is None or operand.scale_shape is None:
+        return seen
+    x = lax.optimization_barrier(lax.stop_gradient(out))
+    return {**seen, operand.key: _update(entry, operand, x, seen[operand.key], mask, axis_name)}
 
 
 def _aside(product: Product, side: int, x: jax.Array) -> jax.Array:
@@ -179,22 +224,25 @@ def _aside(product: Product, side: int, x: jax.Array) -> jax.Array:
         roles = [(a in contracted, a in batching[side]) for a in range(x.ndim)]
         runs = [list(run) for _, run in itertools.groupby(range(x.ndim), key=roles.__getitem__)]
         x = x.reshape([math.prod(shape[a] for a in run) for run in runs])
-    return jax.lax.optimization_barrier(x).reshape(shape)
+    return lax.optimization_barrier(x).reshape(shape)
 
 
-def _update(visit: Visit, operand: OperandPlan, axis_name: AxisName) -> Statistics:
-    site, side, mask = visit.site, operand.operand.side, visit.shared
-    x = jax.lax.stop_gradient((visit.lhs, visit.rhs)[side])
-    x = _aside(visit.product, side, x)
+def _update(
+    entry: SitePlan,
+    operand: OperandPlan,
+    x: jax.Array,
+    seen: Statistics,
+    mask: jax.Array | None,
+    axis_name: AxisName,
+) -> Statistics:
+    site = entry.site
     where = f"site {site.name} ({site.op.value}), {operand.key} {shape_text(x.shape)}"
     if x.size == 0:
         raise errors.DataError(
             "an empty tensor has no range", where=where, fix="observe a batch of one or more"
         )
     if mask is not None:
-        if operand.is_weight:
-            mask = None
-        elif x.shape[: mask.ndim] != mask.shape:
+        if x.shape[: mask.ndim] != mask.shape:
             raise errors.DataError(
                 f"the mask of shape {shape_text(mask.shape)} does not fit",
                 where=where,
@@ -203,7 +251,7 @@ def _update(visit: Visit, operand: OperandPlan, axis_name: AxisName) -> Statisti
             )
         else:
             mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-    return statistics.update(visit.state[operand.key], x, where=mask, axis_name=axis_name)
+    return statistics.update(seen, x, where=mask, axis_name=axis_name)
 
 
 def check_inputs(inputs: Any, where: Any) -> None:

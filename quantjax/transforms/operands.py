@@ -15,10 +15,11 @@ from quantjax import errors, statistics
 from quantjax._compat import concrete
 from quantjax.affine import QParams
 from quantjax.formats import FloatBits, MinifloatFormat, Theta
-from quantjax.interpreter import Role, evaluate_origin
-from quantjax.planning import OperandPlan, Plan, SitePlan
+from quantjax.interpreter import Role, evaluate_origin, unbroadcast
+from quantjax.planning import Plan
 from quantjax.quantizer import known_overflow
 from quantjax.ranges import Range, Target
+from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.statistics import Statistics
 from quantjax.transforms.observe import State, statistics_of
 from quantjax.transforms.steps import over_steps
@@ -29,8 +30,11 @@ Bits = Float[Array, ""] | int | float | FloatBits | Mapping[str, Any]
 def weight_at_hand(
     plan: Plan, entry: SitePlan, operand: OperandPlan, leaves: Mapping[str, Any]
 ) -> jax.Array | None:
-    """The weight, where parameters (``leaves`` by path) determine it; None for what is observed."""
+    """The weight or bias, where parameters (``leaves`` by path) determine it; None for what is
+    observed."""
     origin = plan.weights[entry.site.name] if operand.is_weight else None
+    if operand.operand.role is Role.BIAS:
+        origin = unbroadcast(plan.biases[entry.site.name])
     return evaluate_origin(origin, leaves) if origin is not None and origin.derivable else None
 
 

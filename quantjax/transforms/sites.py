@@ -9,8 +9,9 @@ import numpy as np
 from quantjax import errors
 from quantjax.interpreter import Program, Site, leaves_by_path, trace
 from quantjax.interpreter.trace import Function
-from quantjax.planning import Plan, SiteTable, first_difference, site_text
+from quantjax.planning import Plan, first_difference, site_text
 from quantjax.printing import shape_text
+from quantjax.table import SiteTable
 
 
 def sites(f: Function, params: Any, *inputs: Any) -> SiteTable:
@@ -32,7 +33,8 @@ def sites(f: Function, params: Any, *inputs: Any) -> SiteTable:
     """
     program = trace(f, params, *inputs)
     shapes = tuple((path, np.shape(leaf)) for path, leaf in leaves_by_path(params).items())
-    return SiteTable(tuple(program.sites.values()), program.weights, program.others, shapes)
+    found = tuple(program.sites.values())
+    return SiteTable(found, program.weights, program.others, shapes, program.biases)
 
 
 def check_program(plan: Plan, program: Program) -> None:
@@ -44,6 +46,15 @@ def check_program(plan: Plan, program: Program) -> None:
         raise _mismatch(*difference, again)
     for entry in plan.sites:
         planned = entry.site
+        has_bias = planned.bias is not None, found[planned.name].bias is not None
+        if (entry.after or entry.bias) and has_bias[0] != has_bias[1]:
+            raise errors.PlanMismatchError(
+                "the bias behind the product is not as it was planned",
+                where=f"site {planned.name} ({planned.op.value})",
+                why=f"planned {'with' if has_bias[0] else 'without'} one; outputs are quantized "
+                "behind it, and a product that is used elsewhere as well has none",
+                fix=again,
+            )
         if not _same_derivation(planned, found[planned.name]):
             raise errors.PlanMismatchError(
                 "the weight is computed otherwise than it was planned",

@@ -17,10 +17,11 @@ from quantjax.affine import QParams
 from quantjax.formats import Format
 from quantjax.interpreter import leaves_by_path
 from quantjax.layout import Move, moves_of, scale_in_parameter, scale_in_product
-from quantjax.planning import OperandPlan, Plan, SitePlan
+from quantjax.planning import Plan
 from quantjax.printing import shape_text
 from quantjax.qtensor import QTensor, is_quantized
 from quantjax.quantizer import RangeMode
+from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.steps import over_steps
 

@@ -51,7 +51,9 @@ def tap(f: Function, selector: Selector) -> Callable[..., dict[str, Float[Array,
 
     def tapping(params: Any, *inputs: Any) -> dict[str, jax.Array]:
         program = programs(params, *inputs)
-        matched = [site for site in program.sites.values() if selector.matches(site)]
+        rows = tuple(program.sites.values())
+        chosen = selector.resolved(rows)
+        matched = [site for site in rows if chosen.matches(site)]
         if not matched:
             names = ", ".join(site.name for site in list(program.sites.values())[:8])
             raise errors.PolicyError(

@@ -66,7 +66,7 @@ def linen_names(module: nn.Module, x: Any) -> list[str]:
         (
             TiedEmbedding(),
             jnp.arange(4),
-            ["params/Dense_0/kernel", "params/Embed_0/embedding"],
+            ["params/Embed_0/embedding", "params/Dense_0/kernel", "params/Embed_0/embedding#1"],
         ),
         (
             Attention(),
@@ -157,10 +157,10 @@ def test_a_weight_on_its_way_to_the_product(f, expected, note):
     assert site.reason.endswith("not storable") == (note != "")
 
 
-def test_a_slice_at_a_position_from_the_data_is_an_activation():
-    """Which rows are taken is data: a mixture of experts has no one weight."""
+def test_a_slice_at_a_position_from_the_data_is_a_lookup_and_then_an_activation():
+    """Which rows are taken is data: a mixture of experts has no one weight in its product."""
     f = lambda p, x, i: x @ lax.dynamic_slice(p["w"], (0, i), (8, 3))  # noqa: E731
-    assert rows(f, W, X[0], jnp.int32(1)) == [("dot_general#0", None)]
+    assert rows(f, W, X[0], jnp.int32(1)) == [("w", "left"), ("dot_general#0", None)]
 
 
 def test_reused_weights_are_numbered():

@@ -5,8 +5,8 @@ import pytest
 
 import quantjax as qj
 from quantjax import errors
-from quantjax.planning import PlanStatus
 from quantjax.products import Exactness
+from quantjax.site_plan import PlanStatus
 from tests.models import cnn, dense, mlp, normal, planned, policy
 
 W, A = qj.weight_quantizer, qj.activation_quantizer
@@ -17,19 +17,31 @@ def test_the_site_table_prints():
     lines = str(qj.sites(case.f, case.params, case.x)).splitlines()
     rows = [" ".join(line.split()) for line in lines]
     assert rows == [
-        "site op left right output multiply-adds inside status",
-        "params/Dense_0/kernel dot_general 6x8 activation 8x16 weight 6x16 768 rewritable",
-        "params/Dense_1/kernel dot_general 6x16 activation 16x4 weight 6x4 384 rewritable",
+        "site op left right output weights MACs bytes inside note",
+        "params/Dense_0/kernel dot a 6x8 w 8x16 +b 6x16 128 768 512",
+        "params/Dense_1/kernel dot a 6x16 w 16x4 +b 6x4 64 384 256",
+        "total 192 1.15k 768",
     ]
-    assert len({line.rindex(line.split()[-1]) for line in lines}) == 1
+    assert (
+        len(
+            {
+                line.index(text)
+                for line, text in zip(lines, ("MACs", "768", "384", "1.15k"), strict=True)
+            }
+        )
+        == 1
+    )
 
 
 def test_the_plan_prints():
     plan = planned(mlp(), qj.uniform_policy(weight_bits=4))
-    assert str(plan).splitlines() == [
-        "site                   weight | left  activation | right  sums   executed  status",
-        "params/Dense_0/kernel  int4/channel   uint8/tensor        exact  int8      quantized",
-        "params/Dense_1/kernel  int4/channel   uint8/tensor        exact  int8      quantized",
+    rows = [" ".join(line.split()) for line in str(plan).splitlines()]
+    assert rows == [
+        "site weight | left activation | right bytes sums executed status",
+        "params/Dense_0/kernel int4/channel uint8/tensor 128 exact int8 quantized",
+        "params/Dense_1/kernel int4/channel uint8/tensor 48 exact int8 quantized",
+        "total: 192 weights, 176 bytes, 768 in float (4.36x); 1.15k MACs, "
+        "100% of them in quantized sites",
     ]
 
 

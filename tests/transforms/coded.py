@@ -15,8 +15,9 @@ from quantjax.affine import QParams
 from quantjax.data_free import dequantize_params
 from quantjax.integers import accumulate
 from quantjax.interpreter import Carried, Op, Outcome, Product, Visit, evaluate, trace
-from quantjax.planning import OperandPlan, Plan, SitePlan
+from quantjax.planning import Plan
 from quantjax.products import Execution, coded, in_float
+from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.transforms.execute import _values, executed_product, integer_operand
 from quantjax.transforms.fake_quantize import live_qparams, quantized_product, site_values
 from quantjax.transforms.stored import frozen_leaves, stored_weights, with_frozen

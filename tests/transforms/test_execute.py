@@ -16,8 +16,8 @@ import pytest
 import quantjax as qj
 from quantjax.affine import QParams
 from quantjax.interpreter import Op
-from quantjax.planning import OperandPlan, SitePlan
 from quantjax.products import Execution
+from quantjax.site_plan import OperandPlan, SitePlan
 from tests.integers.test_by_group import group_by_group
 from tests.integers.visiting import product_dtypes
 from tests.models import Case, Ready, assert_same_bits, ready

@@ -34,6 +34,10 @@ class Case(NamedTuple):
       opaque: how many sites cannot be rewritten.
       reverse: whether it has a gradient; a ``while`` has only a directional derivative.
       inlined: whether a derivative rule of its own is lost where it is rewritten.
+      folded: whether it transposes what its products return. In a float program XLA makes another
+        product of that, ``(W xᵀ)ᵀ = x Wᵀ``, whose sums have another order; a fence keeps it from
+        doing so at bypass, which is exact but for last places then. So is an eager gradient of
+        products that have a ``jit`` of their own.
     """
 
     f: Callable[..., Any]
@@ -43,6 +47,7 @@ class Case(NamedTuple):
     opaque: int = 0
     reverse: bool = True
     inlined: bool = False
+    folded: bool = False
 
     def expected(self, name: str) -> Visits:
         """What the statistics of this site have to look like."""

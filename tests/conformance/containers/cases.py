@@ -5,11 +5,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from tests.conformance.containers import linen_cases, nnx_cases, raw_cases
+from tests.conformance.containers import (
+    equinox_cases,
+    haiku_cases,
+    linen_cases,
+    nnx_cases,
+    raw_cases,
+)
 from tests.conformance.containers.case import Case
 from tests.models import shuffled
 
-FRAMEWORKS = {"raw": raw_cases.CASES, "linen": linen_cases.CASES, "nnx": nnx_cases.CASES}
+FRAMEWORKS = {
+    "raw": raw_cases.CASES,
+    "linen": linen_cases.CASES,
+    "nnx": nnx_cases.CASES,
+    "haiku": haiku_cases.CASES,
+    "equinox": equinox_cases.CASES,
+}
 CASES: dict[str, Callable[[], Case]] = {
     f"{framework}/{name}": make
     for framework, cases in FRAMEWORKS.items()

@@ -101,21 +101,22 @@ def test_the_identity_plan_changes_no_bit(case, own):
 def test_width_zero_changes_no_bit(case, plan, own, quantized, compiled):
     qstate = qj.calibrate(plan, qj.init(plan), case.params, **widths(plan, 0))
     got = quantized(qstate, case.params, *case.inputs)
-    assert_same_bits(got[0], own.eager[0])
+    same = assert_close if case.folded else assert_same_bits
+    same(got[0], own.eager[0])
     assert_close(got[1], own.eager[1])
     if fences_hold() or not any(site.loops for site in case.table):  # a loop is always compiled
         assert_same_derivatives(case, got[1], own.eager[1])
 
     value, derivative = compiled(qstate, case.params, *case.inputs)
     assert_close((value, derivative), own.jitted)
-    assert_same_bits(value, own.jitted[0])
+    same(value, own.jitted[0])
     if fences_hold():
         assert_same_derivatives(case, derivative, own.jitted[1])
 
 
 def assert_same_derivatives(case: Case, got: Any, want: Any) -> None:
-    """The same bits, but for a derivative rule that inlining loses: close there."""
-    if case.inlined:
+    """The same bits; close where inlining loses a derivative rule, or XLA folds products."""
+    if case.inlined or case.folded:
         assert_close(got, want)
     else:
         assert_same_bits(got, want)
@@ -147,8 +148,10 @@ def test_observing_returns_the_models_own_output(case, plan, own, observed):
 
 def test_layers_have_statistics_of_their_own_and_time_steps_share_theirs(case, plan, observed):
     assert jax.tree.structure(observed.state) == jax.tree.structure(qj.init(plan))
-    assert sorted(observed.state) == sorted(entry.site.name for entry in plan.quantized)
-    for entry in plan.quantized:
+    # A lookup has a weight and nothing to observe.
+    products = [entry for entry in plan.quantized if not entry.site.op.is_lookup]
+    assert sorted(observed.state) == sorted(entry.site.name for entry in products)
+    for entry in products:
         name, expected = entry.site.name, case.expected(entry.site.name)
         assert entry.site.steps == expected.steps, name
         for key, statistics in observed.state[name].items():

@@ -1,0 +1,48 @@
+"""Where files of weights are: in the folders where the data sets are, checked before they are read.
+
+Errors are those of :mod:`experiments.data`: a file that is missing says how to get it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from experiments.data.errors import DataFileError, DataUnavailableError
+from experiments.data.files import ENVIRONMENT
+
+
+def in_data_folder(name: str, *, data_dir: Path | None, how: str) -> Path:
+    """The path of a file that no mirror serves: in ``data_dir``, else where QUANTJAX_DATA says.
+
+    Args:
+      name: below the folder, with ``/`` between the parts.
+      how: how to make the file, for the error.
+
+    Raises:
+      DataUnavailableError: no folder is named, there is no such folder, or it lacks the file.
+    """
+    named = os.environ.get(ENVIRONMENT, "")
+    folder = data_dir if data_dir is not None else Path(named) if named else None
+    if folder is None:
+        raise DataUnavailableError(
+            f"{name}: no folder is named that holds it",
+            why="there is no mirror from which it could be downloaded",
+            fix=f"{how}; name the folder by --data-dir (data_dir=) or {ENVIRONMENT}",
+        )
+    path = folder.expanduser() / name
+    if not path.is_file():
+        raise DataUnavailableError(
+            f"{name} is missing",
+            where=str(folder),
+            why=f"the folder is named by {ENVIRONMENT if data_dir is None else 'data_dir'}",
+            fix=how,
+        )
+    return path
+
+
+def refuse(path: Path, what: str, why: str) -> DataFileError:
+    """The error for a file that is there and is not what it should be."""
+    return DataFileError(
+        f"{path.name} {what}", where=str(path), why=why, fix="delete it and copy it again"
+    )

@@ -1,0 +1,119 @@
+"""A qstate of one plan as that of another, or of other running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from quantjax import errors
+from quantjax.affine import QParams
+from quantjax.folding.fold import check_leaves, factor, foldable
+from quantjax.folding.norms import BatchNorm
+from quantjax.interpreter import leaves_by_path
+from quantjax.planning import Plan
+from quantjax.site_plan import OperandPlan
+from quantjax.transforms.calibrate import QState
+from quantjax.transforms.fake_quantize import check_qstate
+
+
+def renamed(qstate: QState, plan: Plan, other: Plan) -> QState:
+    """The qstate of a plan for another plan of the same program, site for site in program order.
+
+    A program with folding calls its kernels ``f(...)``, and the deployed one by their paths; all
+    else is the same, and the QParams are.
+
+    Args:
+      qstate: of ``plan``.
+      plan, other: of programs with the same products, under the same scheme.
+
+    Raises:
+      PlanMismatchError: planned products that differ in number, operation, operands, shapes or
+        quantizers.
+      CalibrationError: a planned operand without QParams.
+    """
+    check_qstate(plan, qstate)
+    pairs = list(zip(plan.quantized, other.quantized, strict=False))
+    different = [
+        f"{old.site.name} and {new.site.name}"
+        for old, new in pairs
+        if old.site.op is not new.site.op
+        or old.site.steps != new.site.steps
+        or [(o.key, o.quantizer, o.scale_shape) for o in old.operands]
+        != [(o.key, o.quantizer, o.scale_shape) for o in new.operands]
+    ]
+    if different or len(plan.quantized) != len(other.quantized):
+        numbers = f"{len(plan.quantized)} planned products and {len(other.quantized)}"
+        raise errors.PlanMismatchError(
+            "the plans are not of one program under one scheme",
+            where="qj.training.renamed",
+            why=f"they differ in {different[0]}" if different else numbers,
+            fix="plan both with the same policy, for the same model",
+        )
+    return {new.site.name: dict(qstate[old.site.name]) for old, new in pairs}
+
+
+def refolded(
+    qstate: QState, plan: Plan, norms: Sequence[BatchNorm], before: PyTree, after: PyTree
+) -> QState:
+    """The qstate of folded kernels whose batch norms have other statistics now.
+
+    A kernel ``W k`` in steps of ``s`` is, with another factor ``k'``, the kernel ``W k'`` in steps
+    of ``s |k' / k|`` for each channel: the codes are the same. Do this where the running statistics
+    moved after training, as by :func:`quantjax.training.reestimate`.
+
+        state = refolded(renamed(qstate, plan, own), own, norms, variables, moved)
+        folded = qj.fold_batch_norm(moved, norms)
+
+    Args:
+      qstate: of ``plan``, which names kernels by their paths.
+      plan: of the model in evaluation mode; sites that it does not quantize are left out.
+      norms: of :func:`batch_norms`.
+      before, after: the trees that kernels were and will be folded with.
+
+    Raises:
+      TrainingError: a scale that several channels share, or an estimator with parameters of its
+        own, or a planned output or bias, which cannot follow; parameters that are not there.
+      CalibrationError: a planned operand without QParams.
+    """
+    where = "qj.training.refolded"
+    check_qstate(plan, qstate)
+    rows = {norm.site: norm for norm in foldable(norms, where)}
+    leaves = [leaves_by_path(tree) for tree in (before, after)]
+    for each in leaves:
+        check_leaves(list(rows.values()), each, where)
+    moved = {name: dict(operands) for name, operands in qstate.items()}
+    for entry in plan.quantized:
+        norm = rows.get(entry.site.name)
+        if norm is not None and (entry.after or entry.bias is not None):
+            raise _cannot_follow(norm, "output and bias", "they are scaled by the factors as well")
+        for operand in entry.quantized if norm is not None else ():
+            if operand.is_weight and norm is not None:
+                old, new = (factor(norm, each) for each in leaves)
+                ratio = jnp.where(old == 0.0, 1.0, jnp.abs(new / old))
+                qparams = moved[entry.site.name][operand.key]
+                moved[entry.site.name][operand.key] = _rescaled(qparams, ratio, operand, norm)
+    return moved
+
+
+def _cannot_follow(norm: BatchNorm, operand: str, why: str) -> errors.TrainingError:
+    return errors.TrainingError(
+        "a scale cannot follow its batch norm",
+        where=f"qj.training.refolded, site {norm.site}, {operand}",
+        why=why,
+        fix="granularity=qj.PerChannel() for weights alone, or calibrate the folded model anew",
+    )
+
+
+def _rescaled(qparams: QParams, ratio: jax.Array, operand: OperandPlan, norm: BatchNorm) -> QParams:
+    """Of a weight: its scale times a ratio for each channel."""
+    shape, free = operand.operand.shape, operand.operand.free
+    own = [n if axis in free else 1 for axis, n in enumerate(shape)]
+    scale = operand.scale_shape
+    if scale is None or any(scale[axis] != shape[axis] for axis in free) or qparams.theta:
+        theta = f"theta {sorted(qparams.theta)}" if qparams.theta else f"scales of {scale}"
+        why = f"it has {theta}, and the factors are one for each of {norm.channels} channels"
+        raise _cannot_follow(norm, operand.key, why)
+    return qparams._replace(scale=qparams.scale * ratio.reshape((*norm.steps, *own)))

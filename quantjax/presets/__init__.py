@@ -1,0 +1,53 @@
+"""What the field has names for: policies for inference, and schemes of papers for training."""
+
+from quantjax.presets.inference import (
+    first_last_8bit,
+    fp8,
+    mxfp4,
+    nvfp4,
+    w4a8,
+    w4a16_group128,
+    w8a8,
+    w8a8_dynamic,
+)
+from quantjax.presets.training import (
+    clipped,
+    differentiable_quantization,
+    dorefa,
+    dsq,
+    ewgs,
+    lsq,
+    lsq_plus,
+    pact_dorefa,
+    pact_sawb,
+    qil,
+    quant_noise,
+    rounded_width,
+    straight_through,
+    tqt,
+)
+
+__all__ = [
+    "w8a8",
+    "w8a8_dynamic",
+    "w4a8",
+    "w4a16_group128",
+    "fp8",
+    "mxfp4",
+    "nvfp4",
+    "first_last_8bit",
+    "straight_through",
+    "clipped",
+    "lsq",
+    "lsq_plus",
+    "pact_sawb",
+    "pact_dorefa",
+    "dorefa",
+    "ewgs",
+    "dsq",
+    "tqt",
+    "qil",
+    "quant_noise",
+    "differentiable_quantization",
+    "rounded_width",
+]

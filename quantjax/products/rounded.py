@@ -1,0 +1,64 @@
+"""A tensor that is quantized on its own, beside any product: rows, outputs, biases."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from quantjax.affine import QParams
+from quantjax.estimators.gradients import round_through
+from quantjax.formats import divide_by_scale
+from quantjax.simulation import Arithmetic, apply
+
+
+def rounded(
+    x: Float[Array, "..."],
+    qparams: QParams,
+    arithmetic: Arithmetic,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "..."]:
+    """``fake_quant(x)``, whose last product is rounded before anything is added to it.
+
+    XLA would contract ``codes · scale`` and a sum behind it into one multiply-add in some programs
+    and not in others, as it would for the sums of a product (see ``products.groups.times``).
+    """
+    return _settled(apply(x, qparams, arithmetic, key), qparams.scale)
+
+
+def rounded_product(codes: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``codes · scale``, rounded before anything is added to it."""
+    return _settled(codes * scale, scale)
+
+
+def _settled(y: jax.Array, scale: jax.Array) -> jax.Array:
+    return _held(y, scale) if y.dtype == jnp.float32 else y
+
+
+@jax.custom_jvp
+def _held(y: jax.Array, scale: jax.Array) -> jax.Array:
+    # The mask is 0 unless a scale is NaN, which compilers do not know.
+    mask = jnp.any(jnp.isnan(scale)).astype(jnp.int32)
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(y, jnp.int32) ^ mask, jnp.float32)
+
+
+@_held.defjvp
+def _held_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return _held(*primals), tangents[0]
+
+
+def bias_at_sums(
+    bias: Float[Array, "..."], scale: Float[Array, "..."], bypass: jax.Array
+) -> Float[Array, "..."]:
+    """The bias in multiples of a scale that broadcasts against it; gradients pass straight through.
+
+    Args:
+      bypass: where an operand has no codes, and the bias is left as it is.
+    """
+    wide = bias.astype(jnp.float32)
+    scale = jnp.broadcast_to(scale, wide.shape)
+    codes = round_through(divide_by_scale(wide, scale))
+    return jnp.where(bypass, bias, rounded_product(codes, scale).astype(bias.dtype))

@@ -1,0 +1,147 @@
+"""Biases found by dataflow: what is added to a product, with an entry a channel."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import quantjax as qj
+from quantjax.interpreter import Carried, Outcome, evaluate, trace
+from quantjax.interpreter.evaluate import Additions
+from tests.models import assert_same_bits, linen, normal
+
+X = normal(1, 4, 6)
+P = {"w": normal(2, 6, 5), "b": normal(3, 5), "v": normal(4, 5, 5)}
+
+
+def biases(f: Any, params: Any, *inputs: Any) -> dict[str, Any]:
+    """Paths of the biases by site."""
+    table = qj.sites(f, params, *inputs)
+    return {site.name: site.bias.paths[0] for site in table if site.bias is not None}
+
+
+FOUND = {
+    "behind": lambda p, x: x @ p["w"] + p["b"][None],
+    "before": lambda p, x: p["b"][None] + x @ p["w"],
+    "cast": lambda p, x: (x @ p["w"]) + p["b"].astype(jnp.bfloat16).astype(jnp.float32)[None],
+    "reshaped": lambda p, x: x @ p["w"] + p["b"].reshape(1, 5),
+    "turned": lambda p, x: (p["w"].T @ x.T) + p["b"][:, None],
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found(name):
+    assert biases(FOUND[name], P, X) == {"w": "b"}
+
+
+NONE = {
+    "used twice": lambda p, x: (y := x @ p["w"]) + p["b"][None] + y,
+    "something between": lambda p, x: jnp.tanh(x @ p["w"]) + p["b"][None],
+    "computed": lambda p, x: x @ p["w"] + (2.0 * p["b"])[None],
+    "data": lambda p, x: x @ p["w"] + x[:, :5],
+    "one entry": lambda p, x: x @ p["w"] + p["b"][0],
+    "handed out": lambda p, x: ((y := x @ p["w"]), y + p["b"][None]),
+    "subtracted": lambda p, x: x @ p["w"] - p["b"][None],
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_none(name):
+    assert biases(NONE[name], P, X) == {}
+
+
+def test_an_embedding_of_positions_is_no_bias():
+    params = {"w": normal(5, 6, 8), "positions": normal(6, 4, 8)}
+    assert biases(lambda p, x: x @ p["w"] + p["positions"], params, X) == {}
+
+
+def test_a_second_addition_is_no_bias():
+    params = {**P, "c": normal(7, 5)}
+    assert biases(lambda p, x: x @ p["w"] + p["b"][None] + p["c"][None], params, X) == {"w": "b"}
+
+
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Conv(4, (3,))(x))
+        x = nn.Conv(4, (3,), feature_group_count=4)(x)
+        x = nn.ConvTranspose(3, (2,))(x)
+        x = nn.DenseGeneral((2, 3), axis=(-1, -2))(x)
+        return nn.Dense(5, use_bias=False)(x)
+
+
+def test_linen_layers():
+    case = linen(Layers(), normal(8, 2, 6, 3))
+    found = biases(case.f, case.params, case.x)
+    names = ["Conv_0", "Conv_1", "ConvTranspose_0", "DenseGeneral_0"]
+    assert found == {f"params/{n}/kernel": f"params/{n}/bias" for n in names}
+
+
+def test_stacked_layers_have_a_bias_each():
+    params = {"w": normal(9, 3, 6, 6), "b": normal(10, 3, 6), "one": normal(11, 6)}
+
+    def f(p: Any, x: jax.Array) -> jax.Array:
+        step = lambda x, q: (jnp.tanh(x @ q["w"] + q["b"][None]), None)  # noqa: E731
+        return lax.scan(step, x, {"w": p["w"], "b": p["b"]})[0]
+
+    (site,) = qj.sites(f, params, X)
+    assert (site.bias.paths, site.bias.shape, site.steps) == (("b",), (6,), (3,))
+
+    def shared(p: Any, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w + p["one"][None]), None), x, p["w"])[0]
+
+    assert biases(shared, params, X) == {}, "one bias for all layers belongs to none of them"
+
+
+def test_the_handler_meets_the_product_and_the_bias():
+    """As they are added, under jit, in a scan; the state goes from one to the other."""
+    params = {"w": normal(12, 3, 6, 6), "b": normal(13, 3, 6)}
+
+    def f(p: Any, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda x, q: (q["b"][None] + jnp.tanh(x) @ q["w"], None), x, p)[0]
+
+    program = trace(f, params, X)
+    (name,) = (site.name for site in program.sites.values())
+
+    def product(visit: Any) -> Outcome:
+        return Outcome(visit.product.bind(visit.lhs, visit.rhs), visit.state + 1, kept=visit.value)
+
+    def addition(met: Any) -> Outcome:
+        return Outcome(met.add(met.out, met.kept * met.bias), 10 * met.state)
+
+    values = {name: jnp.array([1.0, 1.0, 1.0])}
+    carried = Carried(values, {name: jnp.zeros(3, jnp.int32)})
+    run = lambda carried, p, x: evaluate(  # noqa: E731
+        program,
+        product,
+        frozenset([name]),
+        carried,
+        p,
+        x,
+        additions=Additions(addition, frozenset([name])),
+    )
+    result, states, _ = jax.jit(run)(carried, params, X)
+    assert_same_bits(result, jax.jit(f)(params, X))
+    assert states[name].tolist() == [10, 10, 10]
+    doubled = carried._replace(values={name: jnp.array([2.0, 2.0, 2.0])})
+    twice = jax.jit(run)(doubled, params, X).result
+    expected = jax.jit(f)({**params, "b": 2.0 * params["b"]}, X)
+    assert_same_bits(twice, expected)
+
+
+def test_a_handler_of_another_shape_is_refused():
+    program = trace(FOUND["behind"], P, X)
+    product = lambda v: Outcome(v.product.bind(v.lhs, v.rhs))  # noqa: E731
+    with pytest.raises(qj.errors.SiteError, match="returned float32"):
+        evaluate(
+            program,
+            product,
+            frozenset(["w"]),
+            Carried({}, {}),
+            P,
+            X,
+            additions=Additions(lambda met: Outcome(met.out[0]), frozenset(["w"])),
+        )

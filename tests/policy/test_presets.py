@@ -1,0 +1,99 @@
+"""Presets run on dense, convolutional and attention models, and mean what they say."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import quantjax as qj
+from quantjax.products import Execution
+from tests.models import Case, assert_same_bits, linen, normal
+
+
+class Net(nn.Module):
+    """A depthwise convolution with batch norm, attention, a table and a head."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        x = nn.Conv(8, (3, 3), feature_group_count=8, use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+        x = x.reshape(x.shape[0], -1, 8)
+        ids = jnp.argmax(x[..., :5], axis=-1)
+        x = x + nn.Embed(5, 8)(ids)
+        x = x + nn.MultiHeadDotProductAttention(2)(x, x)
+        return nn.Dense(5)(x.mean(axis=1))
+
+
+PRESETS = {
+    "w8a8": (qj.presets.w8a8, 0.05),
+    "w8a8_dynamic": (qj.presets.w8a8_dynamic, 0.05),
+    "w4a8": (qj.presets.w4a8, 0.4),
+    "w4a16_group128": (qj.presets.w4a16_group128, 0.4),
+    "fp8": (qj.presets.fp8, 0.2),
+    "mxfp4": (qj.presets.mxfp4, 0.6),
+    "nvfp4": (qj.presets.nvfp4, 0.6),
+    "first_last_8bit": (lambda: qj.presets.first_last_8bit(qj.presets.w4a8()), 0.4),
+    "first_last_lsq": (lambda: qj.presets.first_last_8bit(qj.presets.lsq_plus()), 0.5),
+}
+
+
+def net() -> Case:
+    return linen(Net(), normal(4, 2, 4, 4, 3))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_model_runs_and_is_executed_as_simulated(name):
+    make, bound = PRESETS[name]
+    case = net()
+    plan = qj.plan(make(), qj.sites(case.f, case.params, case.x))
+    assert len(plan.quantized) == 8
+    out, state = jax.jit(qj.observe(case.f, plan))(qj.init(plan), case.params, case.x)
+    qstate = qj.calibrate(plan, state, case.params)
+    simulated = jax.jit(qj.fake_quantize(case.f, plan))(qstate, case.params, case.x)
+    error = float(jnp.linalg.norm(simulated - out) / jnp.linalg.norm(out))
+    assert 0.0 < error < bound
+    frozen = qj.freeze(plan, qstate, case.params)
+    executed = jax.jit(qj.execute(case.f, plan))(qstate, frozen, case.x)
+    integers = {Execution.INTEGER, Execution.ROWS}
+    if {entry.form.execution for entry in plan.quantized} <= integers:
+        assert_same_bits(executed, simulated)
+    else:
+        assert jnp.allclose(executed, simulated, rtol=1e-4, atol=1e-5)
+
+
+def forms(policy: qj.Policy, f: Any, params: Any, x: Any) -> Any:
+    return qj.plan(policy, qj.sites(f, params, x))
+
+
+def test_groups_are_shorter_where_they_do_not_divide():
+    f = lambda p, x: x @ p["a"] @ p["b"] @ p["c"]  # noqa: E731
+    params = {"a": normal(0, 256, 200), "b": normal(1, 200, 20), "c": normal(2, 20, 3)}
+    plan = forms(qj.presets.w4a16_group128(), f, params, normal(3, 2, 256))
+    assert [entry.quantized[0].scale_shape for entry in plan.quantized] == [
+        (2, 200),
+        (2, 20),
+        (1, 3),
+    ]
+    assert all(entry.operands[0].quantizer is None for entry in plan.quantized)
+
+
+def test_the_edges_of_a_language_model_are_products():
+    f = lambda p, i: jnp.tanh(p["table"][i] @ p["w"]) @ p["table"].T  # noqa: E731
+    params = {"table": normal(0, 7, 4), "w": normal(1, 4, 4)}
+    policy = qj.presets.first_last_8bit(qj.presets.w4a8())
+    plan = forms(policy, f, params, jnp.arange(5))
+    widths = [entry.quantized[-1].quantizer.bits for entry in plan.sites]
+    assert str(plan.sites[0].quantized[0].quantizer) == "int4/channel"
+    assert widths[1:] == [8, 8]
+
+
+def test_they_are_data():
+    assert qj.presets.w8a8() == qj.uniform_policy()
+    assert qj.presets.mxfp4() == qj.presets.mxfp4()
+    assert hash(qj.presets.first_last_8bit(qj.presets.w4a8())) is not None
+    mine = qj.rule(qj.path("*head*"), qj.Scheme())
+    policy = qj.Policy([mine, *qj.presets.w4a8().rules])
+    assert policy.rules[1:] == qj.presets.w4a8().rules

@@ -1,0 +1,132 @@
+"""Tables: costs, totals that count what is shared once, 120 columns, data frames."""
+
+import builtins
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pandas
+import pytest
+from jax import lax
+
+import quantjax as qj
+from quantjax import errors
+from quantjax.printing import amount
+from tests.models import cnn, mlp, normal, planned
+
+CASE = cnn()
+TABLE = qj.sites(CASE.f, CASE.params, CASE.x)
+
+
+def test_costs_of_rows_and_of_all():
+    rows = {site.name: (site.parameters, site.multiply_adds) for site in TABLE}
+    assert rows == {
+        "params/Conv_0/kernel": (3 * 3 * 3 * 6, 4 * 8 * 8 * 6 * 27),
+        "params/Conv_1/kernel": (3 * 3 * 6 * 8, 4 * 4 * 4 * 8 * 54),
+        "params/Dense_0/kernel": (32, 4 * 32),
+    }
+    cost = TABLE.cost
+    assert cost.parameters == sum(p for p, _ in rows.values())
+    assert cost.multiply_adds == sum(m for _, m in rows.values())
+    assert cost.bytes == 4 * cost.parameters
+
+
+def test_tied_weights_count_once_and_layers_each():
+    params = {"stack": normal(0, 3, 6, 6), "shared": normal(1, 6, 6)}
+
+    def f(p: Any, x: jax.Array) -> jax.Array:
+        x = lax.scan(lambda x, w: (jnp.tanh(x @ w) @ p["shared"], None), x, p["stack"])[0]
+        return x @ p["shared"]
+
+    table = qj.sites(f, params, normal(2, 2, 6))
+    assert {site.name: site.parameters for site in table} == {
+        "stack": 108,
+        "shared": 36,
+        "shared#1": 36,
+    }
+    assert table.cost == qj.sites(f, params, normal(2, 2, 6)).cost
+    assert table.cost.parameters == 144
+    assert table.cost.multiply_adds == 7 * 2 * 36
+    assert "total" in str(table)
+
+
+def test_half_precision_has_half_the_bytes():
+    params = {"w": normal(0, 4, 4).astype(jnp.bfloat16)}
+    table = qj.sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4), jnp.bfloat16))
+    assert table.cost.bytes == 32
+
+
+def test_planned_bytes_are_codes_and_scales():
+    plan = planned(mlp(), qj.uniform_policy(weight_bits=4))
+    assert [entry.bytes for entry in plan.sites] == [8 * 16 // 2 + 4 * 16, 16 * 4 // 2 + 4 * 4]
+    asymmetric = qj.Scheme(weights=qj.weight_quantizer(bits=3, symmetric=False))
+    policy = qj.Policy([qj.rule(qj.weighted(), asymmetric)])
+    assert planned(mlp(), policy).sites[1].bytes == 64 * 3 // 8 + 8 * 4
+    assert planned(mlp(), qj.Policy([])).bytes == 4 * 192
+
+
+@pytest.mark.parametrize("layers", [1, 60])
+def test_nothing_prints_beyond_120_columns(layers):
+    name = "encoder_block_with_a_name/layer_{}/attention/key"
+    params = {name.format(n): normal(n, 6, 6) for n in range(layers)}
+
+    def f(p: Any, x: jax.Array) -> jax.Array:
+        for w in p.values():
+            x = jnp.tanh(x @ w)
+        return x
+
+    table = qj.sites(f, params, normal(1, 2, 6))
+    plan = qj.plan(qj.presets.w8a8(), table)
+    for text in (str(table), str(plan)):
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= 120
+        assert len(lines) <= 2 * layers + 3
+
+
+def test_data_frames():
+    frame = TABLE.to_pandas()
+    assert list(frame.index) == [site.name for site in TABLE]
+    assert frame.loc["params/Conv_1/kernel", "multiply_adds"] == 4 * 4 * 4 * 8 * 54
+    assert frame["parameters"].sum() == TABLE.cost.parameters
+    assert frame.loc["params/Dense_0/kernel", "bias"] == "params/Dense_0/bias"
+    scheme = qj.Scheme(
+        weights=qj.weight_quantizer(bits=4),
+        activations=qj.activation_quantizer(bits=8),
+        outputs=qj.activation_quantizer(bits=6),
+        biases=qj.AccumulatorBias(),
+    )
+    plan = qj.plan(qj.Policy([qj.rule(qj.op(qj.Op.CONV), scheme)]), TABLE)
+    frame = plan.to_pandas()
+    first, last = frame.iloc[0], frame.iloc[2]
+    assert first["weight_quantizer"] == "int4/channel"
+    assert first["output_quantizer"] == "uint6/tensor"
+    assert pandas.isna(first["bias_quantizer"]), "it has no bias"
+    assert frame.iloc[1]["bias_quantizer"] == "int32/sums"
+    assert (first["plan"], last["plan"]) == ("quantized", "float")
+    assert pandas.isna(last["weight_quantizer"])
+    assert first["planned_bytes"] < first["bytes"]
+
+
+def test_an_empty_table_is_an_empty_frame():
+    table = qj.sites(lambda p, x: x + p["b"], {"b": jnp.ones(3)}, jnp.ones(3))
+    assert len(table.to_pandas()) == 0
+    assert str(table).startswith("site")
+
+
+def test_without_pandas_the_error_says_what_to_install(monkeypatch):
+    whole = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "pandas":
+            raise ImportError(name)
+        return whole(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(errors.MissingPackageError, match=r"quantjax\[pandas\]"):
+        TABLE.to_pandas()
+
+
+def test_amounts_have_three_digits():
+    assert [amount(n) for n in (0, 7, 999, 1_000, 1_234, 999_500, 10**15)] == [
+        *("0", "7", "999", "1k", "1.23k", "1M", "1000T"),
+    ]

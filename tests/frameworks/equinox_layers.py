@@ -27,11 +27,16 @@ from tests.models import normal, shuffled
 nn = eqx.nn
 
 
-def equinox(make: Callable[[], Any], sites: Sites, *inputs: Any) -> Build:
-    """A module, mapped over the first axes of the inputs."""
+def equinox(
+    make: Callable[[], Any],
+    sites: Sites,
+    *inputs: Any,
+    pick: Callable[[Any], Any] = lambda y: y,
+) -> Build:
+    """A module, mapped over first axes of the inputs; ``pick`` takes an array of its result."""
 
     def build() -> Layer:
-        f, params = functional(make(), method=lambda m, *inputs: jax.vmap(m)(*inputs))
+        f, params = functional(make(), method=lambda m, *inputs: pick(jax.vmap(m)(*inputs)))
         return Layer(f, shuffled(params), inputs, sites, folded=True)
 
     return build
@@ -43,6 +48,7 @@ def conv(make: Callable[..., Any], *arguments: Any, x: jax.Array = IMAGES, **opt
     return equinox(lambda: make(*arguments, key=KEY, **options), named(CONV, "weight"), x)
 
 
+BIASES = {f"use_{part}_bias": True for part in ("query", "key", "value", "output")}
 CELL = named(DOT_LEFT, "weight_ih weight_hh")
 STATE = normal(7, 6, 6)
 CLASSES: dict[str, Row] = {
@@ -67,12 +73,18 @@ CLASSES: dict[str, Row] = {
         )
     },
     "LSTMCell": {
-        "step": equinox(lambda: nn.LSTMCell(8, 6, key=KEY), CELL, ROWS, (STATE, 0.5 * STATE))
+        "step": equinox(
+            lambda: nn.LSTMCell(8, 6, key=KEY),
+            CELL,
+            ROWS,
+            (STATE, 0.5 * STATE),
+            pick=lambda y: y[0],
+        )
     },
     "GRUCell": {"step": equinox(lambda: nn.GRUCell(8, 6, key=KEY), CELL, ROWS, STATE)},
     "MultiheadAttention": {
         "self": equinox(
-            lambda: nn.MultiheadAttention(2, 8, key=KEY),
+            lambda: nn.MultiheadAttention(2, 8, **BIASES, key=KEY),
             (
                 *named(DOT_LEFT, "query key value", "{}_proj/weight"),
                 NO_WEIGHT,

@@ -169,7 +169,7 @@ CLASSES: dict[str, Row] = {
     "OptimizedLSTMCell": {
         "step": cell(lambda: nn.OptimizedLSTMCell(6), CONCATENATED),
     },
-    "GRUCell": {"step": cell(lambda: nn.GRUCell(6), gates("ir hr iz hz in hn"))},
+    "GRUCell": {"step": cell(lambda: nn.GRUCell(6), gates("ir hr iz hz in hn"), fused=True)},
     "MGUCell": {"step": cell(lambda: nn.MGUCell(6), gates("if hf hn in"), fused=True)},
     "SimpleCell": {"step": cell(lambda: nn.SimpleCell(6), gates("i h"))},
     "ConvLSTMCell": {
@@ -180,6 +180,7 @@ CLASSES: dict[str, Row] = {
             lambda: nn.RNN(nn.GRUCell(6)),
             gates("cell/ir cell/hr cell/iz cell/hz cell/in cell/hn"),
             SERIES,
+            fused=True,
         )
     },
     "Bidirectional": {

@@ -115,7 +115,9 @@ def test_widths_that_there_are_not_raise_and_traced_read_nan(bits: float):
     assert bool(jnp.isnan(read(jnp.float32(bits))).all())
 
 
-@pytest.mark.parametrize("format", [qj.integer(signed=False), qj.formats.E4M3FN], ids=str)
+@pytest.mark.parametrize(
+    "format", [qj.integer(signed=False), qj.formats.E4M3FN], ids=["unsigned", "e4m3"]
+)
 def test_formats_without_signed_integers_are_refused(format: qj.Format):
     with pytest.raises(qj.errors.QuantizerError, match="try:"):
         quantized_cache(format=format)

@@ -86,11 +86,14 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Of all weights of the table, as codes and scales where they are; shared ones once."""
-        chosen = {site.name for site in distinct(entry.site for entry in self.sites)}
+        chosen = {site.name for site in self._distinct()}
         return sum(entry.bytes for entry in self.sites if entry.site.name in chosen)
 
+    def _distinct(self) -> list[Site]:
+        return distinct((entry.site for entry in self.sites), self.shapes)
+
     def _total(self) -> str:
-        weights = distinct(entry.site for entry in self.sites)
+        weights = self._distinct()
         parameters = sum(site.parameters for site in weights)
         whole = sum(weight_bytes(site) for site in weights)
         ratio = whole / self.bytes if self.bytes else 1.0

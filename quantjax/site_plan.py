@@ -79,10 +79,13 @@ class SitePlan:
 
     @property
     def bytes(self) -> int:
-        """Of the weight, of all layers: codes with scales and zero points, or in float."""
+        """Of the weight, of all layers: codes with scales and zero points, or in float.
+
+        Width 0 bypasses a quantizer, and a range that follows the weight keeps it in float.
+        """
         for operand in self.operands:
-            if operand.is_weight and operand.quantizer is not None and operand.scale_shape:
-                quantizer, shape = operand.quantizer, operand.scale_shape
+            quantizer, shape = operand.quantizer, operand.scale_shape
+            if operand.is_weight and quantizer is not None and quantizer.bits and shape:
                 return stored_bytes(
                     self.site, quantizer.bits, shape, zero_points=not quantizer.symmetric
                 )

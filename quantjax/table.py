@@ -13,6 +13,9 @@ from quantjax import errors
 from quantjax.interpreter import Op, Operand, Origin, Role, Site, SiteStatus
 from quantjax.printing import amount, columns, shape_text
 
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Of all parameters, by path."""
+
 LABELS: Mapping[Op, str] = {
     Op.DOT: "dot",
     Op.CONV: "conv",
@@ -44,14 +47,30 @@ def weight_bytes(site: Site) -> int:
     return 0 if weight is None else site.parameters * int(jnp.dtype(weight.dtype).itemsize)
 
 
-def distinct(sites: Iterable[Site]) -> list[Site]:
-    """One site for each weight: those that use the same parameters once."""
-    seen: dict[Any, Site] = {}
+def distinct(sites: Iterable[Site], shapes: Shapes) -> list[Site]:
+    """The sites whose weights add up to the parameters of a model, each counted once.
+
+    Later uses of the same weight are left out, and of a weight that is tied after a transposition;
+    different parts of one parameter (layers indexed in a loop, a fused kernel cut in three) are all
+    there, because they fit into it together.
+    """
+    sizes = {path: math.prod(shape) for path, shape in shapes}
+    left: dict[tuple[str, ...], int] = {}
+    seen: set[tuple[Any, ...]] = set()
+    found = []
     for site in sites:
         weight = site.weight
-        if weight is not None:
-            seen.setdefault(weight.paths or site.name, site)
-    return list(seen.values())
+        if weight is None:
+            continue
+        identity = weight.paths, weight.recipe, weight.constants
+        room = left.get(weight.paths)
+        if room is not None and (identity in seen or site.parameters > room):
+            continue
+        seen.add(identity)
+        whole = sum(sizes[path] for path in weight.paths)
+        left[weight.paths] = (whole if room is None else room) - site.parameters
+        found.append(site)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +88,7 @@ class SiteTable:
     sites: tuple[Site, ...]
     weights: Mapping[str, Origin] = dataclasses.field(compare=False, repr=False)
     others: Mapping[str, str] = dataclasses.field(compare=False, repr=False)
-    shapes: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(repr=False)
+    shapes: Shapes = dataclasses.field(repr=False)
     biases: Mapping[str, Origin] = dataclasses.field(compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Site]:
@@ -87,7 +106,7 @@ class SiteTable:
     @property
     def cost(self) -> Cost:
         """Of the whole table."""
-        weights = distinct(self.sites)
+        weights = distinct(self.sites, self.shapes)
         return Cost(
             sum(site.parameters for site in weights),
             sum(site.multiply_adds for site in self.sites),

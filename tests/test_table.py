@@ -50,6 +50,43 @@ def test_tied_weights_count_once_and_layers_each():
     assert "total" in str(table)
 
 
+def stacked(p: Any, x: jax.Array) -> jax.Array:
+    for layer in range(3):
+        x = x @ p["w"][layer]
+    return x
+
+
+def fused(p: Any, x: jax.Array) -> jax.Array:
+    queries, keys = jnp.split(p["w"], 2, axis=1)
+    return (x @ queries) * (x @ keys)
+
+
+def tied(p: Any, x: jax.Array) -> jax.Array:
+    return x @ p["w"] @ p["w"].T @ p["w"]
+
+
+def repeated(p: Any, x: jax.Array) -> jax.Array:
+    return x @ jnp.concatenate([p["w"], p["w"]], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("f", "shape", "parameters"),
+    [
+        (stacked, (3, 4, 4), 48),
+        (fused, (4, 10), 40),
+        (tied, (4, 6), 24),
+        (repeated, (4, 3), 24),  # larger than what it is made of, and there nonetheless
+    ],
+)
+def test_parts_of_a_parameter_count_each_and_ties_once(f, shape, parameters):
+    table = qj.sites(f, {"w": normal(0, *shape)}, normal(1, 2, 4))
+    assert table.cost.parameters == parameters
+    assert table.cost.bytes == 4 * parameters
+    eight = qj.uniform_policy(weight_granularity=qj.PerTensor())
+    scales = {stacked: 3, fused: 2, tied: 1, repeated: 1}[f]
+    assert qj.plan(eight, table).bytes == parameters + 4 * scales
+
+
 def test_half_precision_has_half_the_bytes():
     params = {"w": normal(0, 4, 4).astype(jnp.bfloat16)}
     table = qj.sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4), jnp.bfloat16))
@@ -62,7 +99,51 @@ def test_planned_bytes_are_codes_and_scales():
     asymmetric = qj.Scheme(weights=qj.weight_quantizer(bits=3, symmetric=False))
     policy = qj.Policy([qj.rule(qj.weighted(), asymmetric)])
     assert planned(mlp(), policy).sites[1].bytes == 64 * 3 // 8 + 8 * 4
-    assert planned(mlp(), qj.Policy([])).bytes == 4 * 192
+    bypassed = qj.uniform_policy(weight_bits=0)
+    live = qj.weight_quantizer(bits=4, range=qj.RangeMode.LIVE)
+    follows = qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=live))])
+    for policy in (qj.Policy([]), bypassed, follows):
+        assert planned(mlp(), policy).bytes == 4 * 192
+
+
+def attend(p: Any, tokens: jax.Array) -> jax.Array:
+    x = p["embed"]["table"][tokens]
+    x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["layers"])[0]
+    scores = x @ x.T
+    return (scores @ x + p["bias"]) @ p["embed"]["table"].T
+
+
+ATTENTION = {
+    "embed": {"table": normal(0, 7, 4)},
+    "layers": normal(1, 3, 4, 4),
+    "bias": jnp.ones((1, 4)),
+}
+
+TABLE_TEXT = """\
+site           op      left   right  output  weights  MACs  bytes  inside  note
+embed/table    gather  w 7x4         5x4     28       0     112
+layers         dot     a 5x4  w 4x4  5x4     48       240   192    scan×3
+dot_general#0  dot     a 5x4  a 4x5  5x5              100
+dot_general#1  dot     a 5x5  a 5x4  5x4              100
+embed/table#1  dot     a 5x4  w 4x7  5x7     28       140   112
+total                                        76       580   304
+"""
+
+PLAN_TEXT = """\
+site           weight | left  activation | right  bytes  sums   executed       status
+embed/table    int4/channel                       42            rows of codes  quantized
+layers         int4/channel   uint8/tensor        72     exact  int8           quantized
+dot_general#0  float          float                                            float: no rule matches
+dot_general#1  float          float                                            float: no rule matches
+embed/table#1  int4/channel   uint8/tensor        42     exact  int8           quantized
+total: 76 weights, 114 bytes, 304 in float (2.67x); 580 MACs, 66% of them in quantized sites
+"""
+
+
+def test_how_it_prints():
+    table = qj.sites(attend, ATTENTION, jnp.arange(5))
+    assert f"{table}\n" == TABLE_TEXT
+    assert f"{qj.plan(qj.presets.w4a8(), table)}\n" == PLAN_TEXT
 
 
 @pytest.mark.parametrize("layers", [1, 60])

@@ -6,10 +6,12 @@ data: print it, take it apart (``policy.rules``), put rules of your own ahead of
 
 from __future__ import annotations
 
+import dataclasses
+
 from quantjax.formats import E4M3FN, MXFP4, NVFP4, Format
 from quantjax.granularity import PerChannel, PerGroup, PerTensor, PerToken, Remainder
 from quantjax.interpreter import Op
-from quantjax.policy import Policy, Rule, Scheme, rule, uniform_policy
+from quantjax.policy import Policy, Scheme, rule, uniform_policy
 from quantjax.quantizer import RangeMode, activation_quantizer, weight_quantizer
 from quantjax.relative_selectors import first, last
 from quantjax.selectors import op, weighted
@@ -108,7 +110,7 @@ def first_last_8bit(policy: Policy | Scheme) -> Policy:
     >>> print(first_last_8bit(w4a8()))
     (first 1 of (weighted & ~op gather|dynamic_slice) | last 1 of (weighted & ~op \
 gather|dynamic_slice)): w=int8/channel a=uint8/tensor
-    weighted: w=int4/channel a=uint8/tensor
+    weighted: w=int4/channel a=uint8/tensor (optional)
 
     Args:
       policy: a policy, or a scheme for every site with a weight: ``qj.presets.lsq()``.
@@ -117,10 +119,10 @@ gather|dynamic_slice)): w=int8/channel a=uint8/tensor
     """
     products = weighted() & ~op(Op.GATHER, Op.SLICE)
     edges = first(products) | last(products)
-    rest: tuple[Rule, ...] = (
-        (rule(weighted(), policy, optional=True),) if isinstance(policy, Scheme) else policy.rules
-    )
-    return Policy([rule(edges, uniform_policy().rules[0].scheme), *rest])
+    rest = (rule(weighted(), policy),) if isinstance(policy, Scheme) else policy.rules
+    # Of a model of two layers nothing is left for them.
+    inner = [dataclasses.replace(each, optional=True) for each in rest]
+    return Policy([rule(edges, uniform_policy().rules[0].scheme), *inner])
 
 
 def _everywhere(scheme: Scheme) -> Policy:

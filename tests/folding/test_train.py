@@ -210,6 +210,7 @@ def deployed(plan, qstate, variables):
     return folded, own, state
 
 
+@pytest.mark.slow
 def test_evaluation_mode_and_what_is_deployed():
     """Simulation of the folded function, of the deployed tree, and its integer program: all one."""
     plan, qstate, variables, losses = trained_in_evaluation_mode()

@@ -90,6 +90,13 @@ def test_the_edges_of_a_language_model_are_products():
     assert widths[1:] == [8, 8]
 
 
+def test_a_model_that_is_all_edges():
+    f = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    params = {"a": normal(0, 4, 4), "b": normal(1, 4, 4)}
+    plan = forms(qj.presets.first_last_8bit(qj.presets.w4a8()), f, params, normal(2, 2, 4))
+    assert [str(entry.operands[1].quantizer) for entry in plan.sites] == ["int8/channel"] * 2
+
+
 def test_they_are_data():
     assert qj.presets.w8a8() == qj.uniform_policy()
     assert qj.presets.mxfp4() == qj.presets.mxfp4()

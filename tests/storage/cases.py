@@ -85,8 +85,28 @@ granularities = st.one_of(
         remainder=st.sampled_from(Remainder),
     ),
 )
-library_selectors = st.one_of(
-    st.builds(qj.everything), st.builds(qj.weighted), st.builds(qj.path, st.text(max_size=12))
+counts = st.integers(1, 9)
+row_selectors = st.one_of(
+    st.builds(qj.everything),
+    st.builds(qj.weighted),
+    st.builds(qj.backward),
+    st.builds(qj.path, st.text(max_size=12)),
+    st.builds(qj.scope, st.text(max_size=12)),
+    st.lists(st.sampled_from(qj.Op), max_size=3).map(lambda ops: qj.op(*ops)),
+    st.builds(qj.role, st.sampled_from(qj.Role)),
+    st.builds(qj.at_least, multiply_adds=st.integers(0, 10**12), parameters=st.integers(0, 99)),
+)
+library_selectors = st.recursive(
+    row_selectors,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda parts: qj.all_of(*parts)),
+        st.lists(inner, max_size=3).map(lambda parts: qj.any_of(*parts)),
+        st.builds(qj.not_, inner),
+        st.builds(qj.first, inner, count=counts),
+        st.builds(qj.last, inner, count=counts),
+        st.builds(qj.costliest, st.floats(0.0, 1.0, exclude_min=True), inner),
+    ),
+    max_leaves=4,
 )
 own_selectors = st.builds(
     Sided,

@@ -151,15 +151,30 @@ class Product:
             contracting, _ = numbers.dot_dimension_numbers
             return tuple(contracting[side])
         shape, sizes = self.lhs.shape, self.params["slice_sizes"]
-        return tuple(a for a in range(len(shape)) if a not in self.chosen and sizes[a] == shape[a])
+        chosen = self.chosen
+        return tuple(a for a in range(len(shape)) if a not in chosen and sizes[a] == shape[a])
 
     @property
     def chosen(self) -> tuple[int, ...]:
-        """Axes of a table that indices choose from, whatever their length."""
+        """Axes of a table that indices choose from.
+
+        Not those that they take whole, as the slice of a batched ``dynamic_slice`` does: where an
+        index is clamped, it is 0 there.
+        """
         if self.op is Op.SLICE:
             return ()
-        numbers = self.params["dimension_numbers"]
-        return (*numbers.start_index_map, *numbers.operand_batching_dims)
+        numbers, sizes = self.params["dimension_numbers"], self.params["slice_sizes"]
+        indexed = numbers.start_index_map
+        if not self.fills:
+            shape = self.lhs.shape
+            indexed = [a for a in indexed if sizes[a] < shape[a] or shape[a] == 1]
+        return (*indexed, *numbers.operand_batching_dims)
+
+    @property
+    def fills(self) -> bool:
+        """Whether a lookup has values of its own for indices out of bounds."""
+        fill = lax.GatherScatterMode.FILL_OR_DROP
+        return self.op is Op.GATHER and self.params["mode"] == fill
 
     def out_channels(self, weight: int | None) -> tuple[int, ...]:
         """Axes of the result that are channels: those that the weight brings, or the last one.
@@ -200,6 +215,8 @@ def unsupported(product: Product) -> str:
         return "" if plain else "a ragged product that is not of rows with one matrix a group"
     if product.op is Op.GATHER:
         sizes, shape, chosen = product.params["slice_sizes"], product.lhs.shape, product.chosen
-        whole = all(sizes[a] == (1 if a in chosen else n) for a, n in enumerate(shape))
+        whole = all(a in chosen or sizes[a] == n for a, n in enumerate(shape))
+        alone = len(chosen) == 1 and not product.fills
+        whole &= alone or all(sizes[a] == 1 for a in chosen)
         return "" if whole else "a lookup of parts of rows"
     return ""

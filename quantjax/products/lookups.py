@@ -14,8 +14,6 @@ from quantjax.products.groups import times
 from quantjax.products.rounded import rounded
 from quantjax.simulation import Arithmetic
 
-FILL = lax.GatherScatterMode.FILL_OR_DROP
-
 
 def quantized_rows(
     product: Product,
@@ -77,7 +75,6 @@ def rows(product: Product, x: jax.Array) -> jax.Array:
     sizes = tuple(x.shape[a] if a in along else params["slice_sizes"][a] for a in range(x.ndim))
     if product.op is Op.SLICE:
         return lax.dynamic_slice(x, product.rest, sizes)
-    mode = params["mode"]
     return lax.gather(
         x,
         product.rest[0],
@@ -85,7 +82,7 @@ def rows(product: Product, x: jax.Array) -> jax.Array:
         sizes,
         unique_indices=params["unique_indices"],
         indices_are_sorted=params["indices_are_sorted"],
-        mode=lax.GatherScatterMode.CLIP if mode == FILL else mode,
+        mode=lax.GatherScatterMode.CLIP if product.fills else params["mode"],
     )
 
 
@@ -103,7 +100,7 @@ def rows_of_scale(product: Product, scale: jax.Array) -> Float[Array, "..."]:
 def _filled(product: Product, values: jax.Array, outside: jax.Array) -> jax.Array:
     """The rows, and ``outside`` where an index is out of bounds and the equation fills."""
     params = product.params
-    if product.op is not Op.GATHER or params["mode"] != FILL:
+    if not product.fills:
         return values
     chosen, _, _ = product.axes(0)
     shape = tuple(n if a in chosen else 1 for a, n in enumerate(product.lhs.shape))
@@ -112,7 +109,7 @@ def _filled(product: Product, values: jax.Array, outside: jax.Array) -> jax.Arra
         product.rest[0],
         params["dimension_numbers"],
         (1,) * len(shape),
-        mode=FILL,
+        mode=lax.GatherScatterMode.FILL_OR_DROP,
         fill_value=0,
     )
     return jnp.where(inside == 1, values, outside)

@@ -15,7 +15,6 @@ from tests.frameworks.layer import (
     DOT_LEFT,
     LOOKUP,
     NO_WEIGHT,
-    OPAQUE,
     Build,
     Layer,
     Row,
@@ -69,7 +68,7 @@ CLASSES: dict[str, Row] = {
     "Embedding": {
         # Of one token, Equinox takes a slice at (token, 0); mapped, a gather by both indices.
         "lookup": equinox(
-            lambda: nn.Embedding(7, 8, key=KEY), named(LOOKUP + OPAQUE, "weight"), TOKENS
+            lambda: nn.Embedding(7, 8, key=KEY), named(LOOKUP, "weight"), TOKENS
         )
     },
     "LSTMCell": {

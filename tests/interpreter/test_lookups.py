@@ -73,6 +73,17 @@ def test_all_else_is_none(name):
     assert only(NONE[name], IDS) == []
 
 
+def test_a_slice_that_is_batched_is_a_lookup_of_rows():
+    """``jax.vmap`` of a row makes a gather with an index for the whole axis as well."""
+    row = lambda t, i: lax.dynamic_index_in_dim(t, i, keepdims=False)  # noqa: E731
+    rows = lambda t, i: lax.dynamic_slice_in_dim(t, i, 2)  # noqa: E731
+    for take in (row, rows):
+        f = lambda p, i, take=take: jax.vmap(take, (None, 0))(p["table"], i.ravel())  # noqa: E731
+        (site,) = only(f, IDS)
+        assert (site.op, site.status) == (Op.GATHER, SiteStatus.REWRITABLE)
+        assert (site.operands[0].free, site.operands[0].contracted) == ((0,), (1,))
+
+
 def test_integers_are_no_table():
     assert only(lambda p, i: p["map"][i], IDS, params={"map": jnp.arange(7)}) == []
 

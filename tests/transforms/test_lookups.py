@@ -143,6 +143,7 @@ MODES = {
     "zero": lambda p, i: p["table"].at[i].get(mode="fill", fill_value=0.0),
     "index": lambda p, i: p["table"][i],
     "slice": lambda p, i: lax.dynamic_slice_in_dim(p["table"], i[1, 2], 2),
+    "batched": lambda p, i: jax.vmap(lambda i: lax.dynamic_slice_in_dim(p["table"], i, 2))(i[0]),
 }
 
 

@@ -67,9 +67,7 @@ CLASSES: dict[str, Row] = {
     },
     "Embedding": {
         # Of one token, Equinox takes a slice at (token, 0); mapped, a gather by both indices.
-        "lookup": equinox(
-            lambda: nn.Embedding(7, 8, key=KEY), named(LOOKUP, "weight"), TOKENS
-        )
+        "lookup": equinox(lambda: nn.Embedding(7, 8, key=KEY), named(LOOKUP, "weight"), TOKENS)
     },
     "LSTMCell": {
         "step": equinox(

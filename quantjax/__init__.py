@@ -49,7 +49,7 @@ from quantjax.quantizer import (
     weight_quantizer,
 )
 from quantjax.ranges import FitRule, RangeRule
-from quantjax.relative_selectors import costliest, first, last
+from quantjax.relative_selectors import costliest, every_use, first, first_use, last
 from quantjax.rounding import Rounding
 from quantjax.selectors import (
     Selector,
@@ -147,6 +147,8 @@ __all__ = [
     "scope",
     "at_least",
     "first",
+    "first_use",
+    "every_use",
     "last",
     "costliest",
     "all_of",

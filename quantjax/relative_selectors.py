@@ -1,4 +1,4 @@
-"""Selectors that look at the whole table: the first sites, the last, those that cost most."""
+"""Selectors that look at the whole table: the first sites, the last, the costliest, shared ones."""
 
 from __future__ import annotations
 
@@ -86,6 +86,46 @@ class Costliest(_Relative):
         return f"{self.share:.0%} of the multiply-adds of {self.among}"
 
 
+@dataclasses.dataclass(frozen=True)
+class FirstUse(_Relative):
+    """The first site in the program for each weight."""
+
+    def chosen(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """In program order; a weight made of several parameters is new if one of them is."""
+        seen: set[str] = set()
+        found = []
+        for site in sites:
+            if site.weight is None:
+                continue
+            paths = set(site.weight.paths or (site.name,))
+            if not paths <= seen:
+                found.append(site)
+            seen |= paths
+        return found
+
+    def __str__(self) -> str:
+        return f"first use of {self.among}"
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryUse(_Relative):
+    """Some sites, and all others that have a weight of the same parameters."""
+
+    def resolved(self, sites: Sequence[Site]) -> Selector:
+        """Opaque ones too: what shares a weight does not depend on what can be rewritten."""
+        return Named(frozenset(site.name for site in self.chosen(sites)))
+
+    def chosen(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """In program order."""
+        among = self.among.resolved(sites)
+        matched = {site.name for site in sites if among.matches(site)}
+        shared = {path for site in sites if site.name in matched for path in _paths(site)}
+        return [s for s in sites if s.name in matched or not shared.isdisjoint(_paths(s))]
+
+    def __str__(self) -> str:
+        return f"every use of {self.among}"
+
+
 def first(selector: Selector | None = None, *, count: int = 1) -> Selector:
     """The first ``count`` sites in program order of those that ``selector`` matches.
 
@@ -115,6 +155,40 @@ def costliest(share: float, selector: Selector | None = None) -> Selector:
     if not 0.0 < share <= 1.0:
         raise errors.PolicyError(f"a share of {share}", fix="a number above 0 and up to 1")
     return Costliest(selector or weighted(), share)
+
+
+def first_use(selector: Selector | None = None) -> Selector:
+    """The first site for each weight: without the backward pass of ``jax.grad``, what it computes
+    again under ``jax.checkpoint``, and further uses of tied weights.
+
+    Args:
+      selector: of which sites; by default every site with a weight.
+
+    >>> import jax, jax.numpy as jnp, quantjax as qj
+    >>> loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["a"]) @ p["b"])
+    >>> params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+    >>> table = qj.sites(jax.grad(loss), params, jnp.ones((3, 2)))
+    >>> [[s.name for s in table if chosen.resolved(table.sites).matches(s)]
+    ...  for chosen in (weighted(), first_use())]
+    [['a', 'b', 'b#1'], ['a', 'b']]
+    """
+    return FirstUse(selector or weighted())
+
+
+def every_use(selector: Selector) -> Selector:
+    """What ``selector`` matches, and every other site with a weight of the same parameters.
+
+    So that a tied table, a backward product or what ``jax.checkpoint`` computes again has the
+    widths of the product that was meant.
+
+    >>> str(every_use(first()))
+    'every use of first 1 of weighted'
+    """
+    return EveryUse(selector)
+
+
+def _paths(site: Site) -> tuple[str, ...]:
+    return () if site.weight is None else site.weight.paths
 
 
 def _positive(count: int) -> int:

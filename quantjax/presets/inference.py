@@ -13,7 +13,7 @@ from quantjax.granularity import PerChannel, PerGroup, PerTensor, PerToken, Rema
 from quantjax.interpreter import Op
 from quantjax.policy import Policy, Scheme, rule, uniform_policy
 from quantjax.quantizer import RangeMode, activation_quantizer, weight_quantizer
-from quantjax.relative_selectors import first, last
+from quantjax.relative_selectors import every_use, first, first_use, last
 from quantjax.selectors import op, weighted
 
 
@@ -105,11 +105,14 @@ def nvfp4() -> Policy:
 def first_last_8bit(policy: Policy | Scheme) -> Policy:
     """The first and the last product with a weight in 8 bits, all else as ``policy`` says.
 
-    Lookups are not counted: the first product of a language model is the one behind its table.
+    Lookups are not counted: the first product of a language model is the one behind its table. A
+    weight has one width: a table tied to the last product takes its 8 bits, and in the program of
+    ``jax.grad`` so do the backward products of both, whose gradients stay in float. Layers stacked
+    in a scan are one site.
 
     >>> print(first_last_8bit(w4a8()))
-    (first 1 of (weighted & ~op gather|dynamic_slice) | last 1 of (weighted & ~op \
-gather|dynamic_slice)): w=int8/channel a=uint8/tensor
+    every use of (first 1 of first use of (weighted & ~op gather|dynamic_slice) | last 1 of first \
+use of (weighted & ~op gather|dynamic_slice)): w=int8/channel a=uint8/tensor
     weighted: w=int4/channel a=uint8/tensor (optional)
 
     Args:
@@ -117,8 +120,8 @@ gather|dynamic_slice)): w=int8/channel a=uint8/tensor
 
     Source: Esser et al., Learned step size quantization, 2020, section 3 (the common practice).
     """
-    products = weighted() & ~op(Op.GATHER, Op.SLICE)
-    edges = first(products) | last(products)
+    new = first_use(weighted() & ~op(Op.GATHER, Op.SLICE))
+    edges = every_use(first(new) | last(new))
     rest = (rule(weighted(), policy),) if isinstance(policy, Scheme) else policy.rules
     # Of a model of two layers nothing is left for them.
     inner = [dataclasses.replace(each, optional=True) for each in rest]

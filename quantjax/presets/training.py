@@ -3,8 +3,7 @@
 A scheme says what becomes of the weights and activations of one product. The papers leave the first
 and the last layer at 8 bits::
 
-    edges = qj.rule(qj.path("*/Conv_0/kernel"), qj.uniform_policy().rules[0].scheme)
-    policy = qj.Policy([edges, qj.rule(qj.weighted(), qj.presets.lsq(weight_bits=4))])
+    policy = qj.presets.first_last_8bit(qj.presets.lsq(weight_bits=4))
 
 Activations are unsigned where a paper has them behind a ReLU, which the range then shows; those of
 ``asymmetric`` presets may be anything.

@@ -76,7 +76,7 @@ from quantjax.ranges import (
     sigma,
     sqnr,
 )
-from quantjax.relative_selectors import Costliest, First, Last
+from quantjax.relative_selectors import Costliest, EveryUse, First, FirstUse, Last
 from quantjax.rounding import ROUNDINGS, Rounding
 from quantjax.selectors import (
     AtLeast,
@@ -100,8 +100,10 @@ DATACLASSES: tuple[type, ...] = (
     CodebookFormat,
     Combined,
     Costliest,
+    EveryUse,
     Everything,
     First,
+    FirstUse,
     InScope,
     IntegerFormat,
     Last,

@@ -68,6 +68,16 @@ def forms(policy: qj.Policy, f: Any, params: Any, x: Any) -> Any:
     return qj.plan(policy, qj.sites(f, params, x))
 
 
+def widths(plan: qj.Plan) -> dict[str, int]:
+    """Of the weights, by site."""
+    return {
+        entry.site.name: operand.quantizer.bits
+        for entry in plan.quantized
+        for operand in entry.quantized
+        if operand.key == "weight" and operand.quantizer is not None
+    }
+
+
 def test_groups_are_shorter_where_they_do_not_divide():
     f = lambda p, x: x @ p["a"] @ p["b"] @ p["c"]  # noqa: E731
     params = {"a": normal(0, 256, 200), "b": normal(1, 200, 20), "c": normal(2, 20, 3)}
@@ -85,9 +95,36 @@ def test_the_edges_of_a_language_model_are_products():
     params = {"table": normal(0, 7, 4), "w": normal(1, 4, 4)}
     policy = qj.presets.first_last_8bit(qj.presets.w4a8())
     plan = forms(policy, f, params, jnp.arange(5))
-    widths = [entry.quantized[-1].quantizer.bits for entry in plan.sites]
-    assert str(plan.sites[0].quantized[0].quantizer) == "int4/channel"
-    assert widths[1:] == [8, 8]
+    assert widths(plan) == {"table": 8, "w": 8, "table#1": 8}, "a tied weight has one width"
+    _, state = qj.observe(f, plan)(qj.init(plan), params, jnp.arange(5))
+    qstate = qj.calibrate(plan, state, params)
+    frozen = qj.freeze(plan, qstate, params)
+    executed = jax.jit(qj.execute(f, plan))(qstate, frozen, jnp.arange(5))
+    simulated = jax.jit(qj.fake_quantize(f, plan))(qstate, params, jnp.arange(5))
+    assert_same_bits(executed, simulated)
+
+
+def test_a_table_of_its_own_is_no_edge():
+    f = lambda p, i: jnp.tanh(p["table"][i] @ p["w"]) @ p["head"]  # noqa: E731
+    params = {"table": normal(0, 7, 4), "w": normal(1, 4, 4), "head": normal(2, 4, 7)}
+    plan = forms(qj.presets.first_last_8bit(qj.presets.w4a8()), f, params, jnp.arange(5))
+    assert widths(plan) == {"table": 4, "w": 8, "head": 8}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["saved", "checkpoint"])
+def test_the_edges_of_a_gradient_are_those_of_its_model(wrap):
+    @wrap
+    def model(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    params = {name: normal(n, 4, 4) for n, name in enumerate("abc")}
+    gradient = jax.grad(lambda p, x: jnp.sum(model(p, x) ** 2))
+    plan = forms(qj.presets.first_last_8bit(qj.presets.w4a8()), gradient, params, normal(3, 2, 4))
+    found = widths(plan)
+    assert len(found) > 3
+    assert {name: bits for name, bits in found.items() if bits != 8} == {
+        name: 4 for name in found if name.split("#")[0] == "b"
+    }
 
 
 def test_a_model_that_is_all_edges():

@@ -94,8 +94,54 @@ def test_opaque_sites_are_not_counted():
     assert chosen(qj.first(), table) == chosen(qj.last(), table) == ["c"]
 
 
+GRADIENT = qj.sites(
+    jax.grad(jax.checkpoint(lambda p, x: jnp.sum(jnp.tanh(x @ p["a"]) @ p["b"]) ** 2)),
+    {"a": normal(0, 4, 4), "b": normal(1, 4, 4)},
+    normal(2, 2, 4),
+)
+
+
+def test_uses_of_a_weight():
+    assert chosen(qj.first_use()) == NAMES
+    assert chosen(qj.first_use(), ATTEND) == ["table", "w"]
+    assert chosen(qj.first_use(qj.op(qj.Op.DOT)), ATTEND) == ["w", "table#1"]
+    assert chosen(qj.every_use(qj.last()), ATTEND) == ["table", "table#1"]
+    assert chosen(qj.every_use(qj.everything()), ATTEND) == [site.name for site in ATTEND]
+    assert chosen(qj.every_use(qj.path("no such")), ATTEND) == []
+    assert chosen(qj.first_use(), GRADIENT) == ["a", "b"]
+    assert len(chosen(qj.weighted(), GRADIENT)) > 2
+    assert chosen(qj.every_use(qj.first_use()), GRADIENT) == chosen(qj.weighted(), GRADIENT)
+
+
+def test_a_weight_of_several_parameters_shares_each():
+    def f(p, x):
+        return x @ jnp.concatenate([p["q"], p["k"]], axis=1) @ p["o"] @ p["k"]
+
+    params = {"q": normal(0, 4, 4), "k": normal(1, 4, 4), "o": normal(2, 8, 4)}
+    table = qj.sites(f, params, normal(3, 2, 4))
+    fused, out, again = [site.name for site in table]
+    assert chosen(qj.every_use(qj.path(again)), table) == [fused, again]
+    assert chosen(qj.first_use(), table) == [fused, out]
+
+
+@pytest.mark.parametrize("table", [TABLE, ATTEND, GRADIENT], ids=["cnn", "tied", "gradient"])
+@pytest.mark.parametrize(
+    "inner", [qj.weighted(), qj.first(), qj.last(), qj.backward(), qj.costliest(0.5)], ids=str
+)
+def test_uses_are_closed(inner, table):
+    some, every = chosen(inner, table), chosen(qj.every_use(inner), table)
+    assert set(some) <= set(every)
+    assert chosen(qj.every_use(qj.every_use(inner)), table) == every
+    new = chosen(qj.first_use(inner), table)
+    assert set(new) <= set(some)
+    assert chosen(qj.first_use(qj.first_use(inner)), table) == new
+    if inner == qj.weighted():
+        assert chosen(qj.every_use(qj.first_use(inner)), table) == every
+
+
 def test_one_row_does_not_tell():
-    for selector in (qj.first(), qj.last(), qj.costliest(0.5), qj.first() & qj.weighted()):
+    whole = (qj.first(), qj.last(), qj.costliest(0.5), qj.first_use(), qj.every_use(qj.weighted()))
+    for selector in (*whole, qj.first() & qj.weighted()):
         with pytest.raises(errors.PolicyError, match="needs the whole table"):
             selector.matches(TABLE.sites[0])
 

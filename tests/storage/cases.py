@@ -104,6 +104,8 @@ library_selectors = st.recursive(
         st.builds(qj.not_, inner),
         st.builds(qj.first, inner, count=counts),
         st.builds(qj.last, inner, count=counts),
+        st.builds(qj.first_use, inner),
+        st.builds(qj.every_use, inner),
         st.builds(qj.costliest, st.floats(0.0, 1.0, exclude_min=True), inner),
     ),
     max_leaves=4,

@@ -234,7 +234,7 @@ def tied() -> Case:
         return rows(head, rows(m["one"], jnp.tanh(rows(m["one"], x))))
 
     tokens = jnp.arange(BATCH, dtype=jnp.int32)
-    return model(method, {"shared": shared, "one": linear(2)}, tokens, X, opaque=1)
+    return model(method, {"shared": shared, "one": linear(2)}, tokens, X)
 
 
 CASES: dict[str, Callable[[], Case]] = {

@@ -116,16 +116,20 @@ class IntegerFormat(Format):
         """
         low, high = self.level_range(bits, theta)
         unclipped = rounding.apply(scaled) + zero_point
-        levels = jnp.clip(unclipped, low, high)
-        if self.signed:
-            shifted = scaled + zero_point
-            if rounding.is_nearest:
-                signs = jnp.where(shifted >= 0.0, 1.0, -1.0)
-            else:
-                signs = 2.0 * rounding.apply(0.5 * jnp.clip(shifted, -1.0, 1.0) + 0.5) - 1.0
-            signs = jnp.where(jnp.isnan(shifted), shifted, signs)
-            levels = jnp.where(bits == 1.0, signs, levels)
-        return Snapped(levels, unclipped)
+        if not self.signed:
+            return Snapped(jnp.clip(unclipped, low, high), unclipped)
+        one = bits == 1.0
+        if rounding.is_nearest:
+            # For the sign, the quotient is taken so large that it rounds to itself, and is read
+            # once: XLA writes out a quotient that is read twice, another pass over ``x``.
+            grown = jnp.where(one, jnp.where(jnp.abs(zero_point) <= 1.0, 2.0**127, 2.0**100), 1.0)
+            shifted = rounding.apply(scaled * grown) + zero_point * grown
+            signs, inside = jnp.where(shifted >= 0.0, 1.0, -1.0), shifted
+        else:
+            shifted, inside = scaled + zero_point, unclipped
+            signs = 2.0 * rounding.apply(0.5 * jnp.clip(shifted, -1.0, 1.0) + 0.5) - 1.0
+        signs = jnp.where(jnp.isnan(shifted), shifted, signs)
+        return Snapped(jnp.where(one, signs, jnp.clip(inside, low, high)), unclipped)
 
     def narrowed(self, bits: int) -> IntegerFormat:
         """The same codes in a container of ``bits``; one signed bit has codes of its own."""

@@ -17,6 +17,7 @@ from quantjax.interpreter.product import Product, product_of
 from quantjax.interpreter.sites import Added, Location, Site
 from quantjax.interpreter.sums import summed
 from quantjax.interpreter.trace import Program
+from quantjax.interpreter.turns import NO_TURNS, Turned, turned
 
 
 class Visit(NamedTuple):
@@ -145,6 +146,14 @@ class _Earlier(NamedTuple):
     kept: Any
 
 
+class _Around:
+    """What the equations of one program say of its products."""
+
+    def __init__(self, jaxpr: jex_core.Jaxpr) -> None:
+        self.into_sums: frozenset[Any] = summed(jaxpr)
+        self.turned: Turned = turned(jaxpr)
+
+
 class _Walk:
     """The sites of one evaluation, and the loop over equations."""
 
@@ -182,7 +191,7 @@ class _Walk:
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
         env.update(zip(jaxpr.invars, arguments, strict=True))
         last_use = _last_uses(jaxpr)
-        into_sums: frozenset[Any] | None = None
+        around: _Around | None = None
         states: dict[str, Any] = {}
         records: dict[str, Any] = {}
         kept: dict[str, Any] = {}
@@ -191,12 +200,13 @@ class _Walk:
             operands = [a.val if isinstance(a, jex_core.Literal) else env[a] for a in eqn.invars]
             site = self._sites.get(here)
             if site is not None:
-                into_sums = summed(jaxpr) if into_sums is None else into_sums
+                around = _Around(jaxpr) if around is None else around
                 product = product_of(eqn)
                 assert product is not None
                 product = dataclasses.replace(
                     product,
-                    is_summed=eqn.outvars[0] in into_sums,
+                    is_summed=eqn.outvars[0] in around.into_sums,
+                    turns=around.turned.around(eqn) if product.factors == 2 else NO_TURNS,
                     rest=tuple(operands[product.factors :]),
                 )
                 outcome = self._handle(site, product, operands, carried)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend import core as jex_core
 
 from quantjax._compat import bind_in_context
+from quantjax.interpreter.turns import NO_TURNS, Turns
 
 
 class Op(enum.Enum):
@@ -50,6 +51,7 @@ class Product:
       op: which primitive.
       eqn: the equation.
       is_summed: whether the result may flow into a sum that is no product; True where not known.
+      turns: which of its operands and results are transposed next to it.
       rest: values of the operands that are no factors, while it is evaluated: sizes of the groups
         of a ragged product, indices of a lookup.
     """
@@ -57,6 +59,7 @@ class Product:
     op: Op
     eqn: jex_core.JaxprEqn
     is_summed: bool = True
+    turns: Turns = NO_TURNS
     rest: tuple[Any, ...] = ()
 
     @property

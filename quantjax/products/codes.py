@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -86,6 +87,8 @@ def _fenced(product: Product, out: jax.Array) -> jax.Array:
     reads the cotangent depends on the shape."""
     if product.op is not Op.DOT:
         return _fence(product, out)
+    if product.turns.out:
+        return _fence(product, out.T).T
     axes = [blocks.dot_axes(product, side) for side in (0, 1)]
     roles = axes[0].batch, axes[0].free, axes[1].free
     operands = product.lhs, product.lhs, product.rhs
@@ -134,9 +137,13 @@ def _scaled_sums(
     operands = (lhs.values, rhs.values), factors
 
     def value(values: tuple[jax.Array, jax.Array], flag: jax.Array) -> jax.Array:
-        sums = _sums(product, sizing, *values, flag)
+        lhs_values, rhs_values = _as_they_came(product, values)
+        sums = _sums(product, sizing, lhs_values, rhs_values, flag)
+        if product.is_summed:
+            return sums
         # Where no fence stands behind the factors, one stands ahead of them.
-        return sums if product.is_summed else lax.optimization_barrier(sums)
+        fence = lax.optimization_barrier
+        return fence(sums.T).T if product.turns.out else fence(sums)
 
     @jax.custom_jvp
     def total(operands: Any, flag: jax.Array) -> jax.Array:
@@ -159,6 +166,16 @@ def _scaled_sums(
         return out, sum_of(terms, out)
 
     return total(operands, any_bypass)
+
+
+def _as_they_came(product: Product, values: Sequence[jax.Array]) -> list[jax.Array]:
+    """Operands that were transposed with that transposition next to the product again.
+
+    What makes codes of them stands between the two otherwise, and XLA adds up in another order.
+    """
+    barrier = lax.optimization_barrier
+    turns = product.turns.lhs, product.turns.rhs
+    return [barrier(x.T).T if turned else x for x, turned in zip(values, turns, strict=True)]
 
 
 def _tangent(

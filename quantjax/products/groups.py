@@ -130,13 +130,20 @@ def add_blocks(
 def scaled(
     product: Product, sums: jax.Array, lhs: jax.Array | None, rhs: jax.Array | None
 ) -> jax.Array:
-    """Sums in the output's layout times the factors of both operands."""
+    """Sums in the output's layout times the factors of both operands.
+
+    Where the result is transposed, so are the sums ahead of their factors: XLA makes that part of
+    the product, as it does in the float program.
+    """
     factors = [
         blocks.to_output(product, side, factor)
         for side, factor in enumerate((lhs, rhs))
         if factor is not None
     ]
-    return times(sums, functools.reduce(operator.mul, factors)) if factors else sums
+    if not factors:
+        return sums
+    factor = functools.reduce(operator.mul, factors)
+    return times(sums.T, factor.T).T if product.turns.out else times(sums, factor)
 
 
 def sums_scale(product: Product, lhs: jax.Array, rhs: jax.Array) -> Float[Array, "..."]:

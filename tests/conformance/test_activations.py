@@ -59,6 +59,9 @@ class Gated(nn.Module):
         return nn.Dense(3)(act(nn.Dense(21)(x)) * nn.Dense(21)(x))
 
 
+ROUNDED = {("gelu", Convolutional)}
+"""Whose gradients differ in the last place on CPUs with 8 floats a vector (AVX2), not with 16."""
+
 SHAPES = {Dense: (9, 13), Convolutional: (3, 9, 9, 2), Gated: (6, 11)}
 
 
@@ -82,7 +85,7 @@ def test_width_zero_changes_no_bit(model, activation):
     want = jax.jit(lambda *a: (f(*a), derived(f)(*a)))(params, x)
     assert_close(got, want)
     assert_same_bits(got[0], want[0])
-    if fences_hold():
+    if fences_hold() and (activation, model) not in ROUNDED:
         assert_same_bits(got[1], want[1])
     eight = qj.calibrate(plan, state, params, weight_bits=8, activation_bits=8)
     assert not jnp.array_equal(run(eight, params, x)[0], want[0])

@@ -36,7 +36,7 @@ def equinox(
 
     def build() -> Layer:
         f, params = functional(make(), method=lambda m, *inputs: pick(jax.vmap(m)(*inputs)))
-        return Layer(f, shuffled(params), inputs, sites, folded=True)
+        return Layer(f, shuffled(params), inputs, sites)
 
     return build
 

@@ -15,8 +15,6 @@ class Layer(NamedTuple):
     Attributes:
       f, params, inputs: returns one array.
       sites: a line each, in the program's order; see :func:`said`.
-      folded: whether XLA folds a transposition, ahead of its products or behind them, into them, so
-        that bypass is exact but for last places; see ``Case.folded`` of the containers.
       fused: whether bypass is exact but for last places where XLA's fences do not hold, which is on
         JAX 0.10.2; see ``fences_hold``.
     """
@@ -25,7 +23,6 @@ class Layer(NamedTuple):
     params: Any
     inputs: tuple[Any, ...]
     sites: tuple[str, ...]
-    folded: bool = False
     fused: bool = False
 
 

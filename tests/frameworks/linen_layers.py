@@ -33,7 +33,6 @@ def linen(
     *inputs: Any,
     method: Callable[..., Any] | None = None,
     pick: Callable[[Any], Any] = lambda y: y,
-    folded: bool = False,
     fused: bool = False,
     **options: Any,
 ) -> Build:
@@ -48,7 +47,7 @@ def linen(
             with quiet():
                 return pick(module.apply(variables, *inputs, method=method, **options))
 
-        return Layer(f, variables, inputs, sites, folded, fused)
+        return Layer(f, variables, inputs, sites, fused)
 
     return build
 
@@ -157,7 +156,6 @@ CLASSES: dict[str, Row] = {
             named(DOT, "params/embedding"),
             ROWS,
             method=nn.Embed.attend,
-            folded=True,
         ),
     },
     "MultiHeadDotProductAttention": {

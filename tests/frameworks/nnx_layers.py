@@ -35,7 +35,6 @@ def module(
     *inputs: Any,
     method: Callable[..., Any] | None = None,
     wrt: Any = nnx.Param,
-    folded: bool = False,
 ) -> Build:
     """A module in evaluation mode, its state an input."""
 
@@ -43,7 +42,7 @@ def module(
         made = make(nnx.Rngs(0))
         made.eval()
         f, params, state = functional(made, method=method, wrt=wrt)
-        return Layer(lambda *a: f(*a)[0], shuffled(params), (state, *inputs), sites, folded)
+        return Layer(lambda *a: f(*a)[0], shuffled(params), (state, *inputs), sites)
 
     return build
 
@@ -119,7 +118,6 @@ CLASSES: dict[str, Row] = {
             named(DOT, "embedding"),
             ROWS,
             method=nnx.Embed.attend,
-            folded=True,
         ),
     },
     "MultiHeadAttention": {"self": attention(SERIES), "cross": attention(SERIES, OTHERS)},

@@ -34,10 +34,8 @@ class Case(NamedTuple):
       opaque: how many sites cannot be rewritten.
       reverse: whether it has a gradient; a ``while`` has only a directional derivative.
       inlined: whether a derivative rule of its own is lost where it is rewritten.
-      folded: whether it transposes what its products return. In a float program XLA makes another
-        product of that, ``(W xᵀ)ᵀ = x Wᵀ``, whose sums have another order; a fence keeps it from
-        doing so at bypass, which is exact but for last places then. So is an eager gradient of
-        products that have a ``jit`` of their own.
+      stepped: whether it is a library's loop over time whose gradient is exact but for last places
+        at bypass: in what XLA makes of its steps a sum is fused otherwise.
     """
 
     f: Callable[..., Any]
@@ -47,7 +45,7 @@ class Case(NamedTuple):
     opaque: int = 0
     reverse: bool = True
     inlined: bool = False
-    folded: bool = False
+    stepped: bool = False
 
     def expected(self, name: str) -> Visits:
         """What the statistics of this site have to look like."""

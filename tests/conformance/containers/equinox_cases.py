@@ -18,12 +18,9 @@ KEY = jax.random.key(0)
 
 
 def model(method: Callable[..., Any], module: Any, *inputs: Any, **options: Any) -> Case:
-    """A method of a module, or of a dict of them; modules are for one example.
-
-    Their products are ``W x``, mapped over examples: ``(W xᵀ)ᵀ``.
-    """
+    """A method of a module, or of a dict of them; modules are for one example."""
     f, params = functional(module, method=method)
-    return Case(f, params, inputs, folded=True, **options)
+    return Case(f, params, inputs, **options)
 
 
 def rows(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -244,7 +241,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "vmap": vmapped,
     "remat": rematerialized,
     "layers": lambda: model(scanned(rows), stacked(Block), X, visits={"*": Visits((LAYERS,))}),
-    "time": lambda: recurrent(eqx.nn.LSTMCell(WIDTH, WIDTH, key=KEY)),
+    "time": lambda: recurrent(eqx.nn.LSTMCell(WIDTH, WIDTH, key=KEY))._replace(stepped=True),
     "time_gru": lambda: recurrent(eqx.nn.GRUCell(WIDTH, WIDTH, key=KEY)),
     "nested": lambda: model(
         scanned(hidden_states),

@@ -31,7 +31,7 @@ def jitted_model(forward: Callable[..., Any], *inputs: Any) -> Case:
     Not jitted, eager gradients pass the ``jit`` that ``jax.numpy`` puts around each product, and
     JAX itself gives other last places once such a model is traced; bypass gives others even so.
     """
-    case = model(forward, *inputs, folded=True)
+    case = model(forward, *inputs)
     return case._replace(f=jax.jit(case.f))
 
 
@@ -170,7 +170,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "remat": lambda: model(rematerialized, X),
     "layers": lambda: model(layers, X, visits=LAYERED),
     "time": lambda: recurrent(lambda: hk.VanillaRNN(WIDTH, name="rnn")),
-    "time_gru": lambda: recurrent(lambda: hk.GRU(WIDTH, name="gru")),
+    "time_gru": lambda: recurrent(lambda: hk.GRU(WIDTH, name="gru"))._replace(stepped=True),
     "lstm": lambda: recurrent(lambda: hk.LSTM(WIDTH, name="lstm")),
     "nested": lambda: model(nested, SERIES, visits={"*": Visits((LAYERS,), 2 * TIMES)}),
     "scan": lambda: model(scanned, X, visits={"*": Visits((), 2 * TIMES)}),

@@ -115,10 +115,10 @@ def _tangent_of_theta(
     return [*terms, jax.jvp(decode, (theta,), (instantiated(dtheta),))[1]]
 
 
-def _again(x: jax.Array) -> jax.Array:
-    """``x`` for the derivative, which divides once more: a quotient that is shared with the code
+def _again(given: _Given) -> _Given:
+    """The same for the derivative, which divides once more: a quotient that is shared with the code
     would be written out and read twice, and the code not be computed where ``x`` is."""
-    return jax.lax.optimization_barrier(x)
+    return given._replace(scale=jax.lax.optimization_barrier(given.scale))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -142,7 +142,7 @@ def _tangent_of_codes(
 ) -> jax.Array:
     """How centered codes move; under ``bypass``, how ``x`` does."""
     (x, given), (dx, d) = primals, tangents
-    _, slope, passed, point = _local(arithmetic, _again(x), given)
+    _, slope, passed, point = _local(arithmetic, x, _again(given))
 
     def unless_bypassed(term: jax.Array, otherwise: float) -> jax.Array:
         return term if bypass is None else jnp.where(bypass, otherwise, term)
@@ -181,7 +181,7 @@ def _fake_quant(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Arra
 @functools.partial(_fake_quant.defjvp, symbolic_zeros=True)
 def _fake_quant_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, given), (dx, d) = primals, tangents
-    _, slope, passed, point = _local(arithmetic, _again(x), given)
+    _, slope, passed, point = _local(arithmetic, x, _again(given))
     centered = _centered(arithmetic, x, given)
     bypass = is_bypassed(given.bits)
     terms = []

@@ -6,27 +6,26 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax.formats import divide_by_scale
 from quantjax.ranges.base import Range, RangeRule, Target, known_number, rule_of
-from quantjax.ranges.search import Outcome, search, unit
+from quantjax.ranges.search import Outcome, per_unit, search
 from quantjax.statistics import Statistics
 
 
 def _square(statistics: Statistics, target: Target) -> Range:
-    whole = unit(statistics)
+    unit = per_unit(statistics)
 
     def loss(outcome: Outcome) -> jax.Array:
-        error = divide_by_scale(outcome.error, whole)
+        error = outcome.error * unit
         return jnp.sum(outcome.weights * error * error)
 
     return search(statistics, target, loss)
 
 
 def _power(statistics: Statistics, target: Target, p: jax.Array) -> Range:
-    whole, p = unit(statistics), jnp.asarray(p, jnp.float32)
+    unit, p = per_unit(statistics), jnp.asarray(p, jnp.float32)
 
     def loss(outcome: Outcome) -> jax.Array:
-        error = jnp.abs(divide_by_scale(outcome.error, whole))
+        error = jnp.abs(outcome.error * unit)
         some = jnp.where(error > 0.0, error, 1.0)
         return jnp.sum(outcome.weights * jnp.where(error > 0.0, jnp.exp2(p * jnp.log2(some)), 0.0))
 

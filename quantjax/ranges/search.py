@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax.formats import divide_by_scale
+from quantjax.formats import divide_by_scale, exponent_of, power_of_two
 from quantjax.ranges.base import Range, Target
 from quantjax.statistics import Statistics
 
@@ -133,8 +133,12 @@ def _around(
     return lax.fori_loop(0, FINE, step, best)
 
 
-def unit(statistics: Statistics) -> jax.Array:
-    """The largest magnitude, in units of which no power of an error overflows or vanishes."""
+def per_unit(statistics: Statistics) -> jax.Array:
+    """A power of two, times which no value is larger than 2: its powers do not overflow or vanish.
+
+    It is a factor and no divisor: divisions are most of what a search costs.
+    """
     low, high = statistics.extremes
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    return jnp.where((largest > 0.0) & jnp.isfinite(largest), largest, 1.0)
+    known = (largest > 0.0) & jnp.isfinite(largest)
+    return jnp.where(known, power_of_two(-exponent_of(largest)), 1.0)

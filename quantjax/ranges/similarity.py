@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from quantjax import errors
 from quantjax.formats import divide_by_scale
 from quantjax.ranges.base import Range, RangeRule, Target, known_number, rule_of
-from quantjax.ranges.search import Outcome, search, unit
+from quantjax.ranges.search import Outcome, per_unit, search
 from quantjax.statistics import Statistics
 
 
 def _sqnr(statistics: Statistics, target: Target, clip_weight: jax.Array) -> Range:
-    whole, clip_weight = unit(statistics), jnp.asarray(clip_weight, jnp.float32)
+    unit, clip_weight = per_unit(statistics), jnp.asarray(clip_weight, jnp.float32)
 
     def loss(outcome: Outcome) -> jax.Array:
-        error = divide_by_scale(outcome.error, whole)
+        error = outcome.error * unit
         cost = jnp.where(outcome.clipped, clip_weight, 1.0)
         return jnp.sum(outcome.weights * cost * error * error)
 
@@ -63,10 +63,10 @@ _SAME = 1e-12  # sin² of an angle of 1e-6
 
 
 def _cosine(statistics: Statistics, target: Target) -> Range:
-    whole = unit(statistics)
+    unit = per_unit(statistics)
 
     def loss(outcome: Outcome) -> jax.Array:
-        x, error = (divide_by_scale(part, whole) for part in (outcome.x, outcome.error))
+        x, error = outcome.x * unit, outcome.error * unit
         xx, xe, ee = (
             jnp.sum(outcome.weights * a * b) for a, b in ((x, x), (x, error), (error, error))
         )

@@ -196,7 +196,8 @@ def _tangent(
         else:
             other = other * expand(factor, other.shape)
     operands = (tangent, other) if side == 0 else (other, tangent)
-    return product.in_float32(*operands)
+    lhs, rhs = _as_they_came(product, operands)
+    return product.in_float32(lhs, rhs)
 
 
 def _sums(

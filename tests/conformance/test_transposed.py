@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import quantjax as qj
+from tests.conformance.test_identity import assert_close, fences_hold
 from tests.models import assert_same_bits, normal
 
 # Small ones, whose sums XLA's kernels add up in another order when a side is transposed.
@@ -62,14 +63,18 @@ def test_simulation_equals_execution(f, bits):
     assert 0 < error < {8: 0.02, 4: 0.3}[bits]
 
 
-def test_gradients_pass_the_transpositions(f):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_gradients_pass_the_transpositions(f, compiled):
     params, x = parameters(f, 18, 8), normal(2, 6, 8)
     plan, qstate = calibrated(f, params, x, 0)
     fake = qj.fake_quantize(f, plan)
 
     def gradients(f):
-        return jax.grad(lambda params, x: jnp.sum(jnp.sin(f(params, x))), (0, 1))(params, x)
+        found = jax.grad(lambda params, x: jnp.sum(jnp.sin(f(params, x))), (0, 1))
+        return (jax.jit(found) if compiled else found)(params, x)
 
     got = gradients(lambda params, x: fake(qstate, params, x))
-    for mine, own in zip(*map(jax.tree.leaves, (got, gradients(f))), strict=True):
-        np.testing.assert_allclose(mine, own, rtol=1e-5, atol=1e-6)
+    want = gradients(f)
+    assert_close(got, want)
+    if compiled and fences_hold():
+        assert_same_bits(got, want)

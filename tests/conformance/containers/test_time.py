@@ -57,16 +57,15 @@ def test_a_network_calibrated_at_one_length_runs_at_another(name):
     }
 
 
-def roundings(jaxpr: jex_core.Jaxpr, loops: int = 0) -> list[tuple[int, tuple[int, ...]]]:
-    """How many scans around it and the shape of each rounding; not those of zero points."""
+def divisions(jaxpr: jex_core.Jaxpr, loops: int = 0) -> list[tuple[int, tuple[int, ...]]]:
+    """How many scans around it and the shape of each division by scales; one makes a code."""
     found = []
     for eqn in jaxpr.eqns:
         shape = eqn.outvars[0].aval.shape
-        rounds = eqn.primitive.name in ("round", "round_nearest_even")
-        if rounds and shape and 1 not in shape:  # a zero point has the rank of its operand
+        if eqn.primitive.name == "div" and shape and 1 not in shape:  # nor those of scales
             found.append((loops, shape))
         for inner in jex_core.jaxprs_in_params(eqn.params):
-            found += roundings(inner, loops + (eqn.primitive.name == "scan"))
+            found += divisions(inner, loops + (eqn.primitive.name == "scan"))
     return found
 
 
@@ -77,7 +76,7 @@ def rounded(name: str, policy: qj.Policy) -> list[tuple[int, tuple[int, ...]]]:
     state = qj.init(plan)
     qstate = jax.eval_shape(lambda s, p: qj.calibrate(plan, s, p), state, case.params)
     fake = qj.fake_quantize(case.f, plan)
-    return sorted(roundings(jax.make_jaxpr(fake)(qstate, case.params, *case.inputs).jaxpr))
+    return sorted(divisions(jax.make_jaxpr(fake)(qstate, case.params, *case.inputs).jaxpr))
 
 
 @pytest.mark.parametrize("name", RECURRENT)

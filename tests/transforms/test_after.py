@@ -11,7 +11,7 @@ from jax import lax
 
 import quantjax as qj
 from quantjax.estimators import LSQ_FEATURES
-from tests.conformance.test_identity import fences_hold
+from tests.conformance.test_identity import assert_close, fences_hold
 from tests.models import Case, assert_same_bits, linen, normal
 
 SIGNED = qj.weight_quantizer(bits=8)
@@ -45,7 +45,9 @@ def ready(case: Case, scheme: qj.Scheme, **bits: Any) -> Any:
         qj.Policy([qj.rule(qj.everything(), scheme)]), qj.sites(case.f, case.params, case.x)
     )
     out, state = jax.jit(qj.observe(case.f, plan))(qj.init(plan), case.params, case.x)
-    assert_same_bits(out, jax.jit(case.f)(case.params, case.x))
+    own = jax.jit(case.f)(case.params, case.x)
+    # JAX 0.10.2 drops the fences; with 8 floats a vector a tanh in a loop is then fused otherwise.
+    (assert_same_bits if fences_hold() else assert_close)(out, own)
     return plan, state, qj.calibrate(plan, state, case.params, **bits)
 
 

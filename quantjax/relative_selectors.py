@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 
@@ -31,9 +32,9 @@ class _Relative(Selector):
         usable = [s for s in sites if s.status is SiteStatus.REWRITABLE and among.matches(s)]
         return Named(frozenset(site.name for site in self.chosen(usable)))
 
+    @abc.abstractmethod
     def chosen(self, sites: Sequence[Site]) -> Sequence[Site]:
         """Which of the sites that can be rewritten, in program order."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,12 +146,20 @@ class _Earlier(NamedTuple):
     kept: Any
 
 
-class _Around:
-    """What the equations of one program say of its products."""
+class _Around(NamedTuple):
+    """What the other equations of a program say of its products."""
 
-    def __init__(self, jaxpr: jex_core.Jaxpr) -> None:
-        self.into_sums: frozenset[Any] = summed(jaxpr)
-        self.turned: Turned = turned(jaxpr)
+    into_sums: frozenset[Any]
+    turned: Turned
+
+    def seen_by(self, product: Product, operands: Sequence[Any]) -> Product:
+        """The product with that, and with the operands that are no factors."""
+        return dataclasses.replace(
+            product,
+            is_summed=product.eqn.outvars[0] in self.into_sums,
+            turns=self.turned.around(product.eqn) if product.factors == 2 else NO_TURNS,
+            rest=tuple(operands[product.factors :]),
+        )
 
 
 class _Walk:
@@ -200,16 +208,10 @@ class _Walk:
             operands = [a.val if isinstance(a, jex_core.Literal) else env[a] for a in eqn.invars]
             site = self._sites.get(here)
             if site is not None:
-                around = _Around(jaxpr) if around is None else around
+                around = around or _Around(summed(jaxpr), turned(jaxpr))
                 product = product_of(eqn)
                 assert product is not None
-                product = dataclasses.replace(
-                    product,
-                    is_summed=eqn.outvars[0] in around.into_sums,
-                    turns=around.turned.around(eqn) if product.factors == 2 else NO_TURNS,
-                    rest=tuple(operands[product.factors :]),
-                )
-                outcome = self._handle(site, product, operands, carried)
+                outcome = self._handle(site, around.seen_by(product, operands), operands, carried)
                 outputs, kept[site.name] = [outcome.out], outcome.kept
                 if site.name in carried.states:
                     states[site.name] = outcome.state

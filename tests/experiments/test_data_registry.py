@@ -152,6 +152,7 @@ def test_importing_does_no_work():
 def folder() -> Path:
     named_folder = os.environ.get("QUANTJAX_DATA", "")
     if not named_folder:
+        # Hundreds of megabytes that no clone has; tests never reach for the network.
         pytest.skip("QUANTJAX_DATA names no folder with the real sets")
     return Path(named_folder)
 

@@ -43,9 +43,11 @@ Her mom said, "Don't worry, Lily. We can help you."""
 def _folder(*names: str) -> Path:
     named = os.environ.get("QUANTJAX_DATA", "")
     if not named:
+        # Published files that no clone has; tests never reach for the network.
         pytest.skip("QUANTJAX_DATA names no folder with the published weights")
     missing = [name for name in names if not (Path(named) / name).exists()]
     if missing:
+        # A folder may hold the data sets alone; each file is asked for by the test that needs it.
         pytest.skip(f"the folder that QUANTJAX_DATA names lacks {', '.join(missing)}")
     return Path(named)
 

@@ -69,7 +69,7 @@ def divisions(jaxpr: jex_core.Jaxpr, loops: int = 0) -> list[tuple[int, tuple[in
     return found
 
 
-def rounded(name: str, policy: qj.Policy) -> list[tuple[int, tuple[int, ...]]]:
+def coded(name: str, policy: qj.Policy) -> list[tuple[int, tuple[int, ...]]]:
     """Those of a quantized model."""
     case = build(name)
     plan = case.planned(policy)
@@ -83,25 +83,25 @@ def rounded(name: str, policy: qj.Policy) -> list[tuple[int, tuple[int, ...]]]:
 def test_a_weight_of_all_steps_is_quantized_once_ahead_of_the_loop(name):
     table = build(name).table
     weights = sorted(site.weight.shape for site in table)
-    assert rounded(name, WEIGHTS_ONLY) == [(0, shape) for shape in weights]
+    assert coded(name, WEIGHTS_ONLY) == [(0, shape) for shape in weights]
     # The counting counts: activations are quantized inside.
     in_time = [site for site in table if "scan×4" in site.loops]
-    inside = [shape for loops, shape in rounded(name, qj.uniform_policy()) if loops == 1]
+    inside = [shape for loops, shape in coded(name, qj.uniform_policy()) if loops == 1]
     assert inside == [(3, 6)] * len(in_time)
     assert len(in_time) >= 2
 
 
 @pytest.mark.parametrize("name", STACKED)
 def test_a_weight_of_one_step_is_quantized_in_it(name):
-    assert [entry for entry in rounded(name, WEIGHTS_ONLY) if entry[0]] == [(1, (6, 6))]
+    assert [entry for entry in coded(name, WEIGHTS_ONLY) if entry[0]] == [(1, (6, 6))]
 
 
 @pytest.mark.parametrize("name", ["raw/nested", "linen/nested", "nnx/nested"])
 def test_weights_of_layers_of_time_steps_are_quantized_once_a_layer(name):
     weights = sorted(site.weight.shape for site in build(name).table)
     # Ahead of both loops, all layers in one; never inside the loop over time.
-    assert rounded(name, WEIGHTS_ONLY) == [(0, (LAYERS, *shape)) for shape in weights]
-    both = rounded(name, qj.uniform_policy())
+    assert coded(name, WEIGHTS_ONLY) == [(0, (LAYERS, *shape)) for shape in weights]
+    both = coded(name, qj.uniform_policy())
     assert [shape for loops, shape in both if loops == 2] == [(3, 6)] * len(weights)
 
 

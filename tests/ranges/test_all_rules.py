@@ -17,7 +17,7 @@ from tests.ranges import cases
 from tests.ranges.cases import ASYMMETRIC, RULES, SYMMETRIC, at_hand, drawn, observed
 from tests.refused import refused
 
-pytestmark = pytest.mark.thinned(3)
+pytestmark = pytest.mark.thinned(5)
 
 ANY_RULE = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 WIDTHS = jnp.float32([2, 3, 4, 8])

@@ -12,7 +12,7 @@ from quantjax import estimators as es
 from quantjax import storage
 from tests.conformance.test_identity import assert_close, fences_hold
 
-pytestmark = pytest.mark.thinned(3)
+pytestmark = pytest.mark.thinned(5)
 
 RNG = np.random.default_rng(5)
 LAYERS, WIDTH = 3, 8

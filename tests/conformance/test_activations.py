@@ -14,6 +14,8 @@ import quantjax as qj
 from tests.conformance.test_identity import assert_close, fences_hold
 from tests.models import assert_same_bits, normal
 
+pytestmark = pytest.mark.thinned(2)
+
 ACTIVATIONS = {
     "relu": nn.relu,
     "leaky_relu": nn.leaky_relu,

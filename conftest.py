@@ -46,9 +46,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Every n-th parameter set stays, counted over the sets that a module's tests share, so that all
     tests of one set stay together. Of a product of two parameters each value stays with some of the
     others where the step shares no factor with the length of the one that runs faster; other steps
-    lose some of its values, and lists of one parameter always do.
+    lose some of its values, and lists of one parameter always do. A test of which nothing would
+    stay keeps its first set.
     """
     places: dict[object, dict[str, int]] = collections.defaultdict(dict)
+    tests: dict[object, list[tuple[pytest.Item, bool]]] = collections.defaultdict(list)
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is None:
@@ -56,5 +58,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marker = item.get_closest_marker("thinned")
         step = config.getoption("--thin") * (marker.args[0] if marker else 1)
         seen = places[item.path, frozenset(callspec.params)]
-        if seen.setdefault(callspec.id, len(seen)) % step:
-            item.add_marker(pytest.mark.slow)
+        is_kept = seen.setdefault(callspec.id, len(seen)) % step == 0
+        tests[item.nodeid.partition("[")[0]].append((item, is_kept))
+    for sets in tests.values():
+        nothing_stays = not any(is_kept for _, is_kept in sets)
+        for item, is_kept in sets[1:] if nothing_stays else sets:
+            if not is_kept:
+                item.add_marker(pytest.mark.slow)

@@ -19,6 +19,11 @@ def test_product(row, column): ...
 @pytest.mark.parametrize("column", "abcdefghij")
 def test_same_sets(row, column): ...
 
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("row", ["after", "others"])
+@pytest.mark.parametrize("column", "a")
+def test_few_sets(row, column): ...
+
 @pytest.mark.parametrize("row", range(4))
 def test_not_thinned(row): ...
 
@@ -55,6 +60,7 @@ def test_a_third_stays_and_with_it_every_row_and_column(names):
     assert {a for a, _ in ids} == set("abcdefghij")
     assert {b for _, b in ids} == set("01234")
     assert of(found, "test_same_sets") == product
+    assert of(found, "test_few_sets") == ["[a-others]"]
     assert len(of(found, "test_not_thinned")) == 4
     assert len(of(found, "test_without_parameters")) == 1
 
@@ -62,5 +68,6 @@ def test_a_third_stays_and_with_it_every_row_and_column(names):
 def test_the_option_multiplies(names):
     found = names("--thin", "2")
     assert len(of(found, "test_product")) == 9
+    assert len(of(found, "test_few_sets")) == 1  # a test of which nothing would stay keeps one
     assert len(of(found, "test_not_thinned")) == 2
     assert len(of(found, "test_without_parameters")) == 1

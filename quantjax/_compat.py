@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import source_info_util as _source_info
 from jax.extend import core as jex_core
 
 JIT_PRIMITIVES = ("jit", "pjit")
+
+BARRIERS_HOLD = jax.__version_info__ >= (0, 11)
+"""Whether an optimization barrier still stands when XLA decides what to fuse, as it does on CPU
+from JAX 0.11 on. The XLA of 0.10.2 removes them before."""
 
 
 def bind_equation(eqn: jex_core.JaxprEqn, *operands: Any) -> list[Any]:
@@ -28,7 +34,12 @@ def bind_equation(eqn: jex_core.JaxprEqn, *operands: Any) -> list[Any]:
 
 def bind_in_context(eqn: jex_core.JaxprEqn, *operands: Any) -> list[Any]:
     """:func:`bind_equation` where :func:`equation_context` is entered already."""
-    params = eqn.primitive.get_bind_params(eqn.params)
+    return bind_altered(eqn, {}, *operands)
+
+
+def bind_altered(eqn: jex_core.JaxprEqn, changes: Mapping[str, Any], *operands: Any) -> list[Any]:
+    """:func:`bind_in_context` with some parameters of the equation replaced."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
     subfuns: tuple[Any, ...] = ()
     if isinstance(params, tuple):
         subfuns, params = tuple(params[0]), params[1]
@@ -177,6 +188,18 @@ def remat_call(
             )
         )
     return jax.tree.unflatten(tree, [read(atom) for atom in closed.jaxpr.outvars])
+
+
+def fenced(x: jax.Array, flag: jax.Array | None) -> jax.Array:
+    """The identity, across which XLA fuses nothing.
+
+    Args:
+      flag: anything that XLA does not know. Where barriers do not hold, it chooses between two
+        identities, a choice that XLA keeps; without a flag there is no fence then.
+    """
+    if BARRIERS_HOLD:
+        return lax.optimization_barrier(x)
+    return x if flag is None else lax.cond(jnp.any(flag), lambda x: x, lax.optimization_barrier, x)
 
 
 def concrete(value: Any) -> np.ndarray | None:

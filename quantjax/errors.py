@@ -206,3 +206,11 @@ class MissingPackageError(QuantjaxError, ImportError):
 
     ``qj.sites(f, params, x).to_pandas()`` fails without pandas. ``pip install "quantjax[pandas]"``.
     """
+
+
+class BackendError(QuantjaxError, RuntimeError):
+    """A device whose compiler computes integer products wrongly.
+
+    ``qj.execute`` fails on a GPU where ``XLA_FLAGS`` holds ``--xla_gpu_autotune_level=0``: XLA of
+    JAX 0.11.2 then returns twice the sums. Take the flag out, or use ``qj.fake_quantize``.
+    """

@@ -10,6 +10,7 @@ from quantjax.formats.codebook import (
     learned_codebook,
     normal_float,
 )
+from quantjax.formats.division import divide_by_scale
 from quantjax.formats.integer import IntegerFormat, integer
 from quantjax.formats.levels import LevelFormat, laws_of, row_of, width_table
 from quantjax.formats.logarithmic import LogFormat, Magnitudes, Nearest, inq, lognet
@@ -59,7 +60,6 @@ from quantjax.formats.scales import (
     UNIT,
     ScaleRule,
     Span,
-    divide_by_scale,
     exponent_of,
     power_of_two,
 )

@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, UInt8
 
 from quantjax import errors
 from quantjax.formats.base import Format
+from quantjax.formats.division import divide_by_scale
 from quantjax.formats.integer import integer
 from quantjax.formats.minifloat import E2M1, E2M3, E3M2, E4M3FN, E5M2
-from quantjax.formats.scales import MX_FLOOR, ScaleRule, Span, divide_by_scale, exponent_of
+from quantjax.formats.scales import MX_FLOOR, ScaleRule, Span, exponent_of
 from quantjax.rounding import HALF_EVEN
 
 Element = TypeVar("Element", bound=Format)

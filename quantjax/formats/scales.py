@@ -48,28 +48,6 @@ class ScaleRule(NamedTuple):
     is_power_of_two: bool = False
 
 
-def divide_by_scale(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``x / scale`` with a true IEEE division, elementwise, in float32.
-
-    XLA rewrites a division by a broadcast value into a product with its reciprocal, which moves
-    12 % of exact ties to the other code. A divisor that depends on ``x`` keeps the division. It
-    depends by a comparison with NaN, which is never true; the barrier keeps XLA from knowing so,
-    and from evaluating the comparison where ``x`` is a constant of the program.
-
-    Sharp edge: of a quotient, XLA divides once by the product of both divisors, unless a barrier
-    stands between the two.
-
-    Args:
-      x: float32 values.
-      scale: positive, broadcastable against ``x`` (equal rank or scalar).
-
-    >>> float(divide_by_scale(jnp.float32(0.0825), jnp.float32(0.033)))
-    2.5
-    """
-    never = lax.optimization_barrier(jnp.full((), jnp.nan, x.dtype))
-    return x / jnp.where(x == never, jnp.ones_like(x), scale)
-
-
 def exponent_of(x: Float[Array, "..."]) -> Int[Array, "..."]:
     """``⌊log2 |x|⌋`` exactly, from the bits of normal float32 numbers; -127 for 0."""
     bits = lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from quantjax.integers import gpu
 from quantjax.interpreter import Op
 
 
@@ -39,15 +40,32 @@ def direct_ragged(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
     return lax.ragged_dot(lhs, rhs, preferred_element_type=jnp.int32, **numbers)
 
 
+def gpu_conv(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
+    """A dot of all patches of int8 into int32."""
+    return gpu.patches_conv(lhs, rhs, **numbers)
+
+
 DEFAULT: Mapping[Op, Lowering] = {
     Op.DOT: direct_dot,
     Op.CONV: direct_conv,
     Op.RAGGED: direct_ragged,
 }
-TABLE: Mapping[str, Mapping[Op, Lowering]] = {"cpu": DEFAULT, "gpu": DEFAULT, "tpu": DEFAULT}
+GPU: Mapping[Op, Lowering] = {
+    Op.DOT: gpu.filled_dot,
+    Op.CONV: gpu_conv,
+    Op.RAGGED: gpu.filled_ragged,
+}
+TABLE: Mapping[str, Mapping[Op, Lowering]] = {"cpu": DEFAULT, "gpu": GPU, "tpu": DEFAULT}
 """By backend; a backend that is not listed takes the default."""
 
 
 def lowering(op: Op) -> Lowering:
-    """The form of a primitive on the backend in use."""
-    return TABLE.get(jax.default_backend(), DEFAULT)[op]
+    """The form of a primitive on the backend in use.
+
+    Raises:
+      BackendError: the backend multiplies int8 wrongly.
+    """
+    backend = jax.default_backend()
+    if backend == "gpu":
+        gpu.check_products()
+    return TABLE.get(backend, DEFAULT)[op]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex_core
 
-from quantjax._compat import bind_in_context
+from quantjax._compat import bind_altered, bind_in_context
 from quantjax.interpreter.turns import NO_TURNS, Turns
 
 
@@ -32,6 +32,11 @@ class Op(enum.Enum):
 
 
 OPS = {op.value: op for op in Op}
+Precision = tuple[lax.Precision, lax.Precision] | None
+"""Of the two operands, as equations have it; None is the backend's own."""
+
+HIGHEST: Precision = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
+
 CONVOLUTION_PARAMS = (
     "window_strides",
     "padding",
@@ -95,17 +100,16 @@ class Product:
         """
         return bind_in_context(self.eqn, *factors[: self.factors], *self.rest)[0]
 
-    def in_float32(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        """The same product of float32 operands at the highest precision, in float32.
+    def in_float32(
+        self, lhs: jax.Array, rhs: jax.Array, precision: Precision = HIGHEST
+    ) -> jax.Array:
+        """The same product summed in float32, of operands in float32 unless they are narrower.
 
         Operands may be smaller than the equation's along contracted axes (blocks of them).
         """
-        options: dict[str, Any] = {
-            "precision": lax.Precision.HIGHEST,
-            "preferred_element_type": jnp.float32,
-        }
+        options: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
         if self.op is Op.DOT:
-            return lax.dot_general(lhs, rhs, self.params["dimension_numbers"], **options)
+            return bind_altered(self.eqn, options, lhs, rhs)[0]
         if self.op is Op.RAGGED:
             numbers = self.params["ragged_dot_dimension_numbers"]
             return lax.ragged_dot_general(lhs, rhs, self.rest[0], numbers, **options)

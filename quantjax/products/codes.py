@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from quantjax._compat import BARRIERS_HOLD, fenced
 from quantjax.affine import QParams, is_bypassed
 from quantjax.granularity import expand
 from quantjax.interpreter import Op, Product
+from quantjax.interpreter.product import HIGHEST
 from quantjax.products import blocks
-from quantjax.products.exactness import FLOAT32_EXACT, Exactness, Sizing
+from quantjax.products.exactness import BFLOAT16_EXACT, FLOAT32_EXACT, Exactness, Sizing
 from quantjax.products.groups import (
     Coded,
     grouped_or_folded,
@@ -76,42 +78,44 @@ def multiply(
             total = sum_of_groups(product, lhs, rhs, (lhs_groups, rhs_groups))
         return total.astype(product.out.dtype)
 
-    if not flags or (ungrouped and _float32_is_native(product)):
-        return _fenced(product, quantized())
-    out = lax.cond(jnp.all(jnp.stack(flags)), lambda: product.bind(*raw), quantized)
-    return _fenced(product, out)
+    bypass = jnp.all(jnp.stack(flags)) if flags else None
+    if bypass is None or (ungrouped and _float32_is_native(product)):
+        return _fenced(product, quantized(), bypass)
+    out = lax.cond(bypass, lambda: product.bind(*raw), quantized)
+    return _fenced(product, out, bypass)
 
 
-def _fenced(product: Product, out: jax.Array) -> jax.Array:
+def _fenced(product: Product, out: jax.Array, bypass: jax.Array | None) -> jax.Array:
     """The result behind a fence, as the matrix that XLA makes of a dot's: how it vectorizes what
     reads the cotangent depends on the shape."""
     if product.op is not Op.DOT:
-        return _fence(product, out)
+        return _fence(product, out, bypass)
     if product.turns.out:
-        return _fence(product, out.T).T
+        return _fence(product, out.T, bypass).T
     axes = [blocks.dot_axes(product, side) for side in (0, 1)]
     roles = axes[0].batch, axes[0].free, axes[1].free
     operands = product.lhs, product.lhs, product.rhs
     sizes = [math.prod(x.shape[a] for a in role) for x, role in zip(operands, roles, strict=True)]
     matrix = sizes if roles[0] else sizes[1:]
-    return _fence(product, out.reshape(matrix)).reshape(out.shape)
+    return _fence(product, out.reshape(matrix), bypass).reshape(out.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _fence(product: Product, x: jax.Array) -> jax.Array:
+def _fence(product: Product, x: jax.Array, bypass: jax.Array | None) -> jax.Array:
     """The identity, across which XLA fuses no cotangent, and no value that is summed afterwards.
 
     XLA picks the order of a batch reduction (batch norm's statistics, the gradient of a bias) by
     what it fuses into it. With the fence those sums see the product and the cotangent as the float
     program has them, and bypass is bit-exact under ``jit`` as well; without it single sums differ
-    in the last place, as they still do on JAX 0.10.2, whose XLA removes fences before it fuses.
+    in the last place.
     """
-    return lax.optimization_barrier(x) if product.is_summed else x
+    return fenced(x, bypass) if product.is_summed or not BARRIERS_HOLD else x
 
 
 @_fence.defjvp
 def _fence_jvp(product: Product, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return _fence(product, primals[0]), lax.optimization_barrier(tangents[0])
+    x, bypass = primals
+    return _fence(product, x, bypass), fenced(tangents[0], bypass)
 
 
 def _float32_is_native(product: Product) -> bool:
@@ -197,18 +201,30 @@ def _tangent(
             other = other * expand(factor, other.shape)
     operands = (tangent, other) if side == 0 else (other, tangent)
     lhs, rhs = _as_they_came(product, operands)
-    return product.in_float32(lhs, rhs)
+    # Gradients are no codes: accelerators multiply them at the precision of the model.
+    is_cpu = jax.default_backend() == "cpu"
+    return product.in_float32(lhs, rhs, HIGHEST if is_cpu else product.params["precision"])
 
 
 def _sums(
     product: Product, sizing: Sizing, lhs: jax.Array, rhs: jax.Array, any_bypass: jax.Array
 ) -> jax.Array:
     """``Σ lhs · rhs`` in float32, through int32 where float32 alone would round."""
-    if sizing.exactness is not Exactness.CHUNKED:
+    is_long, is_narrow = sizing.exactness is Exactness.CHUNKED, _bfloat16_is_faster(sizing)
+    if not is_long and not is_narrow:
         return product.in_float32(lhs, rhs)
 
+    def codes(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.bfloat16) if is_narrow else x
+
+    def plain(lhs: jax.Array, rhs: jax.Array, any_bypass: jax.Array) -> jax.Array:
+        if not is_narrow:
+            return product.in_float32(lhs, rhs)
+        narrow = lambda lhs, rhs: product.in_float32(codes(lhs), codes(rhs), None)  # noqa: E731
+        return lax.cond(any_bypass, product.in_float32, narrow, lhs, rhs)
+
     def chunked(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        parts = blocks.split(product, lhs, rhs, sizing.block)
+        parts = blocks.split(product, codes(lhs), codes(rhs), sizing.block)
 
         def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             return total + parts.multiply(*part).astype(jnp.int32), None
@@ -220,8 +236,10 @@ def _sums(
 
     @jax.custom_jvp
     def total(lhs: jax.Array, rhs: jax.Array, any_bypass: jax.Array) -> jax.Array:
-        plain = any_bypass | _sums_fit(product, sizing, lhs, rhs)
-        return lax.cond(plain, product.in_float32, chunked, lhs, rhs)
+        if not is_long:
+            return plain(lhs, rhs, any_bypass)
+        fits = any_bypass | _sums_fit(product, sizing, lhs, rhs)
+        return lax.cond(fits, lambda lhs, rhs: plain(lhs, rhs, any_bypass), chunked, lhs, rhs)
 
     @total.defjvp
     def total_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -230,6 +248,15 @@ def _sums(
         return total(lhs, rhs, flag), tangent
 
     return total(lhs, rhs, any_bypass)
+
+
+def _bfloat16_is_faster(sizing: Sizing) -> bool:
+    """Whether codes are multiplied in bfloat16, which holds those of 8 bits, zero point and all.
+
+    Sums are float32 as ever. On a GPU that is 13 times as fast as float32 at highest precision.
+    """
+    is_coded = min(sizing.bounds) > 0 and max(sizing.bounds) <= BFLOAT16_EXACT
+    return is_coded and jax.default_backend() == "gpu"
 
 
 def _sums_fit(product: Product, sizing: Sizing, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

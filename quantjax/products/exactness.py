@@ -6,6 +6,7 @@ import dataclasses
 import enum
 
 FLOAT32_EXACT = 1 << 24
+BFLOAT16_EXACT = 1 << 8
 INT32_LIMIT = 1 << 31
 SHORTEST_BLOCK = 16
 """Below this many products a block, splitting costs more than it is worth."""

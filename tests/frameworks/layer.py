@@ -15,15 +15,12 @@ class Layer(NamedTuple):
     Attributes:
       f, params, inputs: returns one array.
       sites: a line each, in the program's order; see :func:`said`.
-      fused: whether bypass is exact but for last places where XLA's fences do not hold, which is on
-        JAX 0.10.2; see ``fences_hold``.
     """
 
     f: Callable[..., Any]
     params: Any
     inputs: tuple[Any, ...]
     sites: tuple[str, ...]
-    fused: bool = False
 
 
 Build = Callable[[], Layer]

@@ -33,7 +33,6 @@ def linen(
     *inputs: Any,
     method: Callable[..., Any] | None = None,
     pick: Callable[[Any], Any] = lambda y: y,
-    fused: bool = False,
     **options: Any,
 ) -> Build:
     """A module in evaluation mode; ``pick`` takes the array of what it returns."""
@@ -47,7 +46,7 @@ def linen(
             with quiet():
                 return pick(module.apply(variables, *inputs, method=method, **options))
 
-        return Layer(f, variables, inputs, sites, fused)
+        return Layer(f, variables, inputs, sites)
 
     return build
 
@@ -81,15 +80,13 @@ def attention(kind: type[nn.Module], *inputs: jax.Array, **options: Any) -> Buil
     return linen(lambda: kind(num_heads=2, **options), sites, *inputs)
 
 
-def cell(
-    make: Callable[[], Any], sites: Sites, x: jax.Array = ROWS, *, fused: bool = False
-) -> Build:
+def cell(make: Callable[[], Any], sites: Sites, x: jax.Array = ROWS) -> Build:
     """One step of a recurrent cell from a state that is not zero; its output."""
 
     def build() -> Layer:
         start = make().initialize_carry(KEY, x.shape)
         carry = jax.tree.map(lambda leaf: normal(7, *leaf.shape), start)
-        return linen(make, sites, carry, x, pick=lambda y: y[1], fused=fused)()
+        return linen(make, sites, carry, x, pick=lambda y: y[1])()
 
     return build
 
@@ -167,8 +164,8 @@ CLASSES: dict[str, Row] = {
     "OptimizedLSTMCell": {
         "step": cell(lambda: nn.OptimizedLSTMCell(6), CONCATENATED),
     },
-    "GRUCell": {"step": cell(lambda: nn.GRUCell(6), gates("ir hr iz hz in hn"), fused=True)},
-    "MGUCell": {"step": cell(lambda: nn.MGUCell(6), gates("if hf hn in"), fused=True)},
+    "GRUCell": {"step": cell(lambda: nn.GRUCell(6), gates("ir hr iz hz in hn"))},
+    "MGUCell": {"step": cell(lambda: nn.MGUCell(6), gates("if hf hn in"))},
     "SimpleCell": {"step": cell(lambda: nn.SimpleCell(6), gates("i h"))},
     "ConvLSTMCell": {
         "step": cell(lambda: nn.ConvLSTMCell(3, (3, 3)), gates("ih hh", CONV), IMAGES)
@@ -178,7 +175,6 @@ CLASSES: dict[str, Row] = {
             lambda: nn.RNN(nn.GRUCell(6)),
             gates("cell/ir cell/hr cell/iz cell/hz cell/in cell/hn"),
             SERIES,
-            fused=True,
         )
     },
     "Bidirectional": {

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 
 import quantjax as qj
-from tests.conformance.test_identity import assert_close, fences_hold
 from tests.frameworks import equinox_layers, haiku_layers, linen_layers, nnx_layers
 from tests.frameworks.layer import Layer, variants
 from tests.models import assert_same_bits
@@ -81,9 +80,7 @@ def test_observing_and_the_identity_plan_change_no_bit(run):
 
 
 def test_width_zero_changes_no_bit(run, quantized):
-    is_loose = run.layer.fused and not fences_hold()
-    same = assert_close if is_loose else assert_same_bits
-    same(quantized["bypass"], run.own)
+    assert_same_bits(quantized["bypass"], run.own)
 
 
 def test_eight_bits_are_close_and_four_are_coarser(run, quantized):

@@ -18,6 +18,12 @@ from tests.products.forms import CONVS, FORMS, Form
 BACKENDS = ("cpu", "gpu", "tpu")
 
 
+@pytest.fixture
+def direct(monkeypatch):
+    """The default forms, whatever backend the tests run on."""
+    monkeypatch.setitem(lowering.TABLE, jax.default_backend(), lowering.DEFAULT)
+
+
 PRODUCTS = [op for op in Op if not op.is_lookup]
 
 
@@ -63,6 +69,7 @@ def traced(form: Form, *, zeros: bool) -> Any:
     return jax.make_jaxpr(sums)(*codes, *zero).jaxpr
 
 
+@pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("zeros", [True, False])
 @pytest.mark.parametrize("name", FORMS)
 def test_products_are_int8_into_int32(name, zeros):
@@ -75,6 +82,7 @@ def test_products_are_int8_into_int32(name, zeros):
     assert dtypes <= {"int8", "int32", "bool"}  # no float, nothing wider
 
 
+@pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("name", GROUPED)
 def test_products_by_group_are_int8_into_int32(name):
     form, contracted = GROUPED[name]

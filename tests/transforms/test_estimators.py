@@ -10,7 +10,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 import quantjax as qj
 from quantjax import estimators as es
 from quantjax import storage
-from tests.conformance.test_identity import assert_close, fences_hold
 
 pytestmark = pytest.mark.thinned(5)
 
@@ -247,10 +246,7 @@ def test_bypass_is_the_float_model_whatever_the_estimator(name):
         quantized = lambda params, x, f=f, plan=plan, q=off: qj.fake_quantize(f, plan)(q, params, x)  # noqa: E731
         got = jax.jit(jax.value_and_grad(lambda p, g=quantized: loss(p, g)))(params)
         want = jax.jit(jax.value_and_grad(lambda p, g=f: loss(p, g)))(params)
-        assert_close(got, want)
-        assert_array_equal(got[0], want[0])
-        if fences_hold():  # on JAX 0.10.2 XLA fuses a cotangent with what it was computed by
-            jax.tree.map(assert_array_equal, got, want)
+        jax.tree.map(assert_array_equal, got, want)
 
 
 def test_what_is_learned_goes_to_disk(tmp_path):

@@ -248,7 +248,7 @@ CASES: dict[str, Callable[[], Case]] = {
         stacked(lambda key: eqx.nn.LSTMCell(WIDTH, WIDTH, key=key)),
         SERIES,
         visits={"*": Visits((LAYERS,), 2 * TIMES)},
-    ),
+    )._replace(stepped=True),
     "cond": branches,
     "while": loop,
     "custom_jvp": lambda: own(with_own_jvp, inlined=True),

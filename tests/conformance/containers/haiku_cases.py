@@ -170,7 +170,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "remat": lambda: model(rematerialized, X),
     "layers": lambda: model(layers, X, visits=LAYERED),
     "time": lambda: recurrent(lambda: hk.VanillaRNN(WIDTH, name="rnn")),
-    "time_gru": lambda: recurrent(lambda: hk.GRU(WIDTH, name="gru"))._replace(stepped=True),
+    "time_gru": lambda: recurrent(lambda: hk.GRU(WIDTH, name="gru")),
     "lstm": lambda: recurrent(lambda: hk.LSTM(WIDTH, name="lstm")),
     "nested": lambda: model(nested, SERIES, visits={"*": Visits((LAYERS,), 2 * TIMES)}),
     "scan": lambda: model(scanned, X, visits={"*": Visits((), 2 * TIMES)}),

@@ -103,14 +103,12 @@ def test_width_zero_changes_no_bit(case, plan, own, quantized, compiled):
     got = quantized(qstate, case.params, *case.inputs)
     assert_same_bits(got[0], own.eager[0])
     assert_close(got[1], own.eager[1])
-    if fences_hold() or not any(site.loops for site in case.table):  # a loop is always compiled
-        assert_same_derivatives(case, got[1], own.eager[1])
+    assert_same_derivatives(case, got[1], own.eager[1])
 
     value, derivative = compiled(qstate, case.params, *case.inputs)
     assert_close((value, derivative), own.jitted)
     assert_same_bits(value, own.jitted[0])
-    if fences_hold():
-        assert_same_derivatives(case, derivative, own.jitted[1])
+    assert_same_derivatives(case, derivative, own.jitted[1])
 
 
 def assert_same_derivatives(case: Case, got: Any, want: Any) -> None:
@@ -142,7 +140,9 @@ def test_observing_returns_the_models_own_output(case, plan, own, observed):
     assert_same_bits(y, own.eager[0])
     f = jax.jit(case.f)
     want = [f(case.params, *inputs) for inputs in case.calibration()]
-    assert_same_bits(observed.outputs, want)
+    # JAX 0.10.2 vectorizes the body of a loop otherwise where it counts what it sees.
+    loops = any(site.loops for site in case.table)
+    (assert_close if loops and not fences_hold() else assert_same_bits)(observed.outputs, want)
 
 
 def test_layers_have_statistics_of_their_own_and_time_steps_share_theirs(case, plan, observed):

@@ -1,0 +1,162 @@
+"""int8 products as GPUs compute them exactly.
+
+Seen with JAX 0.11.2 on an H200: XLA refuses convolutions of int8 into int32; cuDNN's own int8 ones
+return float32, whose sums end at 2^24; and int8 dots whose sizes are no multiples of 4 come out
+wrong without an error, which of them depends on the library that XLA picks. Here all sizes of a dot
+are filled up with zeros, and a convolution is a dot of patches.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from quantjax import errors
+
+ROWS = 16
+"""Rows and columns of a product are filled up to a multiple of this."""
+
+TERMS = 32
+"""Sums are filled up to a multiple of this: what one instruction of the tensor cores adds up."""
+
+
+@functools.cache
+def check_products() -> None:
+    """One product of int8, once in a process: without autotuning XLA was seen to double them.
+
+    Raises:
+      BackendError: the product is wrong.
+    """
+    with jax.ensure_compile_time_eval():
+        one = jnp.ones((1, 1), jnp.int8)
+        numbers = (((1,), (0,)), ((), ()))
+        found = int(
+            jax.jit(lambda a, b: filled_dot(a, b, dimension_numbers=numbers))(one, one)[0, 0]
+        )
+    if found != 1:
+        raise errors.BackendError(
+            f"a product of int8 came out as {found} instead of 1",
+            where=jax.devices()[0].device_kind,
+            why="XLA's int8 products are wrong here; JAX 0.11.2 doubles them without autotuning",
+            fix="take --xla_gpu_autotune_level=0 out of XLA_FLAGS, or qj.fake_quantize instead",
+        )
+
+
+def filled_dot(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
+    """``lax.dot_general`` of int8 into int32, as a batch of matrices filled up with zeros."""
+    (left, right), (left_batch, right_batch) = numbers["dimension_numbers"]
+    batch = [lhs.shape[axis] for axis in left_batch]
+    x, rows = _matrices(lhs, left_batch, left)
+    w, columns = _matrices(rhs, right_batch, right)
+    x, w = (_filled(_filled(side, 1, ROWS), 2, TERMS) for side in (x, w))
+    sums = lax.dot_general(x, w, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.int32)
+    sums = sums[:, : math.prod(rows), : math.prod(columns)]
+    return sums.reshape(*batch, *rows, *columns)
+
+
+def filled_ragged(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
+    """``lax.ragged_dot`` of int8 into int32, all sizes filled up with zeros."""
+    rows, columns = lhs.shape[0], rhs.shape[2]
+    lhs = _filled(_filled(lhs, 0, ROWS), 1, TERMS)
+    rhs = _filled(_filled(rhs, 1, TERMS), 2, ROWS)
+    sums = lax.ragged_dot(lhs, rhs, preferred_element_type=jnp.int32, **numbers)
+    return sums[:rows, :columns]
+
+
+def patches_conv(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    *,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int,
+) -> jax.Array:
+    """A convolution of int8 into int32 as one dot of all patches; the patches are int8 too.
+
+    With one input channel in a group there is nothing to add up but the window: products are then
+    taken element by element in int32.
+    """
+    spec = dimension_numbers
+    x = lax.transpose(lhs, _channels_last(spec.lhs_spec))
+    w = lax.transpose(rhs, (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0]))
+    edges = [(low, high, by - 1) for (low, high), by in zip(padding, lhs_dilation, strict=True)]
+    x = lax.pad(x, np.int8(0), [(0, 0, 0), *edges, (0, 0, 0)])
+    *window, channels, outputs = w.shape
+    patches = _patches(x, window, window_strides, rhs_dilation)  # places of the window × (N, *S, C)
+    batch = patches[0].shape[:-1]
+    number, groups = math.prod(batch), feature_group_count
+    w = w.reshape(len(patches), channels, groups, outputs // groups)
+    if groups > 1 and channels == 1:
+        sums = jnp.zeros((number, groups, outputs // groups), jnp.int32)
+        for patch, kernel in zip(patches, w[:, 0], strict=True):
+            taken = patch.reshape(number, groups, 1).astype(jnp.int32)
+            sums = sums + taken * kernel[None].astype(jnp.int32)
+    elif groups > 1:
+        rows = jnp.stack(patches, axis=-2).reshape(number, len(patches), groups, channels)
+        length = len(patches) * channels
+        rows = rows.transpose(2, 0, 1, 3).reshape(groups, number, length)
+        w = w.transpose(2, 0, 1, 3).reshape(groups, length, outputs // groups)
+        sums = filled_dot(rows, w, dimension_numbers=(((2,), (1,)), ((0,), (0,))))
+        sums = jnp.moveaxis(sums, 0, 1)
+    else:
+        length = len(patches) * channels
+        rows = jnp.concatenate(patches, axis=-1).reshape(number, length)
+        w = w.reshape(length, outputs)
+        sums = filled_dot(rows, w, dimension_numbers=(((1,), (0,)), ((), ())))
+    back = np.argsort(_channels_last(spec.out_spec))
+    return lax.transpose(sums.reshape(*batch, outputs), back)
+
+
+def _channels_last(spec: Sequence[int]) -> tuple[int, ...]:
+    """From ``(batch, channels, *space)`` axes to the permutation that puts channels last."""
+    return (spec[0], *spec[2:], spec[1])
+
+
+def _patches(
+    x: jax.Array, window: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
+) -> list[jax.Array]:
+    """What each place of the window sees, in ``(batch, *outputs, channels)``."""
+    outputs = [
+        max(0, (size - (taps - 1) * by - 1) // stride + 1)
+        for size, taps, by, stride in zip(x.shape[1:-1], window, dilation, strides, strict=True)
+    ]
+    found = []
+    for place in np.ndindex(*window):
+        start = [index * by for index, by in zip(place, dilation, strict=True)]
+        stop = [
+            first + (number - 1) * stride + 1 if number else first
+            for first, number, stride in zip(start, outputs, strides, strict=True)
+        ]
+        limits = (x.shape[0], *stop, x.shape[-1])
+        found.append(lax.slice(x, (0, *start, 0), limits, (1, *strides, 1)))
+    return found
+
+
+def _matrices(
+    x: jax.Array, batch: Sequence[int], contracted: Sequence[int]
+) -> tuple[jax.Array, list[int]]:
+    """The operand as ``(batch, free, contracted)``, and the sizes of its free axes."""
+    free = [axis for axis in range(x.ndim) if axis not in (*batch, *contracted)]
+    sizes = [[x.shape[axis] for axis in role] for role in (batch, free, contracted)]
+    return lax.transpose(x, (*batch, *free, *contracted)).reshape([*map(math.prod, sizes)]), sizes[
+        1
+    ]
+
+
+def _filled(x: jax.Array, axis: int, step: int) -> jax.Array:
+    """Zeros behind the entries of an axis, up to a multiple of ``step``."""
+    missing = -x.shape[axis] % step
+    if not missing:
+        return x
+    widths = [(0, missing if a == axis else 0, 0) for a in range(x.ndim)]
+    return lax.pad(x, np.zeros((), x.dtype), widths)

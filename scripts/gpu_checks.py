@@ -2,8 +2,9 @@
 
 Bypass: width 0 of a dense network, a CNN and a transformer against the float model, entry by entry,
 with the float model compiled a second time as the control. Integers: W8A8 executed against
-simulated. Ties: codes of ``scale (k + 1/2)`` against NumPy, 2 to 8 bits. Cells: widths and seeds in
-one program against each cell alone. Codes: of noise, against the CPU of this process. Speed: matrix
+simulated. Ties: codes of ``scale (k + 1/2)`` against NumPy, 2 to 8 bits. Quotients: divisions
+against NumPy's. Lengths: int8 dots of short sums against int64. Cells: widths and seeds in one
+program against each cell alone. Codes: of noise, against the CPU of this process. Speed: matrix
 products in float32, tf32, bfloat16 and int8, ten calls a round, all variants in each round, one
 after another; medians, and ratios to bfloat16. The file is written anew after each check.
 
@@ -34,6 +35,9 @@ from benchmark_qat import Transformer  # type: ignore[import-not-found]  # the s
 import quantjax as qj
 from experiments.models.cnn import PooledCNN
 from experiments.timing import interleaved
+from quantjax.formats import divide_by_scale
+from quantjax.integers import lowering
+from quantjax.interpreter import Op
 
 W8A8 = qj.uniform_policy(weight_bits=8, activation_bits=8)
 WIDTHS, SEEDS, REPEATS = np.arange(2.0, 9, dtype=np.float32), 3, 10
@@ -147,6 +151,36 @@ def ties(*, small: bool) -> dict[str, Any]:
     return {"passes": not any(wrong.values()), "codes": x.size * len(WIDTHS), "wrong": wrong}
 
 
+def quotients(*, small: bool) -> dict[str, Any]:
+    """Quotients by a plain division and by the library's, against IEEE's, entry by entry."""
+    number = 1 << (12 if small else 20)
+    draw = np.random.default_rng(1)
+    exponents = draw.integers(-40, 40, (2, number))
+    x, d = np.ldexp(draw.uniform(1.0, 2.0, (2, number)), exponents).astype(np.float32)
+    want = (x / d).view(np.int32)
+    wrong = {
+        name: int((np.asarray(jax.jit(divide)(x, d)).view(np.int32) != want).sum())
+        for name, divide in (("plain", jnp.divide), ("divide_by_scale", divide_by_scale))
+    }
+    return {"passes": not wrong["divide_by_scale"], "quotients": number, "wrong": wrong}
+
+
+def lengths(*, small: bool) -> dict[str, Any]:
+    """int8 dots of short sums, as XLA has them and as ``execute`` asks for them: wrong lengths."""
+    numbers = (((1,), (0,)), ((), ()))
+    forms = {"xla": lowering.DEFAULT[Op.DOT], "execute": lowering.lowering(Op.DOT)}
+    wrong: dict[str, list[int]] = {name: [] for name in forms}
+    draw = np.random.default_rng(2)
+    for length in (1, 9) if small else (*range(1, 34), 63, 64, 65, 147):
+        x, w = (draw.integers(-128, 128, s).astype(np.int8) for s in ((64, length), (length, 48)))
+        want = x.astype(np.int64) @ w.astype(np.int64)
+        for name, form in forms.items():
+            got = jax.jit(partial(form, dimension_numbers=numbers))(x, w)
+            if np.any(np.asarray(got) != want):
+                wrong[name].append(length)
+    return {"passes": not wrong["execute"], "wrong": wrong}
+
+
 def cells(name: str, *, small: bool) -> dict[str, Any]:
     """Logits of all widths and seeds by ``vmap`` and by ``lax.map``, against each cell alone."""
     cases = [model(name, small=small, seed=seed) for seed in range(SEEDS)]
@@ -232,7 +266,9 @@ def checks(*, small: bool, rounds: int) -> dict[str, Callable[[], dict[str, Any]
     """All of them by name, in the order in which they run."""
     made: dict[str, Callable[[], dict[str, Any]]] = {
         "ties": partial(ties, small=small),
+        "quotients": partial(quotients, small=small),
         "codes": partial(codes_of_noise, small=small),
+        "lengths": partial(lengths, small=small),
     }
     for check, names in (
         (integers, ("mlp", "cnn", "transformer")),

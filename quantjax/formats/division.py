@@ -37,7 +37,8 @@ def divide_by_scale(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float
     if jax.default_backend() != "gpu" or quotient.dtype != jnp.float32:
         return quotient
     missing = corrected(*lax.stop_gradient((x, scale, quotient))) - lax.stop_gradient(quotient)
-    return quotient + jnp.where(jnp.isfinite(quotient), missing, 0.0)
+    is_off = jnp.isfinite(quotient) & (missing != 0.0)
+    return jnp.where(is_off, quotient + missing, quotient)  # -0 + 0 would be 0
 
 
 def corrected(

@@ -80,7 +80,7 @@ def _split_dot(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> 
             left,
             right,
             (((2,), (2,)), ((0,), (0,))),
-            precision=lax.Precision.HIGHEST,
+            precision=None if left.dtype == jnp.bfloat16 else lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
 

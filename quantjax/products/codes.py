@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from quantjax._compat import BARRIERS_HOLD, fenced
 from quantjax.affine import QParams, is_bypassed
+from quantjax.formats import IntegerFormat
 from quantjax.granularity import expand
 from quantjax.interpreter import Op, Product
 from quantjax.interpreter.product import HIGHEST
@@ -33,6 +34,16 @@ from quantjax.products.groups import (
 from quantjax.simulation import Arithmetic, codes_or_values
 from quantjax.tangents import instantiated, moves, sum_of
 
+ALIGNED = 64
+"""GPUs take blocks of sums of this length, and multiples of it, as they lie."""
+
+
+class _Flags(NamedTuple):
+    """What is only known when a product runs; ``is_narrow`` is None where codes stay float32."""
+
+    any_bypass: jax.Array
+    is_narrow: jax.Array | None
+
 
 def coded(
     x: Float[Array, "..."],
@@ -46,7 +57,7 @@ def coded(
     # Without the barrier XLA moves the choice behind the product, onto its whole output, where no
     # fused kernel takes it: two more passes over memory, a forward pass 1.5 times as long.
     factor = lax.optimization_barrier(jnp.where(bypass, 1.0, qparams.scale))
-    return Coded(values, factor, bypass)
+    return Coded(values, factor, bypass, _fits_bfloat16(qparams, arithmetic))
 
 
 def in_float(x: Float[Array, "..."]) -> Coded:
@@ -73,7 +84,9 @@ def multiply(
     def quantized() -> jax.Array:
         if ungrouped:
             any_bypass = jnp.any(jnp.stack(flags)) if flags else jnp.zeros((), bool)
-            total = _scaled_sums(product, sizing, lhs, rhs, any_bypass)
+            narrow = [side.fits_bfloat16 for side in (lhs, rhs) if side.fits_bfloat16 is not None]
+            is_narrow = jnp.all(jnp.stack(narrow)) if len(narrow) == 2 else None
+            total = _scaled_sums(product, sizing, lhs, rhs, _Flags(any_bypass, is_narrow))
         else:
             total = sum_of_groups(product, lhs, rhs, (lhs_groups, rhs_groups))
         return total.astype(product.out.dtype)
@@ -129,7 +142,7 @@ def _float32_is_native(product: Product) -> bool:
 
 
 def _scaled_sums(
-    product: Product, sizing: Sizing, lhs: Coded, rhs: Coded, any_bypass: jax.Array
+    product: Product, sizing: Sizing, lhs: Coded, rhs: Coded, flags: _Flags
 ) -> jax.Array:
     """``Σ lhs · rhs · (s_lhs · s_rhs)``, whose derivatives have each factor where it is cheapest.
 
@@ -140,9 +153,9 @@ def _scaled_sums(
     factors = lhs.factor, rhs.factor
     operands = (lhs.values, rhs.values), factors
 
-    def value(values: tuple[jax.Array, jax.Array], flag: jax.Array) -> jax.Array:
+    def value(values: tuple[jax.Array, jax.Array], flags: _Flags) -> jax.Array:
         lhs_values, rhs_values = _as_they_came(product, values)
-        sums = _sums(product, sizing, lhs_values, rhs_values, flag)
+        sums = _sums(product, sizing, lhs_values, rhs_values, flags)
         if product.is_summed:
             return sums
         # Where no fence stands behind the factors, one stands ahead of them.
@@ -150,14 +163,14 @@ def _scaled_sums(
         return fence(sums.T).T if product.turns.out else fence(sums)
 
     @jax.custom_jvp
-    def total(operands: Any, flag: jax.Array) -> jax.Array:
+    def total(operands: Any, flags: _Flags) -> jax.Array:
         values, factors = operands
-        return scaled(product, value(values, flag), *factors)
+        return scaled(product, value(values, flags), *factors)
 
     @functools.partial(total.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        ((values, factors), flag), ((dvalues, dfactors), _) = primals, tangents
-        sums = value(values, flag)
+        ((values, factors), flags), ((dvalues, dfactors), _) = primals, tangents
+        sums = value(values, flags)
         terms = [
             _tangent(product, side, values, factors, dvalue)
             for side, dvalue in enumerate(dvalues)
@@ -169,7 +182,7 @@ def _scaled_sums(
         out = scaled(product, sums, *factors)
         return out, sum_of(terms, out)
 
-    return total(operands, any_bypass)
+    return total(operands, flags)
 
 
 def _as_they_came(product: Product, values: Sequence[jax.Array]) -> list[jax.Array]:
@@ -207,56 +220,78 @@ def _tangent(
 
 
 def _sums(
-    product: Product, sizing: Sizing, lhs: jax.Array, rhs: jax.Array, any_bypass: jax.Array
+    product: Product, sizing: Sizing, lhs: jax.Array, rhs: jax.Array, flags: _Flags
 ) -> jax.Array:
     """``Σ lhs · rhs`` in float32, through int32 where float32 alone would round."""
-    is_long, is_narrow = sizing.exactness is Exactness.CHUNKED, _bfloat16_is_faster(sizing)
-    if not is_long and not is_narrow:
+    is_long = sizing.exactness is Exactness.CHUNKED
+    if not is_long and flags.is_narrow is None:
         return product.in_float32(lhs, rhs)
 
-    def codes(x: jax.Array) -> jax.Array:
-        return x.astype(jnp.bfloat16) if is_narrow else x
-
-    def plain(lhs: jax.Array, rhs: jax.Array, any_bypass: jax.Array) -> jax.Array:
-        if not is_narrow:
+    def plain(lhs: jax.Array, rhs: jax.Array, flags: _Flags) -> jax.Array:
+        if flags.is_narrow is None:
             return product.in_float32(lhs, rhs)
-        narrow = lambda lhs, rhs: product.in_float32(codes(lhs), codes(rhs), None)  # noqa: E731
-        return lax.cond(any_bypass, product.in_float32, narrow, lhs, rhs)
+        narrow = lambda *sides: product.in_float32(*_bfloat16(*sides), None)  # noqa: E731
+        return lax.cond(flags.is_narrow, narrow, product.in_float32, lhs, rhs)
 
-    def chunked(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        parts = blocks.split(product, codes(lhs), codes(rhs), sizing.block)
-
-        def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            return total + parts.multiply(*part).astype(jnp.int32), None
-
-        shape = jax.eval_shape(parts.multiply, parts.lhs[0], parts.rhs[0]).shape
-        start = jnp.zeros(shape, jnp.int32)
-        total, _ = lax.scan(add, start, (parts.lhs, parts.rhs))
-        return parts.finish(total).astype(jnp.float32)
+    def chunked(lhs: jax.Array, rhs: jax.Array, flags: _Flags) -> jax.Array:
+        if flags.is_narrow is None:
+            return _in_chunks(product, sizing.block, lhs, rhs)
+        block = sizing.block // ALIGNED * ALIGNED or sizing.block
+        return lax.cond(
+            flags.is_narrow,
+            lambda *sides: _in_chunks(product, block, *_bfloat16(*sides)),
+            lambda *sides: _in_chunks(product, sizing.block, *sides),
+            lhs,
+            rhs,
+        )
 
     @jax.custom_jvp
-    def total(lhs: jax.Array, rhs: jax.Array, any_bypass: jax.Array) -> jax.Array:
+    def total(lhs: jax.Array, rhs: jax.Array, flags: _Flags) -> jax.Array:
         if not is_long:
-            return plain(lhs, rhs, any_bypass)
-        fits = any_bypass | _sums_fit(product, sizing, lhs, rhs)
-        return lax.cond(fits, lambda lhs, rhs: plain(lhs, rhs, any_bypass), chunked, lhs, rhs)
+            return plain(lhs, rhs, flags)
+        fits = flags.any_bypass | _sums_fit(product, sizing, lhs, rhs)
+        return lax.cond(fits, plain, chunked, lhs, rhs, flags)
 
     @total.defjvp
     def total_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        (lhs, rhs, flag), (dlhs, drhs, _) = primals, tangents
+        (lhs, rhs, flags), (dlhs, drhs, _) = primals, tangents
         tangent = product.in_float32(dlhs, rhs) + product.in_float32(lhs, drhs)
-        return total(lhs, rhs, flag), tangent
+        return total(lhs, rhs, flags), tangent
 
-    return total(lhs, rhs, any_bypass)
+    return total(lhs, rhs, flags)
 
 
-def _bfloat16_is_faster(sizing: Sizing) -> bool:
-    """Whether codes are multiplied in bfloat16, which holds those of 8 bits, zero point and all.
+def _in_chunks(product: Product, block: int, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Sums of blocks in float32, added up in int32."""
+    parts = blocks.split(product, lhs, rhs, block)
 
-    Sums are float32 as ever. On a GPU that is 13 times as fast as float32 at highest precision.
+    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return total + parts.multiply(*part).astype(jnp.int32), None
+
+    shape = jax.eval_shape(parts.multiply, parts.lhs[0], parts.rhs[0]).shape
+    total, _ = lax.scan(add, jnp.zeros(shape, jnp.int32), (parts.lhs, parts.rhs))
+    return parts.finish(total).astype(jnp.float32)
+
+
+def _bfloat16(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)
+
+
+def _fits_bfloat16(qparams: QParams, arithmetic: Arithmetic) -> jax.Array | None:
+    """Whether an operand on a GPU holds codes that bfloat16 has; None where it never does.
+
+    Codes of 8 bits do, centered about a zero point in their range; one that was learned can lie
+    elsewhere. Sums are float32 as ever. Float32 at highest precision takes many times as long.
     """
-    is_coded = min(sizing.bounds) > 0 and max(sizing.bounds) <= BFLOAT16_EXACT
-    return is_coded and jax.default_backend() == "gpu"
+    format, estimator = arithmetic.format, arithmetic.estimator
+    if not isinstance(format, IntegerFormat) or format.max_bits > 8 or estimator.chosen:
+        return None
+    if jax.default_backend() != "gpu":
+        return None
+    low, high = format.level_range(qparams.bits, estimator.rest(qparams.theta))
+    zero = jnp.round(qparams.zero_point)
+    reach = jnp.maximum(jnp.max(high - zero), jnp.max(zero - low))
+    return ~is_bypassed(qparams.bits) & (reach <= BFLOAT16_EXACT)
 
 
 def _sums_fit(product: Product, sizing: Sizing, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

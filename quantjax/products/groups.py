@@ -25,11 +25,13 @@ class Coded(NamedTuple):
       values: float32; centered codes, or the operand itself where it is not quantized.
       factor: the scale, 1 under bypass; None for an operand that has no quantizer.
       bypass: whether the width is 0; None for an operand that has no quantizer.
+      fits_bfloat16: whether the values are codes that bfloat16 holds; None where that is no matter.
     """
 
     values: Float[Array, "..."]
     factor: Float[Array, "..."] | None = None
     bypass: Bool[Array, ""] | None = None
+    fits_bfloat16: Bool[Array, ""] | None = None
 
 
 def group_length(
@@ -74,7 +76,7 @@ def grouped_or_folded(product: Product, side: int, operand: Coded) -> tuple[Code
     if length is None or length > 1:
         return operand, length
     folded = operand.values * expand(operand.factor, operand.values.shape)
-    return operand._replace(values=folded, factor=None), None
+    return operand._replace(values=folded, factor=None, fits_bfloat16=None), None
 
 
 def block_length(product: Product, lengths: tuple[int | None, int | None]) -> int:

@@ -77,6 +77,13 @@ def test_what_is_no_normal_number_keeps_the_quotient_given(x):
         np.testing.assert_array_equal(corrected(x, divisor, quotient), quotient)
 
 
+def test_zeros_keep_their_sign_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = jnp.float32([-0.0, 0.0, -1e-30, 1e-30])
+    got = divide_by_scale(x, jnp.float32([1.0, 1.0, 1e30, 1e30]))
+    np.testing.assert_array_equal(np.signbit(got), [True, False, True, False])
+
+
 def test_the_significand():
     np.testing.assert_array_equal(
         significand(jnp.float32([1.0, -1.5, 3.0, 0.375, 2.0**-126])), [1.0, 1.5, 1.5, 1.5, 1.0]

@@ -75,11 +75,13 @@ def test_sums_beyond_float32():
     np.testing.assert_array_equal(got[:, 0], [1040 * 127 * 127 + 127, 1040 * 127 * 127 + 1])
 
 
-def test_an_input_smaller_than_the_window_has_no_output():
-    numbers = jax.lax.conv_dimension_numbers((1, 2, 2, 1), (3, 3, 1, 2), ("NHWC", "HWIO", "NHWC"))
+@pytest.mark.parametrize(("size", "window"), [(2, 3), (2, 5), (1, 3)])
+def test_an_input_smaller_than_the_window_has_no_output(size, window):
+    x, w = int8(0, 1, size, size, 1), int8(1, window, window, 1, 2)
+    numbers = jax.lax.conv_dimension_numbers(x.shape, w.shape, ("NHWC", "HWIO", "NHWC"))
     got = gpu.patches_conv(
-        int8(0, 1, 2, 2, 1),
-        int8(1, 3, 3, 1, 2),
+        x,
+        w,
         window_strides=(1, 1),
         padding=((0, 0), (0, 0)),
         lhs_dilation=(1, 1),

@@ -11,6 +11,8 @@ import quantjax as qj
 from quantjax.products import Execution
 from tests.models import Case, assert_same_bits, linen, normal
 
+pytestmark = pytest.mark.thinned(2)
+
 
 class Net(nn.Module):
     """A depthwise convolution with batch norm, attention, a table and a head."""

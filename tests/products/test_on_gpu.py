@@ -113,3 +113,31 @@ def test_what_bfloat16_cannot_hold_stays_in_float32(quantizer):
     plan, qstate = calibrated(case, qj.Policy([qj.rule(qj.weighted(), scheme)]))
     fake = qj.fake_quantize(case.f, plan)
     assert operand_dtypes(fake, qstate, case.params, case.x) == {"float32"}
+
+
+def test_entries_that_pass_unquantized_are_not_rounded(monkeypatch):
+    """Quant-Noise leaves ``x/s`` among the codes, which bfloat16 would cut to 8 bits."""
+    case = dense(32)
+    weights = qj.weight_quantizer(estimator=qj.estimators.QUANT_NOISE)
+    scheme = qj.Scheme(weights=weights, activations=qj.activation_quantizer())
+    plan, qstate = calibrated(case, qj.Policy([qj.rule(qj.weighted(), scheme)]))
+    key = jax.random.key(1)
+    run = lambda: qj.fake_quantize(case.f, plan)(qstate, case.params, case.x, key=key)  # noqa: E731
+    got = run()
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    np.testing.assert_allclose(got, run(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("zero", [0.0, 200.0, -301.0])
+def test_a_zero_point_that_left_the_range_stays_in_float32(zero, monkeypatch):
+    """As one that is learned may: centered codes are beyond 256 then."""
+    case = dense(32)
+    plan, qstate = calibrated(case, qj.uniform_policy(), weight_bits=8, activation_bits=8)
+    site = qstate["w"]
+    moved = site["activation"]._replace(zero_point=jnp.full_like(site["activation"].scale, zero))
+    qstate = {"w": {**site, "activation": moved}}
+    fake = qj.fake_quantize(case.f, plan)
+    got = jax.jit(fake)(qstate, case.params, case.x)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    want = jax.jit(lambda *a: fake(*a))(qstate, case.params, case.x)
+    assert_same_bits(got, want)

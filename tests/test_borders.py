@@ -1,0 +1,119 @@
+"""The range's borders in terms of ``x``, against dividing and rounding each entry."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import quantjax as qj
+from quantjax import simulation
+from quantjax.affine import QParams
+from quantjax.borders import rounds_between
+from quantjax.formats import divide_by_scale
+from quantjax.rounding import HALF_AWAY, HALF_EVEN
+
+NEAREST = [HALF_EVEN, HALF_AWAY]
+BOUNDS = st.integers(-70_000, 70_000)
+
+
+def around(scale: np.ndarray, bounds: list[int], reach: int = 40) -> np.ndarray:
+    """All float32 numbers next to where rounding changes at the bounds; a row for each scale."""
+    edges = np.float32([n + half for n in bounds for half in (-0.5, 0.5)]) * scale
+    bits = edges.view(np.int32)[..., None] + np.arange(-reach, reach + 1, dtype=np.int32)
+    return bits.view(np.float32).reshape(len(scale), -1)
+
+
+def divided(x, scale, low, high, rounding):
+    level = rounding.apply(divide_by_scale(jnp.asarray(x), jnp.broadcast_to(scale, x.shape)))
+    return (level >= low) & (level <= high)
+
+
+def check(x, scale, low, high, rounding):
+    bounds = (jnp.full((1, 1), bound, jnp.float32) for bound in (low, high))
+    got = jax.jit(rounds_between, static_argnums=4)(
+        jnp.asarray(x), jnp.asarray(scale), *bounds, rounding
+    )
+    want = divided(x, scale, low, high, rounding)
+    np.testing.assert_array_equal(got, want)
+    return want
+
+
+@pytest.mark.parametrize("rounding", NEAREST, ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(-128, 127), (-127, 127), (0, 255), (-3, 252), (-1, 1), (0, 0), (-32768, 32767)],
+)
+def test_every_number_next_to_a_border(low, high, rounding):
+    draw = np.random.default_rng(0)
+    scale = np.ldexp(draw.uniform(1.0, 2.0, (3000, 1)), draw.integers(-60, 60, (3000, 1)))
+    scale = scale.astype(np.float32)
+    want = check(around(scale, [low, high]), scale, low, high, rounding)
+    assert 0.2 < float(want.mean()) < 0.8
+
+
+@pytest.mark.parametrize("rounding", NEAREST, ids=lambda r: r.name)
+def test_exact_ties(rounding):
+    """Scales of few bits, where a border is a tie."""
+    scale = np.float32([[0.5], [1.0], [0.75], [2.0**-20 * 3.0], [1000.0]])
+    for low, high in ((-8, 7), (-7, 8), (0, 15), (0, 16)):
+        check(around(scale, [low, high]), scale, low, high, rounding)
+
+
+@given(BOUNDS, st.integers(0, 70_000), st.floats(2.0**-100, 2.0**100, width=32))
+def test_any_range_and_scale(low, length, scale):
+    scale = np.float32([[scale]])
+    check(around(scale, [low, low + length]), scale, low, low + length, HALF_EVEN)
+
+
+def test_nowhere_and_everywhere():
+    x = np.float32([[np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -3e38]])
+    for scale in (1.0, 1e38, 1e-37, np.nan):
+        scale = np.float32([[scale]])
+        check(x, scale, -128, 127, HALF_EVEN)
+        check(x, scale, 0, 255, HALF_EVEN)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "format", [qj.integer(), qj.integer(narrow=True), qj.integer(signed=False)], ids=str
+)
+@pytest.mark.parametrize("zero", [0.0, 3.0])
+def test_gradients_are_those_of_dividing_again(bits, format, zero, monkeypatch):
+    """Of ``fake_quant`` and of codes that a product multiplies, by few scales and by many."""
+    draw = np.random.default_rng(bits)
+    x = jnp.asarray(8.0 * draw.normal(size=(256, 4)), jnp.float32)
+    qparams = QParams(
+        jnp.asarray(draw.uniform(0.1, 2.0, (1, 4)), jnp.float32),
+        jnp.full((1, 4), zero),
+        jnp.float32(bits),
+    )
+    arithmetic = simulation.Arithmetic(format)
+
+    def gradients() -> list[jax.Array]:
+        real = lambda x: jnp.sum(jnp.sin(simulation.apply(x, qparams, arithmetic)))  # noqa: E731
+        codes = lambda x: jnp.sum(  # noqa: E731
+            jnp.sin(simulation.codes_or_values(x, qparams, arithmetic)[0])
+        )
+        return [jax.jit(jax.grad(f))(x) for f in (real, codes)]
+
+    compared = gradients()
+    monkeypatch.setattr(simulation, "ENTRIES_PER_SCALE", x.size)
+    for got, want in zip(compared, gradients(), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert 0 < float((compared[0] == 0).mean()) < 1 or bits in (0, 8)
+
+
+def test_where_the_scale_moves_too_entries_are_divided():
+    """The gradient of the scale needs the quotient."""
+    x, scale = jnp.linspace(-3.0, 3.0, 300), jnp.full(1, 0.5)
+
+    def loss(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return jnp.sum(qj.fake_quant(x, scale, bits=2.0))
+
+    both, alone = jax.grad(loss, (0, 1))(x, scale), jax.grad(loss)(x, scale)
+    np.testing.assert_array_equal(both[0], alone)
+    assert float(both[1][0]) != 0.0

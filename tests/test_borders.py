@@ -79,7 +79,9 @@ def test_nowhere_and_everywhere():
 
 @pytest.mark.parametrize("bits", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize(
-    "format", [qj.integer(), qj.integer(narrow=True), qj.integer(signed=False)], ids=str
+    "format",
+    [qj.integer(), qj.integer(narrow=True), qj.integer(signed=False)],
+    ids=["full", "narrow", "unsigned"],
 )
 @pytest.mark.parametrize("zero", [0.0, 3.0])
 def test_gradients_are_those_of_dividing_again(bits, format, zero, monkeypatch):

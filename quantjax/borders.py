@@ -6,7 +6,6 @@ depend on the scale alone, of which there is one for many entries.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -40,16 +39,13 @@ def rounds_between(
     [True, True, True, False]
     """
     scale, low, high = (lax.stop_gradient(each) for each in (scale, low, high))
-
-    def near(edge: jax.Array) -> tuple[jax.Array, jax.Array]:
-        places = jnp.asarray(_PLACES, jnp.int32).reshape(-1, *[1] * edge.ndim)
-        bits = lax.bitcast_convert_type(edge, jnp.int32)[None] + places
-        candidates = lax.bitcast_convert_type(bits, jnp.float32)
-        wide = jnp.broadcast_to(scale[None], candidates.shape)
-        return candidates, rounding.apply(divide_by_scale(candidates, wide))
-
-    first, levels = near((low - 0.5) * scale)
-    first = jnp.min(jnp.where(levels >= low[None], first, jnp.inf), axis=0)
-    last, levels = near((high + 0.5) * scale)
-    last = jnp.max(jnp.where(levels <= high[None], last, -jnp.inf), axis=0)
+    edges = jnp.stack([(low - 0.5) * scale, (high + 0.5) * scale])[:, None]
+    places = jnp.asarray(_PLACES, jnp.int32).reshape(-1, *[1] * scale.ndim)[None]
+    bits = lax.bitcast_convert_type(edges, jnp.int32) + places
+    candidates = lax.bitcast_convert_type(bits, jnp.float32)
+    wide = jnp.broadcast_to(scale[None, None], candidates.shape)
+    levels = rounding.apply(divide_by_scale(candidates, wide))
+    lies_above, lies_below = levels[0] >= low[None], levels[1] <= high[None]
+    first = jnp.min(jnp.where(lies_above, candidates[0], jnp.inf), axis=0)
+    last = jnp.max(jnp.where(lies_below, candidates[1], -jnp.inf), axis=0)
     return (x >= first) & (x <= last)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from quantjax.formats.scales import SMALLEST_EXPONENT, exponent_of, power_of_two
+from quantjax.formats.scales import SMALLEST_EXPONENT, exponent_of, power_of_two, significand
 
 _SPLIT = 4097.0  # 2^12 + 1, which halves a float32
 
@@ -69,12 +69,6 @@ def corrected(
     normal = [(e > -127) & (e < 128) for e in exponents]
     is_usual = normal[0] & normal[1] & (exponent > SMALLEST_EXPONENT) & (exponent < 127)
     return jnp.where(is_usual, found, quotient)
-
-
-def significand(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``|x| / 2^⌊log2 |x|⌋`` of normal numbers, from the bits."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return lax.bitcast_convert_type(bits & 0x7FFFFF | (127 << 23), jnp.float32)
 
 
 def _remainder(x: jax.Array, divisor: jax.Array, quotient: jax.Array) -> jax.Array:

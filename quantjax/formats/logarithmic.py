@@ -25,6 +25,7 @@ from quantjax.formats.scales import (
     ScaleRule,
     exponent_of,
     power_of_two,
+    significand,
 )
 from quantjax.rounding import Rounding
 
@@ -64,12 +65,6 @@ class _Place(NamedTuple):
 
     lower: jax.Array
     fraction: jax.Array
-
-
-def _mantissa(x: jax.Array) -> jax.Array:
-    """From 1 to 2, exactly, from the bits of normal float32 numbers."""
-    digits = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFF
-    return lax.bitcast_convert_type(digits | 0x3F800000, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,7 +181,7 @@ class LogFormat(Format):
         """Sign bit and ``j + 1``; uint8. NaN has the code of zero."""
         del bits, theta
         levels = jnp.asarray(levels, jnp.float32)
-        mantissa, exponent = _mantissa(levels), self.per_octave * exponent_of(levels)
+        mantissa, exponent = significand(levels), self.per_octave * exponent_of(levels)
         for border in (ROOT,) if self.per_octave == 1 else (FOURTH_ROOT, FOURTH_ROOT_CUBED):
             exponent += (mantissa > border).astype(jnp.int32)
         held = jnp.abs(levels) >= SMALLEST_LEVEL
@@ -237,7 +232,7 @@ class LogFormat(Format):
         To the nearest, only the side of the border matters, and it is found by exact comparisons:
         the fraction is 1/4, 1/2 or 3/4.
         """
-        mantissa, lower = _mantissa(magnitude), self.per_octave * exponent_of(magnitude)
+        mantissa, lower = significand(magnitude), self.per_octave * exponent_of(magnitude)
         base, following = jnp.ones_like(mantissa), jnp.full_like(mantissa, 2.0)
         border = jnp.full_like(mantissa, ROOT)
         if self.per_octave == 2:

@@ -73,8 +73,14 @@ def ceil_exponent(x: Float[Array, "..."]) -> Int[Array, "..."]:
     return exponent_of(x) + jnp.where(_is_power(x), 0, 1)
 
 
+def significand(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``|x| / 2^⌊log2 |x|⌋`` exactly, from the bits of normal float32 numbers; 1 for 0."""
+    bits = lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32)
+    return lax.bitcast_convert_type(bits & 0x7FFFFF | (127 << 23), jnp.float32)
+
+
 def _mantissa(x: jax.Array) -> jax.Array:
-    """Between 1 and 2."""
+    """The significand, where infinity and NaN stay what they are and 0 is 0."""
     return x / power_of_two(exponent_of(x))
 
 

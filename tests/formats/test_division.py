@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantjax.formats import divide_by_scale
-from quantjax.formats.division import corrected, significand
+from quantjax.formats.division import corrected
+from quantjax.formats.scales import significand
 
 PLACES = (-3, -2, -1, 0, 1, 2, 3)
 NUMBERS = st.floats(2.0**-60, 2.0**60, width=32)

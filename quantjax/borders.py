@@ -6,6 +6,9 @@ depend on the scale alone, of which there is one for many entries.
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -38,14 +41,23 @@ def rounds_between(
     >>> rounds_between(x, one, -2.0 * one, 2.0 * one, HALF_EVEN).tolist()
     [True, True, True, False]
     """
-    scale, low, high = (lax.stop_gradient(each) for each in (scale, low, high))
-    edges = jnp.stack([(low - 0.5) * scale, (high + 0.5) * scale])[:, None]
-    places = jnp.asarray(_PLACES, jnp.int32).reshape(-1, *[1] * scale.ndim)[None]
-    bits = lax.bitcast_convert_type(edges, jnp.int32) + places
-    candidates = lax.bitcast_convert_type(bits, jnp.float32)
-    wide = jnp.broadcast_to(scale[None, None], candidates.shape)
-    levels = rounding.apply(divide_by_scale(candidates, wide))
-    lies_above, lies_below = levels[0] >= low[None], levels[1] <= high[None]
-    first = jnp.min(jnp.where(lies_above, candidates[0], jnp.inf), axis=0)
-    last = jnp.max(jnp.where(lies_below, candidates[1], -jnp.inf), axis=0)
+    first, last = _borders(*map(lax.stop_gradient, (scale, low, high)), rounding)
     return (x >= first) & (x <= last)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _borders(
+    scale: jax.Array, low: jax.Array, high: jax.Array, rounding: Rounding
+) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest number; jitted, to be traced once for all of a shape."""
+    scale, low, high = scale[None], low[None], high[None]
+    outwards = jnp.asarray([-1.0, 1.0]).reshape(2, *[1] * (scale.ndim - 1))
+    bound = jnp.where(outwards < 0.0, low, high)
+    edge = (bound + 0.5 * outwards) * scale
+    places = jnp.asarray(_PLACES, jnp.int32).reshape(-1, *[1] * edge.ndim)
+    bits = lax.bitcast_convert_type(edge, jnp.int32)[None] + places
+    candidates = lax.bitcast_convert_type(bits, jnp.float32)
+    levels = rounding.apply(divide_by_scale(candidates, jnp.broadcast_to(scale, edge.shape)[None]))
+    fits = outwards[None] * (levels - bound[None]) <= 0.0
+    reach = jnp.max(jnp.where(fits, outwards[None] * candidates, -jnp.inf), axis=0)
+    return -reach[0], reach[1]

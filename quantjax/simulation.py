@@ -116,7 +116,7 @@ def _has_borders(arithmetic: Arithmetic, x: jax.Array, given: _Given, d: _Given)
         and isinstance(format, IntegerFormat)
         and rounding.is_nearest
         and estimator.slope is inside
-        and scaling is DIVIDED
+        and scaling == DIVIDED
         and given.scale.size * ENTRIES_PER_SCALE <= x.size
     )
 
@@ -230,6 +230,12 @@ def _fake_quant_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tupl
     return _fake_quant(arithmetic, x, given), sum_of(terms, centered)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _traced_once(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
+    """:func:`_codes_or_x`; of many operands of one shape the first is traced and lowered."""
+    return _codes_or_x(arithmetic, x, given)
+
+
 def prepare(
     x: Float[Array, "..."], qparams: QParams, arithmetic: Arithmetic
 ) -> tuple[Float[Array, "..."], QParams]:
@@ -331,7 +337,7 @@ def codes_or_values(
     estimator = arithmetic.estimator
     prepared, resolved = prepare(x, qparams, arithmetic)
     if not (estimator.transform or estimator.asymmetry or estimator.chosen):
-        return _codes_or_x(arithmetic, *_given(prepared, resolved, arithmetic, key)), resolved
+        return _traced_once(arithmetic, *_given(prepared, resolved, arithmetic, key)), resolved
     codes = centered_codes(prepared, resolved, arithmetic, key)
     return jnp.where(is_bypassed(resolved.bits), x.astype(jnp.float32), codes), resolved
 

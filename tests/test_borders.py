@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +33,18 @@ def around(scale: np.ndarray, bounds: list[int], reach: int = 40) -> np.ndarray:
 def divided(x, scale, low, high, rounding):
     level = rounding.apply(divide_by_scale(jnp.asarray(x), jnp.broadcast_to(scale, x.shape)))
     return (level >= low) & (level <= high)
+
+
+@pytest.fixture
+def divide_again(monkeypatch) -> Iterator[Callable[[], None]]:
+    """Call it, and nothing has borders from there on; traces of jitted functions do not stay."""
+
+    def switch() -> None:
+        monkeypatch.setattr(simulation, "_has_borders", lambda *_: False)
+        jax.clear_caches()
+
+    yield switch
+    jax.clear_caches()
 
 
 def check(x, scale, low, high, rounding):
@@ -84,7 +99,7 @@ def test_nowhere_and_everywhere():
     ids=["full", "narrow", "unsigned"],
 )
 @pytest.mark.parametrize("zero", [0.0, 3.0])
-def test_gradients_are_those_of_dividing_again(bits, format, zero, monkeypatch):
+def test_gradients_are_those_of_dividing_again(bits, format, zero, divide_again):
     """Of ``fake_quant`` and of codes that a product multiplies, by few scales and by many."""
     draw = np.random.default_rng(bits)
     x = jnp.asarray(8.0 * draw.normal(size=(256, 4)), jnp.float32)
@@ -103,10 +118,26 @@ def test_gradients_are_those_of_dividing_again(bits, format, zero, monkeypatch):
         return [jax.jit(jax.grad(f))(x) for f in (real, codes)]
 
     compared = gradients()
-    monkeypatch.setattr(simulation, "ENTRIES_PER_SCALE", x.size)
+    divide_again()
     for got, want in zip(compared, gradients(), strict=True):
         np.testing.assert_array_equal(got, want)
     assert 0 < float((compared[0] == 0).mean()) < 1 or bits in (0, 8)
+
+
+def test_a_trained_model_divides_each_entry_once(divide_again):
+    """In the forward pass, and not once more for the gradient."""
+    f = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
+    w, x = jnp.linspace(-1.0, 1.0, 256 * 4).reshape(256, 4), jnp.ones((2, 256))
+    plan = qj.plan(qj.uniform_policy(weight_bits=4), qj.sites(f, w, x))
+    qstate = qj.calibrate(plan, qj.observe(f, plan)(qj.init(plan), w, x)[1], w)
+
+    def rounded() -> int:
+        loss = lambda w: qj.fake_quantize(f, plan)(qstate, w, x).sum()  # noqa: E731
+        return len(re.findall(r"f32\[256,4\] = round\[", str(jax.make_jaxpr(jax.grad(loss))(w))))
+
+    once = rounded()
+    divide_again()
+    assert rounded() == 2 * once > 0
 
 
 def test_where_the_scale_moves_too_entries_are_divided():

@@ -16,7 +16,7 @@ from quantjax.ranges.base import Range, RangeRule, Target
 from quantjax.ranges.stack import IndexedRule
 from quantjax.statistics import Histogram, Sample, Statistics
 
-ENTRIES_AT_ONCE = 1 << 24  # of all groups together: 64 MiB an array
+ENTRIES_AT_ONCE = 1 << 20  # of all groups together; a search has some forty arrays of them
 
 
 def derive(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target) -> Range:

@@ -96,12 +96,13 @@ def _first_look(whole: jax.Array, prefix: _Prefix, levels: jax.Array) -> jax.Arr
     size = jnp.right_shift(end - first, 31 - lax.clz(levels))
     nothing = jnp.log(jnp.float32(_EPSILON))
 
+    both = jnp.stack([prefix.counts, prefix.numbers], axis=1)  # one gather instead of two
+
     def run(level: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        found, mass = sums
-        start = first + level * size
-        stop = start + size
-        held = prefix.counts[stop] - prefix.counts[start]
-        number = prefix.numbers[stop] - prefix.numbers[start]
+        found, mass, below, fewer = sums
+        stop = first + (level + 1) * size
+        to_here, some = both[stop].T
+        held, number = to_here - below, some - fewer
         last = level == levels - 1
         of_p = held + jnp.where(level == 0, left, 0)
         number += ((level == 0) & (left > 0) & (whole[first] == 0)).astype(jnp.int32)
@@ -109,16 +110,16 @@ def _first_look(whole: jax.Array, prefix: _Prefix, levels: jax.Array) -> jax.Arr
         ends_here = last & (stop == end) & (right > 0)
         of_p += jnp.where(ends_here, right, 0)
         number += (ends_here & (whole[end - 1] == 0)).astype(jnp.int32)
-        held += jnp.where(last, prefix.counts[end] - prefix.counts[stop], 0)
-        q = jnp.where(number > 0, held // jnp.maximum(number, 1), 0)
+        held += jnp.where(last, prefix.counts[end] - to_here, 0)
+        q = jnp.where(number > 0, whole_quotient(held, jnp.maximum(number, 1)), 0)
         spread = q.astype(jnp.float32)
         logarithm = jnp.where(q > 0, jnp.log(jnp.maximum(spread, 1.0)), nothing)
         found += of_p.astype(jnp.float32) * unit * logarithm
-        return found, mass + spread * size.astype(jnp.float32)
+        return found, mass + spread * size.astype(jnp.float32), to_here, some
 
     zero = jnp.zeros(middle + 1, jnp.float32)
-    most = jnp.minimum(levels, bins)
-    runs, mass = lax.fori_loop(0, most, run, (zero, zero))
+    start = (zero, zero, prefix.counts[first], prefix.numbers[first])
+    runs, mass, *_ = lax.fori_loop(0, jnp.minimum(levels, bins), run, start)
     stop = jnp.minimum(first + levels * size, end)
     left_over = prefix.counts[end] - prefix.counts[stop] + jnp.where(stop < end, right, 0)
     runs += left_over.astype(jnp.float32) * unit * nothing
@@ -130,6 +131,20 @@ def _first_look(whole: jax.Array, prefix: _Prefix, levels: jax.Array) -> jax.Arr
     value = (within - runs) / _TOTAL
     value += jnp.log(jnp.maximum(mass * unit, _EPSILON) / _TOTAL)
     return jnp.where((size > 0) & (mass > 0.0), value, jnp.inf)
+
+
+def whole_quotient(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """``⌊x / divisor⌋``, from 0 and from 1. CPUs divide many floats at once, integers singly.
+
+    A quotient in float32 is off by its last places, which are above 1 from 2^24 on: that of what
+    remains is added, and the last remainder decides.
+    """
+    real = divisor.astype(jnp.float32)
+    found = jnp.floor(divide_by_scale(x.astype(jnp.float32), real)).astype(jnp.int32)
+    rest = (x - found * divisor).astype(jnp.float32)
+    found += jnp.floor(divide_by_scale(rest, real)).astype(jnp.int32)
+    rest = x - found * divisor
+    return found + (rest >= divisor).astype(jnp.int32) - (rest < 0).astype(jnp.int32)
 
 
 def _divergence(

@@ -19,6 +19,7 @@ _SMALLEST = 2.0**-10
 _RATIO = _SMALLEST ** (1.0 / (COARSE - 1))
 PLACES = 16
 FINE = 12
+TRIED_AT_ONCE = 1 << 22  # entries, of one group under several ranges
 
 
 class Outcome(NamedTuple):
@@ -65,25 +66,30 @@ def search(statistics: Statistics, target: Target, loss: Loss) -> Range:
         low = -high
 
     def tried(best: _Best, low: jax.Array, high: jax.Array) -> _Best:
-        quantized, clipped = target.quantize(values, low, high)
-        found = loss(Outcome(values, quantized - values, clipped, weights))
-        better = found < best.loss
-        return jax.tree.map(lambda a, b: jnp.where(better, a, b), _Best(found, low, high), best)
+        """The better of the best so far and the best of some more, the first of equals."""
 
-    def shrunk(index: jax.Array, best: _Best) -> _Best:
-        factor = jnp.exp2(index.astype(jnp.float32) * jnp.log2(jnp.float32(_RATIO)))
-        return tried(best, factor * low, factor * high)
+        def one(low: jax.Array, high: jax.Array) -> jax.Array:
+            quantized, clipped = target.quantize(values, low, high)
+            return loss(Outcome(values, quantized - values, clipped, weights))
 
-    best = tried(_Best(jnp.asarray(jnp.inf), low, high), low, high)
-    best = lax.fori_loop(1, COARSE, shrunk, best)
+        some = max(TRIED_AT_ONCE // values.size, 1)
+        losses = lax.map(lambda ends: one(*ends), (low, high), batch_size=min(some, low.size))
+        losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
+        first = jnp.argmin(losses)
+        found = _Best(losses[first], low[first], high[first])
+        better = found.loss < best.loss
+        return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
+
+    factors = jnp.exp2(jnp.arange(COARSE, dtype=jnp.float32) * jnp.log2(jnp.float32(_RATIO)))
+    best = tried(_Best(jnp.asarray(jnp.inf), low, high), factors * low, factors * high)
     ends: tuple[_Ends, ...] = (_Ends.BOTH,)
     if not target.symmetric:
         ends = (_Ends.HIGH, _Ends.LOW)
         for moving in (_Ends.LOW, _Ends.HIGH, _Ends.LOW):
-            best = _along(best, moving, tried, (low, high))
+            best = tried(best, *_along(best, moving, (low, high)))
     for reach in (1.0 / _RATIO, _RATIO ** (-2.0 / FINE)):
         for moving in ends:
-            best = _around(best, reach, moving, tried, (low, high))
+            best = tried(best, *_around(best, reach, moving, (low, high)))
     return Range(best.low, best.high, statistics.batches > 0)
 
 
@@ -96,41 +102,28 @@ class _Ends(enum.Enum):
 
 
 def _along(
-    best: _Best,
-    moving: _Ends,
-    tried: Callable[[_Best, jax.Array, jax.Array], _Best],
-    limits: tuple[jax.Array, jax.Array],
-) -> _Best:
+    start: _Best, moving: _Ends, limits: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """One end at equal distances from zero to what was seen, the other as in the best."""
-    start, (least, most) = best, limits
-
-    def step(index: jax.Array, best: _Best) -> _Best:
-        share = index.astype(jnp.float32) * (1.0 / PLACES)
-        low = share * least if moving is _Ends.LOW else start.low
-        high = share * most if moving is _Ends.HIGH else start.high
-        return tried(best, low, high)
-
-    return lax.fori_loop(0, PLACES, step, best)
+    least, most = limits
+    share = jnp.arange(PLACES, dtype=jnp.float32) * (1.0 / PLACES)
+    if moving is _Ends.LOW:
+        return share * least, jnp.ones(PLACES) * start.high
+    return jnp.ones(PLACES) * start.low, share * most
 
 
 def _around(
-    best: _Best,
-    reach: float,
-    moving: _Ends,
-    tried: Callable[[_Best, jax.Array, jax.Array], _Best],
-    limits: tuple[jax.Array, jax.Array],
-) -> _Best:
+    start: _Best, reach: float, moving: _Ends, limits: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """Ends ``1/reach`` to ``reach`` times those of the best, never beyond what was seen."""
-    start, (least, most) = best, limits
-
-    def step(index: jax.Array, best: _Best) -> _Best:
-        share = divide_by_scale(2.0 * index.astype(jnp.float32) + 1.0, jnp.float32(FINE)) - 1.0
-        factor = jnp.exp2(share * jnp.log2(jnp.float32(reach)))
-        low = start.low if moving is _Ends.HIGH else jnp.maximum(factor * start.low, least)
-        high = start.high if moving is _Ends.LOW else jnp.minimum(factor * start.high, most)
-        return tried(best, low, high)
-
-    return lax.fori_loop(0, FINE, step, best)
+    least, most = limits
+    places = 2.0 * jnp.arange(FINE, dtype=jnp.float32) + 1.0
+    share = divide_by_scale(places, jnp.float32(FINE)) - 1.0
+    factor = jnp.exp2(share * jnp.log2(jnp.float32(reach)))
+    still = jnp.ones(FINE)
+    low = jnp.maximum((still if moving is _Ends.HIGH else factor) * start.low, least)
+    high = jnp.minimum((still if moving is _Ends.LOW else factor) * start.high, most)
+    return low, high
 
 
 def per_unit(statistics: Statistics) -> jax.Array:

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 
 from quantjax import errors, integer, ranges, statistics
 from quantjax.ranges import KL_MODELOPT, KL_ONNXRUNTIME, KL_TENSORRT, Target
-from quantjax.ranges.kl_onnxruntime import best_reach
+from quantjax.ranges.kl_onnxruntime import best_reach, whole_quotient
 from quantjax.ranges.kl_tensorrt import best_bin, divergences
 from tests.oracles import divergence as oracle
 from tests.refused import refused
@@ -109,6 +109,16 @@ def test_a_stride_tries_fewer_clips(kind):
     tried = np.union1d(np.arange(128, 2049, 16), 2048)
     got = int(tensorrt_bin(jnp.float32(counts), jnp.int32(128), stride=16))
     assert got == tried[found[tried].argmin()]
+
+
+@pytest.mark.parametrize("away", [0, -1, 1], ids=["multiples", "one less", "one more"])
+def test_quotients_are_whole_up_to_the_largest_total(away):
+    draw = np.random.default_rng(0)
+    divisor = np.exp2(draw.uniform(0, 12, 100_000)).astype(np.int32)
+    multiple = np.exp2(draw.uniform(0, 30, 100_000)).astype(np.int32) // divisor * divisor
+    x = np.append(np.maximum(multiple + away, 0), [2**30, 2**30 - 1, 0]).astype(np.int32)
+    divisor = np.append(divisor, [1, 1, 3]).astype(np.int32)
+    np.testing.assert_array_equal(jax.jit(whole_quotient)(x, divisor), x // divisor)
 
 
 def test_levels_are_traced():

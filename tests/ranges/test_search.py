@@ -1,5 +1,7 @@
 """Searched ranges: never worse than the whole range, about as good as brute force."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,17 @@ def test_mse_is_about_the_best_of_brute_force(target, kind, bits):
     x = drawn(kind, 1, 2048)
     mine = losses(x, target, bits, *derived(MSE, at_hand(x), target, bits)).item()
     assert mine <= cases.least(x, target, bits) * 1.02
+
+
+@TARGETS
+@pytest.mark.parametrize("together", [1, 7])
+def test_a_large_tensor_is_searched_a_few_ranges_at_a_time(target, together, monkeypatch):
+    x = drawn("laplacian", 3, 512)
+    search = importlib.import_module("quantjax.ranges.search")
+    rule = MSE._replace(range=lambda *a: MSE.range(*a))  # no program of the rule is at hand
+    at_once = derived(MSE, at_hand(x), target, 4)
+    monkeypatch.setattr(search, "TRIED_AT_ONCE", together * x.size)
+    np.testing.assert_allclose(derived(rule, at_hand(x), target, 4), at_once, rtol=1e-6)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.4, 4.0])

@@ -34,8 +34,9 @@ class Case(NamedTuple):
       opaque: how many sites cannot be rewritten.
       reverse: whether it has a gradient; a ``while`` has only a directional derivative.
       inlined: whether a derivative rule of its own is lost where it is rewritten.
-      stepped: whether it is a library's loop over time whose gradient is exact but for last places
-        at bypass: in what XLA makes of its steps a sum is fused otherwise.
+      last_places: whether its derivative differs in them at bypass, on CPUs with vectors of 8
+        floats: a library's loop over time, or a gradient differentiated again, where XLA computes
+        sums of several cotangents with a few more operations beside them.
     """
 
     f: Callable[..., Any]
@@ -45,7 +46,7 @@ class Case(NamedTuple):
     opaque: int = 0
     reverse: bool = True
     inlined: bool = False
-    stepped: bool = False
+    last_places: bool = False
 
     def expected(self, name: str) -> Visits:
         """What the statistics of this site have to look like."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from quantjax.formats import Format, Span, Theta, divide_by_scale
+from quantjax.lean import select
 
 SMALLEST_SCALE = float(jnp.finfo(jnp.float32).smallest_normal)
 LARGEST_SCALE = float(jnp.finfo(jnp.float32).max)
@@ -89,6 +90,17 @@ RECIPROCAL_ADDED = Scaling("reciprocal-added", _times_reciprocal_rounded, adds_f
 def is_bypassed(bits: Float[Array, ""]) -> Bool[Array, ""]:
     """Whether the width asks for no quantization at all."""
     return bits == 0.0
+
+
+def where_bypassed(
+    bits: Float[Array, ""], then: Float[Array, "..."] | float, otherwise: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """``then`` at width 0, ``otherwise`` at every other.
+
+    >>> where_bypassed(jnp.float32(0.0), 1.0, jnp.array([2.0, 3.0])).tolist()
+    [1.0, 1.0]
+    """
+    return select(is_bypassed(bits), then, otherwise)
 
 
 def qparams_from_range(

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from quantjax.formats import divide_by_scale
+from quantjax.lean import select, spread
 from quantjax.rounding import Rounding
 
 _PLACES = range(-3, 4)
@@ -42,7 +43,7 @@ def rounds_between(
     [True, True, True, False]
     """
     first, last = _borders(*map(lax.stop_gradient, (scale, low, high)), rounding)
-    return (x >= first) & (x <= last)
+    return (x >= spread(first, x.shape)) & (x <= spread(last, x.shape))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -50,14 +51,19 @@ def _borders(
     scale: jax.Array, low: jax.Array, high: jax.Array, rounding: Rounding
 ) -> tuple[jax.Array, jax.Array]:
     """The smallest and the largest number; jitted, to be traced once for all of a shape."""
-    scale, low, high = scale[None], low[None], high[None]
-    outwards = jnp.asarray([-1.0, 1.0]).reshape(2, *[1] * (scale.ndim - 1))
-    bound = jnp.where(outwards < 0.0, low, high)
-    edge = (bound + 0.5 * outwards) * scale
-    places = jnp.asarray(_PLACES, jnp.int32).reshape(-1, *[1] * edge.ndim)
-    bits = lax.bitcast_convert_type(edge, jnp.int32)[None] + places
+    places = jnp.asarray(_PLACES, jnp.int32)
+    shape = (places.size, 2, *scale.shape)
+    along = lambda array, axis: lax.broadcast_in_dim(array, shape, [axis])  # noqa: E731
+    over = lambda array: spread(array, shape)  # noqa: E731
+    sides = shape[1:]
+    is_low = lax.broadcast_in_dim(jnp.asarray([True, False]), sides, [0])
+    bound = select(is_low, spread(low, sides), spread(high, sides))
+    half = lax.broadcast_in_dim(jnp.asarray([-0.5, 0.5]), sides, [0])
+    edge = (bound + half) * spread(scale, sides)
+    bits = over(lax.bitcast_convert_type(edge, jnp.int32)) + along(places, 0)
     candidates = lax.bitcast_convert_type(bits, jnp.float32)
-    levels = rounding.apply(divide_by_scale(candidates, jnp.broadcast_to(scale, edge.shape)[None]))
-    fits = outwards[None] * (levels - bound[None]) <= 0.0
-    reach = jnp.max(jnp.where(fits, outwards[None] * candidates, -jnp.inf), axis=0)
+    outwards = along(jnp.asarray([-1.0, 1.0]), 1)
+    levels = rounding.apply(divide_by_scale(candidates, over(scale)))
+    fits = outwards * (levels - over(bound)) <= 0.0
+    reach = jnp.max(select(fits, outwards * candidates, -jnp.inf), axis=0)
     return -reach[0], reach[1]

@@ -7,14 +7,16 @@ Two forms of it: :func:`apply`, which is ``qj.fake_quant``, returns reals ``s ·
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from quantjax import errors
-from quantjax.affine import DIVIDED, QParams, Scaling, is_bypassed
+from quantjax.affine import DIVIDED, QParams, Scaling, is_bypassed, where_bypassed
 from quantjax.borders import rounds_between
 from quantjax.estimators import CLIPPED, Estimator, Parameters, Point
 from quantjax.estimators.clipped import inside
@@ -22,7 +24,7 @@ from quantjax.estimators.gradients import by_sign, round_through
 from quantjax.formats import Format, IntegerFormat, Snapped, Theta, divide_by_scale
 from quantjax.granularity import expand
 from quantjax.rounding import HALF_EVEN, Rounding
-from quantjax.tangents import instantiated, moves, sum_of
+from quantjax.tangents import instantiated, moves, sum_of, with_tangent
 
 ENTRIES_PER_SCALE = 64
 
@@ -72,7 +74,7 @@ class _Local(NamedTuple):
 def _snapped(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> tuple[jax.Array, Snapped]:
     """``x/s``, and the level that it becomes."""
     format, rounding, _, scaling = arithmetic
-    zero = jnp.round(given.zero_point)
+    zero = HALF_EVEN.apply(given.zero_point)
     scaled = scaling.quotient(x, given.scale)
     inside, outside = (
         (scaled + zero, jnp.zeros_like(zero)) if scaling.adds_first else (scaled, zero)
@@ -84,7 +86,7 @@ def _snapped(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> tuple[jax.A
 def _local(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> _Local:
     """Levels minus zero point, the estimator's slope, and ``slope · x/s``; all float32."""
     format, _, estimator, _ = arithmetic
-    zero, bits, theta = jnp.round(given.zero_point), given.bits, given.theta
+    zero, bits, theta = HALF_EVEN.apply(given.zero_point), given.bits, given.theta
     scaled, snapped = _snapped(arithmetic, x, given)
     low, high = format.level_range(bits, theta)
     point = Point(
@@ -121,15 +123,14 @@ def _has_borders(arithmetic: Arithmetic, x: jax.Array, given: _Given, d: _Given)
     )
 
 
-def _slope_by_borders(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
-    zero = jnp.round(given.zero_point)
+def _is_inside(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
+    zero = HALF_EVEN.apply(given.zero_point)
     low, high = arithmetic.format.level_range(given.bits, given.theta)
-    is_inside = rounds_between(x, given.scale, low - zero, high - zero, arithmetic.rounding)
-    return is_inside.astype(jnp.float32)
+    return rounds_between(x, given.scale, low - zero, high - zero, arithmetic.rounding)
 
 
 def _tangent_of_theta(
-    arithmetic: Arithmetic, centered: jax.Array, given: _Given, d: _Given, point: Point
+    arithmetic: Arithmetic, x: jax.Array, given: _Given, d: _Given, point: Point
 ) -> list[jax.Array]:
     """How the levels at hand move with ``theta``, their codes staying what they are; terms."""
     terms = []
@@ -138,7 +139,8 @@ def _tangent_of_theta(
     if not moves(d.theta):
         return terms
     format, bits, theta, dtheta = arithmetic.format, given.bits, given.theta, d.theta
-    codes = format.encode(centered + jnp.round(given.zero_point), bits, theta)
+    levels = _levels(arithmetic, x, given) + HALF_EVEN.apply(given.zero_point)
+    codes = format.encode(levels, bits, theta)
     decode = lambda theta: format.decode(codes, bits, theta)  # noqa: E731
     return [*terms, jax.jvp(decode, (theta,), (instantiated(dtheta),))[1]]
 
@@ -146,88 +148,75 @@ def _tangent_of_theta(
 def _again(given: _Given) -> _Given:
     """The same for the derivative, which divides once more: a quotient that is shared with the code
     would be written out and read twice, and the code not be computed where ``x`` is."""
-    return given._replace(scale=jax.lax.optimization_barrier(given.scale))
+    return given._replace(scale=lax.optimization_barrier(given.scale))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _levels(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
+    """Levels minus zero point; jitted, to be traced once for the value and for its derivative."""
+    return _snapped(arithmetic, x, given)[1].level - HALF_EVEN.apply(given.zero_point)
+
+
+def _moved(
+    arithmetic: Arithmetic, primals: Any, tangents: Any, multiplied: jax.Array | float = 0.0
+) -> jax.Array:
+    """How ``s · centered`` moves, and under bypass ``x``; but for the scale that multiplies.
+
+    With the centered codes for ``multiplied``, that one as well.
+    """
+    (x, given), (dx, d) = primals, tangents
+    unless_bypassed = functools.partial(where_bypassed, given.bits)
+    if _has_borders(arithmetic, x, given, d):
+        passes = is_bypassed(given.bits) | _is_inside(arithmetic, x, given)
+        return lax.select(passes, instantiated(dx), jnp.zeros_like(x))
+    _, slope, passed, point = _local(arithmetic, x, _again(given))
+    terms = []
+    if moves(dx):
+        terms.append(unless_bypassed(1.0, slope) * dx)
+    if moves(d.scale):
+        terms.append(unless_bypassed(0.0, multiplied - passed) * d.scale)
+    if moves(d.zero_point):
+        terms.append(unless_bypassed(0.0, (slope - 1.0) * given.scale) * d.zero_point)
+    moved = _tangent_of_theta(arithmetic, x, given, d, point)
+    terms += [unless_bypassed(0.0, given.scale * term) for term in moved]
+    return sum_of(terms, x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _centered(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
-    return _local(arithmetic, x, given).centered
+    return _levels(arithmetic, x, given)
 
 
 @functools.partial(_centered.defjvp, symbolic_zeros=True)
 def _centered_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
     # The function itself, not its body: else its derivative would be differentiated as rounding.
-    centered = _centered(arithmetic, *primals)
-    return centered, _tangent_of_codes(arithmetic, primals, tangents, centered)
-
-
-def _tangent_of_codes(
-    arithmetic: Arithmetic,
-    primals: Any,
-    tangents: Any,
-    centered: jax.Array,
-    bypass: jax.Array | None = None,
-) -> jax.Array:
-    """How centered codes move; under ``bypass``, how ``x`` does."""
-    (x, given), (dx, d) = primals, tangents
-
-    def unless_bypassed(term: jax.Array, otherwise: float) -> jax.Array:
-        return term if bypass is None else jnp.where(bypass, otherwise, term)
-
-    if _has_borders(arithmetic, x, given, d):
-        slope = _slope_by_borders(arithmetic, x, given)
-        return unless_bypassed(slope / given.scale, 1.0) * instantiated(dx)
-    _, slope, passed, point = _local(arithmetic, x, _again(given))
-    terms = []
-    if moves(dx):
-        terms.append(unless_bypassed(slope / given.scale, 1.0) * dx)
-    if moves(d.scale):
-        terms.append(unless_bypassed(-(passed / given.scale), 0.0) * d.scale)
-    if moves(d.zero_point):
-        terms.append(unless_bypassed(slope - 1.0, 0.0) * d.zero_point)
-    moved = _tangent_of_theta(arithmetic, centered, given, d, point)
-    terms += [unless_bypassed(term, 0.0) for term in moved]
-    return sum_of(terms, centered)
+    tangent = _moved(arithmetic, primals, tangents) / primals[1].scale
+    return _centered(arithmetic, *primals), tangent
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _codes_or_x(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
-    return jnp.where(is_bypassed(given.bits), x, _centered(arithmetic, x, given))
+    """What a product multiplies, ahead of its factor; the tangent is what the factor makes of it.
+
+    So nothing is divided by the scale that the factor would multiply with again.
+    """
+    return where_bypassed(given.bits, x, _levels(arithmetic, x, given))
 
 
 @functools.partial(_codes_or_x.defjvp, symbolic_zeros=True)
 def _codes_or_x_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    x, given = primals
-    bypass, centered = is_bypassed(given.bits), _centered(arithmetic, x, given)
-    out = jnp.where(bypass, x, centered)
-    return out, _tangent_of_codes(arithmetic, primals, tangents, centered, bypass)
+    return _codes_or_x(arithmetic, *primals), _moved(arithmetic, primals, tangents)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _fake_quant(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
-    centered = _local(arithmetic, x, given).centered
-    return jnp.where(is_bypassed(given.bits), x, centered * given.scale)
+    return where_bypassed(given.bits, x, _levels(arithmetic, x, given) * given.scale)
 
 
 @functools.partial(_fake_quant.defjvp, symbolic_zeros=True)
 def _fake_quant_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x, given), (dx, d) = primals, tangents
-    bypass = is_bypassed(given.bits)
-    if _has_borders(arithmetic, x, given, d):
-        slope = jnp.where(bypass, 1.0, _slope_by_borders(arithmetic, x, given))
-        return _fake_quant(arithmetic, x, given), slope * instantiated(dx)
-    _, slope, passed, point = _local(arithmetic, x, _again(given))
-    centered = _centered(arithmetic, x, given)
-    terms = []
-    if moves(dx):
-        terms.append(jnp.where(bypass, 1.0, slope) * dx)
-    if moves(d.scale):
-        terms.append(jnp.where(bypass, 0.0, centered - passed) * d.scale)
-    if moves(d.zero_point):
-        terms.append(jnp.where(bypass, 0.0, (slope - 1.0) * given.scale) * d.zero_point)
-    moved = _tangent_of_theta(arithmetic, centered, given, d, point)
-    terms += [jnp.where(bypass, 0.0, given.scale * term) for term in moved]
-    return _fake_quant(arithmetic, x, given), sum_of(terms, centered)
+    tangent = _moved(arithmetic, primals, tangents, _centered(arithmetic, *primals))
+    return _fake_quant(arithmetic, *primals), tangent
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -270,7 +259,11 @@ def _given(
 ) -> tuple[jax.Array, _Given]:
     x, estimator = jnp.asarray(x), arithmetic.estimator
     noise = arithmetic.rounding.noise(key, x.shape)
-    spread = lambda array: expand(jnp.asarray(array, jnp.float32), x.shape)  # noqa: E731
+
+    def spread(array: jax.Array) -> jax.Array:  # one number for all as a scalar, which is less
+        array = expand(jnp.asarray(array, jnp.float32), x.shape)
+        return array.reshape(()) if array.size == 1 else array
+
     theta = arithmetic.format.map_groups(estimator.rest(qparams.theta), spread)
     own = jax.tree.map(spread, estimator.own(qparams.theta))
     bits = jnp.asarray(qparams.bits, jnp.float32)
@@ -339,7 +332,8 @@ def codes_or_values(
     if not (estimator.transform or estimator.asymmetry or estimator.chosen):
         return _traced_once(arithmetic, *_given(prepared, resolved, arithmetic, key)), resolved
     codes = centered_codes(prepared, resolved, arithmetic, key)
-    return jnp.where(is_bypassed(resolved.bits), x.astype(jnp.float32), codes), resolved
+    codes = with_tangent(codes, expand(resolved.scale, codes.shape), operator.mul)
+    return where_bypassed(resolved.bits, x.astype(jnp.float32), codes), resolved
 
 
 def is_clipped(

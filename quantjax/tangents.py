@@ -7,6 +7,7 @@ differentiated is a symbolic zero; nothing needs to be computed or kept for it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,25 @@ def instantiated(tangents: Any) -> Any:
         return jnp.zeros(leaf.shape, leaf.dtype) if is_zero else leaf
 
     return jax.tree.map(zeros, tangents)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def with_tangent(
+    x: jax.Array, factor: jax.Array, change: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """``x``, whose tangent is ``change(tangent, factor)``.
+
+    >>> from operator import mul
+    >>> float(jax.grad(with_tangent)(2.0, 3.0, mul))
+    3.0
+    """
+    del factor, change
+    return x
+
+
+@with_tangent.defjvp
+def _with_tangent(change: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return with_tangent(*primals, change), change(tangents[0], primals[1])
 
 
 def sum_of(terms: list[jax.Array], like: jax.Array) -> jax.Array:

@@ -4,7 +4,8 @@ The CNN 32/64/64 with batch 128, ResNet-20 with batch 64 and a transformer of wi
 layers, each with Adam. ResNet-20's float step is also taken with its convolutions fenced from
 XLA's producer fusion, which is a float step that CPUs run faster. All variants in each round, one
 after another; ratios of each round to the float step, their median and the 95 % interval of their
-mean by Student's t. Compiling: once each, without the persistent cache.
+mean by Student's t. Compiling: tracing included, without any cache, five times each in turn;
+medians of the ratios to either float step.
 
     scripts/in_env python scripts/benchmark_qat.py --output FILE.json
 """
@@ -35,6 +36,7 @@ from experiments.timing import interleaved
 from quantjax.interpreter import Carried, Outcome, ProgramCache, Visit, evaluate
 
 STUDENT_T = {40: 2.0227}  # 97.5 % of 39 degrees of freedom
+COMPILE_ROUNDS = 5
 
 
 class Layer(nn.Module):
@@ -148,37 +150,47 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
     qstates = {f"W{b}A{b}": derive(state, variables, jnp.float32(b)) for b in (8, 4)}
     empty: Any = {}
     arguments = (variables, moments, empty, x, labels)
-    compiled = {
-        "float": _compile_seconds(in_float, arguments),
-        "quantized": _compile_seconds(quantized, (variables, moments, qstates["W8A8"], x, labels)),
-    }
-    variants: dict[str, Callable[[], Any]] = {"float": lambda: in_float(*arguments)}
+    steps = {"float": partial(in_float, *arguments)}
     if case.fenced:
         behind = fenced(f)
         fence = train_step(lambda _, variables, x: behind(variables, x), optimizer)
-        variants["float, fenced"] = lambda: fence(*arguments)
+        steps["float, fenced"] = partial(fence, *arguments)
     for name, qstate in qstates.items():
-        variants[name] = partial(quantized, variables, moments, qstate, x, labels)
-    times = interleaved(variants, rounds)
+        steps[name] = partial(quantized, variables, moments, qstate, x, labels)
     base = "float, fenced" if case.fenced else "float"
+    compiled = _compile_seconds({name: step for name, step in steps.items() if name != "W4A4"})
+    times = interleaved(steps, rounds)
     report: dict[str, Any] = {
         name: _ratios(seconds, times[base], rounds) for name, seconds in times.items()
     }
     report["base"] = base
+    ratios = {
+        other: [a / b for a, b in zip(compiled["W8A8"], seconds, strict=True)]
+        for other, seconds in compiled.items()
+        if other != "W8A8"
+    }
     report["compile"] = {
-        **{f"{name}_s": seconds for name, seconds in compiled.items()},
-        "ratio": compiled["quantized"] / compiled["float"],
+        "seconds": {name: statistics.median(seconds) for name, seconds in compiled.items()},
+        "ratio": {other: statistics.median(each) for other, each in ratios.items()},
+        "ratios": ratios,
     }
     return report
 
 
-def _compile_seconds(step: Any, arguments: tuple[Any, ...]) -> float:
+def _compile_seconds(steps: dict[str, partial[Any]]) -> dict[str, list[float]]:
+    """Seconds of tracing and compiling each step, one after another, in each round."""
     with_cache = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
-    try:
+
+    def seconds(step: partial[Any]) -> float:
+        jax.clear_caches()
         start = time.perf_counter()
-        step.lower(*arguments).compile()
+        step.func.lower(*step.args).compile()
         return time.perf_counter() - start
+
+    try:
+        rounds = [[seconds(step) for step in steps.values()] for _ in range(COMPILE_ROUNDS)]
+        return dict(zip(steps, map(list, zip(*rounds, strict=True)), strict=True))
     finally:
         jax.config.update("jax_enable_compilation_cache", with_cache)
 

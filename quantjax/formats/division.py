@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from quantjax.formats.scales import SMALLEST_EXPONENT, exponent_of, power_of_two, significand
+from quantjax.lean import spread
 
 _SPLIT = 4097.0  # 2^12 + 1, which halves a float32
 
@@ -32,7 +33,7 @@ def divide_by_scale(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float
     2.5
     """
     never = lax.optimization_barrier(jnp.full((), jnp.nan, x.dtype))
-    scale = jnp.where(x == never, jnp.ones_like(x), scale)
+    scale = lax.select(x == never, lax.stop_gradient(x), spread(scale, x.shape))
     quotient = x / scale
     if jax.default_backend() != "gpu" or quotient.dtype != jnp.float32:
         return quotient

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from quantjax import errors
 from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta
 from quantjax.formats.scales import REAL, ScaleRule, power_of_two
+from quantjax.lean import clip, select
 from quantjax.rounding import Rounding
 
 MAX_CONTAINER_BITS = 16
@@ -81,7 +82,7 @@ class IntegerFormat(Format):
         if self.signed:
             half = _two_to(bits - 1.0)
             low = -half + 1.0 if self.narrow else -half
-            return jnp.where(one, -1.0, low), jnp.where(one, 1.0, half - 1.0)
+            return select(one, -1.0, low), select(one, 1.0, half - 1.0)
         low = jnp.where(one, 0.0, 1.0) if self.narrow else jnp.zeros_like(bits)
         return low, _two_to(bits) - 1.0
 
@@ -117,19 +118,20 @@ class IntegerFormat(Format):
         low, high = self.level_range(bits, theta)
         unclipped = rounding.apply(scaled) + zero_point
         if not self.signed:
-            return Snapped(jnp.clip(unclipped, low, high), unclipped)
+            return Snapped(clip(unclipped, low, high), unclipped)
         one = bits == 1.0
         if rounding.is_nearest:
             # For the sign, the quotient is taken so large that it rounds to itself, and is read
             # once: XLA writes out a quotient that is read twice, another pass over ``x``.
-            grown = jnp.where(one, jnp.where(jnp.abs(zero_point) <= 1.0, 2.0**127, 2.0**100), 1.0)
+            grown = select(one, select(jnp.abs(zero_point) <= 1.0, 2.0**127, 2.0**100), 1.0)
             shifted = rounding.apply(scaled * grown) + zero_point * grown
-            signs, inside = jnp.where(shifted >= 0.0, 1.0, -1.0), shifted
-        else:
-            shifted, inside = scaled + zero_point, unclipped
-            signs = 2.0 * rounding.apply(0.5 * jnp.clip(shifted, -1.0, 1.0) + 0.5) - 1.0
+            # An integer n of one bit becomes 2n + 1, which is never 0, and has its sign.
+            odd = (shifted + select(one, 0.5, 0.0)) * select(one, 2.0, 1.0)
+            return Snapped(clip(odd, low, high), unclipped)
+        shifted = scaled + zero_point
+        signs = 2.0 * rounding.apply(0.5 * jnp.clip(shifted, -1.0, 1.0) + 0.5) - 1.0
         signs = jnp.where(jnp.isnan(shifted), shifted, signs)
-        return Snapped(jnp.where(one, signs, jnp.clip(inside, low, high)), unclipped)
+        return Snapped(jnp.where(one, signs, jnp.clip(unclipped, low, high)), unclipped)
 
     def narrowed(self, bits: int) -> IntegerFormat:
         """The same codes in a container of ``bits``; one signed bit has codes of its own."""

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from quantjax.lean import clip
+
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127
 
 
@@ -60,7 +62,7 @@ def power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
     >>> power_of_two(jnp.array([-1, 0, 10])).tolist()
     [0.5, 1.0, 1024.0]
     """
-    clipped = jnp.clip(exponent, SMALLEST_EXPONENT, LARGEST_EXPONENT).astype(jnp.int32)
+    clipped = clip(exponent, SMALLEST_EXPONENT, LARGEST_EXPONENT).astype(jnp.int32)
     return lax.bitcast_convert_type((clipped + 127) << 23, jnp.float32)
 
 

@@ -18,6 +18,7 @@ from jax import lax
 
 from quantjax.granularity import expand, group_size, repeat_groups
 from quantjax.interpreter import Op, Product
+from quantjax.interpreter.product import HIGHEST
 from quantjax.products import ragged
 
 
@@ -60,13 +61,13 @@ def _three_axes(product: Product, side: int, x: jax.Array) -> jax.Array:
     return x.transpose(axes.batch + axes.free + axes.contracted).reshape(sizes)
 
 
-def _pad_last(x: jax.Array, multiple: int) -> jax.Array:
-    padding = -x.shape[-1] % multiple
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]) if padding else x
+def _pad(x: jax.Array, axis: int, missing: int) -> jax.Array:
+    edges = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, edges) if missing else x
 
 
 def _split_last(x: jax.Array, block: int) -> jax.Array:
-    x = _pad_last(x, block)
+    x = _pad(x, x.ndim - 1, -x.shape[-1] % block)
     count = x.shape[-1] // block  # not -1, which an empty batch leaves open
     return jnp.moveaxis(x.reshape(*x.shape[:-1], count, block), -2, 0)
 
@@ -126,6 +127,60 @@ def split(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> Block
     return _split_conv(product, lhs, rhs, max(block // product.taps(), 1))
 
 
+class Chunks(NamedTuple):
+    """``n`` smaller products, one by one, whose results add up to the whole.
+
+    Attributes:
+      n: how many.
+      product: the float32 result of one, by its index.
+      finish: the sum of all in the equation's output shape.
+    """
+
+    n: int
+    product: Callable[[jax.Array], jax.Array]
+    finish: Callable[[jax.Array], jax.Array]
+
+
+def chunks(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> Chunks:
+    """The blocks of :func:`split`, or others no longer, where operands can stay as they lie.
+
+    Most can: each block is then a slice of both along one axis, and nothing is transposed or
+    copied ahead.
+    """
+    length = _slice_length(product, block)
+    if length:
+        return _slices(product, lhs, rhs, length)
+    parts = split(product, lhs, rhs, block)
+    one = lambda i: parts.multiply(parts.lhs[i], parts.rhs[i])  # noqa: E731
+    return Chunks(len(parts.lhs), one, parts.finish)
+
+
+def _slice_length(product: Product, block: int) -> int:
+    """Entries of the last contracted axis in a slice of ``block`` products at most, or 0.
+
+    A length that divides the axis, where one is more than half of the longest, fills up nothing.
+    """
+    if product.op is Op.RAGGED or product.params.get("feature_group_count", 1) != 1:
+        return 0
+    n = product.rhs.shape[product.axes(1)[1][-1]]
+    longest = block * n // max(product.contraction_size(), 1)
+    return next((m for m in range(longest, longest // 2, -1) if n % m == 0), longest)
+
+
+def _slices(product: Product, lhs: jax.Array, rhs: jax.Array, length: int) -> Chunks:
+    axes = [product.axes(side)[1][-1] for side in (0, 1)]
+    left, right = (
+        _pad(x, axis, -x.shape[axis] % length) for x, axis in zip((lhs, rhs), axes, strict=True)
+    )
+    precision = None if lhs.dtype == jnp.bfloat16 else HIGHEST
+
+    def one(i: jax.Array) -> jax.Array:
+        cut = lambda x, axis: lax.dynamic_slice_in_dim(x, i * length, length, axis)  # noqa: E731
+        return product.in_float32(cut(left, axes[0]), cut(right, axes[1]), precision)
+
+    return Chunks(left.shape[axes[0]] // length, one, lambda total: total)
+
+
 def split_groups(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -> Blocks:
     """Blocks of ``block`` products an output, none of which leaves a run of the last contracted
     axis; the last of each run is filled up with zeros.
@@ -137,9 +192,7 @@ def split_groups(product: Product, lhs: jax.Array, rhs: jax.Array, block: int) -
     padded = []
     for side, x in enumerate((lhs, rhs)):
         last = dot_axes(product, side).contracted[-1]
-        missing = -x.shape[last] % block
-        edges = [(0, missing if axis == last else 0) for axis in range(x.ndim)]
-        padded.append(jnp.pad(x, edges) if missing else x)
+        padded.append(_pad(x, last, -x.shape[last] % block))
     return _split_dot(product, padded[0], padded[1], block)
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from quantjax._compat import BARRIERS_HOLD, fenced
-from quantjax.affine import QParams, is_bypassed
+from quantjax.affine import QParams, is_bypassed, where_bypassed
 from quantjax.formats import IntegerFormat
 from quantjax.granularity import expand
 from quantjax.interpreter import Op, Product
@@ -28,6 +28,7 @@ from quantjax.products.exactness import BFLOAT16_EXACT, FLOAT32_EXACT, Exactness
 from quantjax.products.groups import (
     Coded,
     grouped_or_folded,
+    in_code_units,
     scaled,
     sum_of_groups,
 )
@@ -53,11 +54,10 @@ def coded(
 ) -> Coded:
     """Centered codes and factor of ``x``; at width 0, ``x`` itself and 1."""
     values, qparams = codes_or_values(x, qparams, arithmetic, key)
-    bypass = is_bypassed(qparams.bits)
     # Without the barrier XLA moves the choice behind the product, onto its whole output, where no
     # fused kernel takes it: two more passes over memory, a forward pass 1.5 times as long.
-    factor = lax.optimization_barrier(jnp.where(bypass, 1.0, qparams.scale))
-    return Coded(values, factor, bypass, _fits_bfloat16(qparams, arithmetic))
+    factor = lax.optimization_barrier(where_bypassed(qparams.bits, 1.0, qparams.scale))
+    return Coded(values, factor, is_bypassed(qparams.bits), _fits_bfloat16(qparams, arithmetic))
 
 
 def in_float(x: Float[Array, "..."]) -> Coded:
@@ -170,6 +170,8 @@ def _scaled_sums(
     @functools.partial(total.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         ((values, factors), flags), ((dvalues, dfactors), _) = primals, tangents
+        # From here on each derivative is that of the codes alone.
+        values = tuple(map(in_code_units, values, factors))
         sums = value(values, flags)
         terms = [
             _tangent(product, side, values, factors, dvalue)
@@ -202,16 +204,12 @@ def _tangent(
     factors: tuple[jax.Array | None, jax.Array | None],
     tangent: jax.Array,
 ) -> jax.Array:
-    """How the scaled sums move with the values of one operand."""
-    other = values[1 - side]
-    for which, factor in ((side, factors[side]), (1 - side, factors[1 - side])):
-        if factor is None:
-            continue
-        if which == side or factor.size == 1:
-            scalar = factor.reshape((1,) * tangent.ndim) if factor.size == 1 else factor
-            tangent = tangent * expand(scalar, tangent.shape)
-        else:
-            other = other * expand(factor, other.shape)
+    """How the scaled sums move with one operand, whose tangent its own factor is part of."""
+    other, factor = values[1 - side], factors[1 - side]
+    if factor is not None and factor.size == 1:
+        tangent = tangent * factor.reshape(())
+    elif factor is not None:
+        other = other * expand(factor, other.shape)
     operands = (tangent, other) if side == 0 else (other, tangent)
     lhs, rhs = _as_they_came(product, operands)
     # Gradients are no codes: accelerators multiply them at the precision of the model.
@@ -263,14 +261,13 @@ def _sums(
 
 def _in_chunks(product: Product, block: int, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """Sums of blocks in float32, added up in int32."""
-    parts = blocks.split(product, lhs, rhs, block)
+    parts = blocks.chunks(product, lhs, rhs, block)
 
-    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + parts.multiply(*part).astype(jnp.int32), None
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        return total + parts.product(i).astype(jnp.int32)
 
-    shape = jax.eval_shape(parts.multiply, parts.lhs[0], parts.rhs[0]).shape
-    total, _ = lax.scan(add, jnp.zeros(shape, jnp.int32), (parts.lhs, parts.rhs))
-    return parts.finish(total).astype(jnp.float32)
+    start = jnp.zeros(jax.eval_shape(parts.product, jnp.int32(0)).shape, jnp.int32)
+    return parts.finish(lax.fori_loop(0, parts.n, add, start)).astype(jnp.float32)
 
 
 def _bfloat16(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:

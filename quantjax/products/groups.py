@@ -16,13 +16,15 @@ from jaxtyping import Array, Bool, Float
 from quantjax.granularity import expand, group_size
 from quantjax.interpreter import Product
 from quantjax.products import blocks
+from quantjax.tangents import with_tangent
 
 
 class Coded(NamedTuple):
     """One operand as a product sees it: ``operand ≈ values · factor``.
 
     Attributes:
-      values: float32; centered codes, or the operand itself where it is not quantized.
+      values: float32; centered codes, or the operand itself where it is not quantized. Their
+        tangent is that of ``values · factor``, the factor held (:func:`in_code_units`).
       factor: the scale, 1 under bypass; None for an operand that has no quantizer.
       bypass: whether the width is 0; None for an operand that has no quantizer.
       fits_bfloat16: whether the values are codes that bfloat16 holds; None where that is no matter.
@@ -32,6 +34,13 @@ class Coded(NamedTuple):
     factor: Float[Array, "..."] | None = None
     bypass: Bool[Array, ""] | None = None
     fits_bfloat16: Bool[Array, ""] | None = None
+
+
+def in_code_units(values: jax.Array, factor: jax.Array | None) -> jax.Array:
+    """The values of a coded operand, with a tangent of their own: without the factor."""
+    if factor is None:
+        return values
+    return with_tangent(values, expand(factor, values.shape), operator.truediv)
 
 
 def group_length(
@@ -75,7 +84,8 @@ def grouped_or_folded(product: Product, side: int, operand: Coded) -> tuple[Code
     length = shared_length(product, side, operand.factor.shape)
     if length is None or length > 1:
         return operand, length
-    folded = operand.values * expand(operand.factor, operand.values.shape)
+    factor = expand(operand.factor, operand.values.shape)
+    folded = in_code_units(operand.values, factor) * factor
     return operand._replace(values=folded, factor=None, fits_bfloat16=None), None
 
 
@@ -105,7 +115,8 @@ def sum_of_groups(
 ) -> jax.Array:
     """``Σ_groups (Σ lhs · rhs) · (s_lhs · s_rhs)``, groups added in order."""
     block = block_length(product, lengths)
-    parts = blocks.split_groups(product, lhs.values, rhs.values, block)
+    left, right = (in_code_units(side.values, side.factor) for side in (lhs, rhs))
+    parts = blocks.split_groups(product, left, right, block)
     factors = block_factors(product, (lhs, rhs), block)
     return parts.finish(add_blocks(parts.multiply, (parts.lhs, parts.rhs), factors))
 

@@ -1,0 +1,54 @@
+"""``quantjax.lean`` against ``jax.numpy``, which it stands in for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quantjax import lean
+from tests.models import normal
+
+SHAPES = [((), (3, 4)), ((1, 4), (3, 4)), ((3, 1), (3, 4)), ((1, 1), (3, 4)), ((3, 4), (3, 4))]
+
+
+@pytest.mark.parametrize(("small", "large"), SHAPES, ids=str)
+def test_spreading_is_broadcasting(small, large):
+    x = normal(0, *small)
+    np.testing.assert_array_equal(lean.spread(x, large), jnp.broadcast_to(x, large))
+    assert lean.spread(x, (2, *large)).shape == (2, *large)
+
+
+@pytest.mark.parametrize(("small", "large"), SHAPES, ids=str)
+def test_a_choice_is_jnp_where(small, large):
+    which, yes, no = normal(1, *large) > 0, normal(2, *small), normal(3, *large)
+    np.testing.assert_array_equal(lean.select(which, yes, no), jnp.where(which, yes, no))
+    np.testing.assert_array_equal(lean.select(which, 1.0, no), jnp.where(which, 1.0, no))
+    np.testing.assert_array_equal(lean.select(which, 1.0, -2.0), jnp.where(which, 1.0, -2.0))
+    one = normal(4, *small) > 0
+    got = lean.select(one, yes, no)
+    np.testing.assert_array_equal(got, jnp.where(one, yes, no))
+    assert got.shape == large
+
+
+def test_a_choice_is_mapped_over_cells():
+    bits, no = jnp.array([0.0, 4.0]), normal(5, 2, 3)
+    got = jax.vmap(lambda b, n: lean.select(b == 0.0, 1.0, n))(bits, no)
+    np.testing.assert_array_equal(got, jnp.stack([jnp.ones(3), no[1]]))
+
+
+@pytest.mark.parametrize(("small", "large"), SHAPES, ids=str)
+def test_bounds_are_jnp_clip_and_keep_nan(small, large):
+    x = normal(6, *large).at[0, 0].set(jnp.nan)
+    low, high = -jnp.abs(normal(7, *small)), jnp.abs(normal(8, *small))
+    np.testing.assert_array_equal(lean.clip(x, low, high), jnp.clip(x, low, high))
+    assert np.isnan(lean.clip(x, low, high)[0, 0])
+
+
+def test_a_choice_and_bounds_are_no_functions_of_their_own():
+    """Which is all that they are for."""
+
+    def f(x: jax.Array) -> jax.Array:
+        return lean.clip(lean.select(x > 0.0, 1.0, x), jnp.float32(-1.0), jnp.float32(1.0))
+
+    names = {eqn.primitive.name for eqn in jax.make_jaxpr(f)(jnp.ones(3)).eqns}
+    assert names <= {"gt", "broadcast_in_dim", "select_n", "max", "min"}

@@ -177,12 +177,12 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
     return report
 
 
-def _compile_seconds(steps: dict[str, partial[Any]]) -> dict[str, list[float]]:
+def _compile_seconds(steps: dict[str, Any]) -> dict[str, list[float]]:
     """Seconds of tracing and compiling each step, one after another, in each round."""
     with_cache = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
 
-    def seconds(step: partial[Any]) -> float:
+    def seconds(step: Any) -> float:
         jax.clear_caches()
         start = time.perf_counter()
         step.func.lower(*step.args).compile()

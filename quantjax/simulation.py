@@ -54,7 +54,10 @@ class Arithmetic(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """The arrays beside ``x``, expanded to its shape; ``noise`` is None unless it is needed."""
+    """The arrays beside ``x``, expanded to its shape; ``noise`` is None unless it is needed.
+
+    Where one number holds for the whole tensor it is a scalar: less to trace and to compile.
+    """
 
     scale: jax.Array
     zero_point: jax.Array
@@ -65,7 +68,6 @@ class _Given(NamedTuple):
 
 
 class _Local(NamedTuple):
-    centered: jax.Array
     slope: jax.Array
     passed: jax.Array
     point: Point
@@ -84,7 +86,7 @@ def _snapped(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> tuple[jax.A
 
 
 def _local(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> _Local:
-    """Levels minus zero point, the estimator's slope, and ``slope · x/s``; all float32."""
+    """The estimator's slope, ``slope · x/s``, and what it judged by; all float32."""
     format, _, estimator, _ = arithmetic
     zero, bits, theta = HALF_EVEN.apply(given.zero_point), given.bits, given.theta
     scaled, snapped = _snapped(arithmetic, x, given)
@@ -103,7 +105,7 @@ def _local(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> _Local:
     slope = estimator.slope(point)
     # Not a plain product: where the quotient is infinite and clipped, 0 · ∞ would be NaN.
     passed = jnp.where(slope == 0.0, 0.0, slope * scaled)
-    return _Local(snapped.level - zero, slope, passed, point)
+    return _Local(slope, passed, point)
 
 
 def _has_borders(arithmetic: Arithmetic, x: jax.Array, given: _Given, d: _Given) -> bool:
@@ -169,7 +171,7 @@ def _moved(
     if _has_borders(arithmetic, x, given, d):
         passes = is_bypassed(given.bits) | _is_inside(arithmetic, x, given)
         return lax.select(passes, instantiated(dx), jnp.zeros_like(x))
-    _, slope, passed, point = _local(arithmetic, x, _again(given))
+    slope, passed, point = _local(arithmetic, x, _again(given))
     terms = []
     if moves(dx):
         terms.append(unless_bypassed(1.0, slope) * dx)
@@ -260,7 +262,7 @@ def _given(
     x, estimator = jnp.asarray(x), arithmetic.estimator
     noise = arithmetic.rounding.noise(key, x.shape)
 
-    def spread(array: jax.Array) -> jax.Array:  # one number for all as a scalar, which is less
+    def spread(array: jax.Array) -> jax.Array:
         array = expand(jnp.asarray(array, jnp.float32), x.shape)
         return array.reshape(()) if array.size == 1 else array
 

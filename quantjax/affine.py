@@ -184,8 +184,8 @@ def mark_faults(
     fault = jnp.where(bypass, float(Fault.NONE), fault)
     fault = jnp.where(valid, fault, float(Fault.BITS_OUTSIDE_FORMAT))
     faulty = fault != float(Fault.NONE)
-    scale = jnp.where(bypass, 1.0, qparams.scale)
-    zero_point = jnp.where(bypass, 0.0, qparams.zero_point)
+    scale = where_bypassed(qparams.bits, 1.0, qparams.scale)
+    zero_point = where_bypassed(qparams.bits, 0.0, qparams.zero_point)
     return qparams._replace(
         scale=jnp.where(faulty, jnp.nan, scale), zero_point=jnp.where(faulty, fault, zero_point)
     )

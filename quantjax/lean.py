@@ -22,14 +22,15 @@ def select(
 ) -> Float[Array, "..."]:
     """``yes`` where ``which`` is true, ``no`` elsewhere.
 
-    Arrays broadcast against one another.
+    Arrays broadcast against one another; a number has their dtype, two are float32.
 
     >>> select(jnp.array([True, False]), 1.0, jnp.array([2.0, 3.0])).tolist()
     [1.0, 3.0]
     """
     shape = jnp.broadcast_shapes(*(jnp.shape(array) for array in (which, yes, no)))
+    dtype = next((case.dtype for case in (yes, no) if not isinstance(case, float)), jnp.float32)
     full = [
-        lax.full(shape, case, jnp.float32) if isinstance(case, float) else spread(case, shape)
+        lax.full(shape, case, dtype) if isinstance(case, float) else spread(case, shape)
         for case in (yes, no)
     ]
     return lax.select(which if which.ndim == 0 else spread(which, shape), *full)

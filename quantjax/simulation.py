@@ -372,5 +372,5 @@ def apply(
         y = jnp.where(_chosen(x, resolved, estimator, key), y, x)
     changed = estimator.transform is not None or estimator.asymmetry is not None
     if changed or x.dtype == jnp.float64:  # float32 would round what passes through
-        y = jnp.where(is_bypassed(given.bits), x, y)
+        y = where_bypassed(given.bits, x, y)
     return y

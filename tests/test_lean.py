@@ -52,3 +52,8 @@ def test_a_choice_and_bounds_are_no_functions_of_their_own():
 
     names = {eqn.primitive.name for eqn in jax.make_jaxpr(f)(jnp.ones(3)).eqns}
     assert names <= {"gt", "broadcast_in_dim", "select_n", "max", "min"}
+
+
+def test_a_number_takes_the_dtype_of_the_other_case():
+    no = jnp.ones(2, jnp.bfloat16)
+    assert lean.select(jnp.array([True, False]), 2.0, no).dtype == jnp.bfloat16

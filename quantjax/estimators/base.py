@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax.affine import QParams, is_bypassed
+from quantjax.affine import QParams, where_bypassed
 from quantjax.formats import Format, Theta
 
 Parameters = Mapping[str, jax.Array]
@@ -158,11 +158,11 @@ def highest(format: Format, qparams: QParams) -> jax.Array:
     ``theta`` of the QParams is the format's.
     """
     high = format.level_range(qparams.bits, qparams.theta)[1]
-    return jnp.where(is_bypassed(qparams.bits), 1.0, high)
+    return where_bypassed(qparams.bits, 1.0, high)
 
 
 def reach(format: Format, qparams: QParams) -> jax.Array:
     """What a symmetric range covers, ``s · steps``; ``steps`` is the highest level where codes are
     narrow, and one more in two's complement."""
     steps = format.steps(qparams.bits, symmetric=True, theta=qparams.theta)
-    return qparams.scale * jnp.where(is_bypassed(qparams.bits), 1.0, steps)
+    return qparams.scale * where_bypassed(qparams.bits, 1.0, steps)

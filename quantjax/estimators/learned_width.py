@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from quantjax.affine import QParams, is_bypassed
+from quantjax.affine import QParams, where_bypassed
 from quantjax.estimators.base import Estimator, Need, Parameters, highest
 from quantjax.estimators.gradients import ceil_through, clip_through, round_through
 from quantjax.estimators.pact import clip_of, clipped_to
@@ -31,7 +31,7 @@ def _clipped(x: jax.Array, qparams: QParams, own: Parameters, format: Format) ->
 def _of_tensor(width: jax.Array, qparams: QParams, format: Format) -> jax.Array:
     """One width: that of the group which needs most; 0 stays bypass."""
     width = clip_through(jnp.max(width), 1.0, float(format.max_bits))
-    return jnp.where(is_bypassed(qparams.bits), 0.0, width)
+    return where_bypassed(qparams.bits, 0.0, width)
 
 
 def _differentiable(qparams: QParams, own: Parameters, format: Format) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from quantjax.affine import QParams, is_bypassed
+from quantjax.affine import QParams, where_bypassed
 from quantjax.estimators import CLIPPED
 from quantjax.granularity import expand
 from quantjax.interpreter import leaves_by_path
@@ -91,4 +91,4 @@ def _distance(operand: OperandPlan, weight: jax.Array, qparams: QParams) -> jax.
     low, high = (low - zero) * scale, (high - zero) * scale
     clipped = jnp.where(x < low, low, jnp.where(x > high, high, x))
     distance = jnp.sum((jax.lax.stop_gradient(middle) - clipped) ** 2)
-    return jnp.where(is_bypassed(used.bits), 0.0, distance)
+    return where_bypassed(used.bits, 0.0, distance)

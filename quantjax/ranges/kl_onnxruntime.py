@@ -30,7 +30,7 @@ class _Prefix(NamedTuple):
     entropies: Int[Array, " edges"]
 
 
-def best_reach(counts: jax.Array, levels: jax.Array) -> jax.Array:
+def best_reach(counts: jax.Array, levels: jax.Array, *, most: int = 128) -> jax.Array:
     """How many bins to keep on either side of the middle one: ``argmin KL(P ‖ Q)``, the first.
 
     ``P`` are the kept bins, all that lies beyond added to the outermost two. ``Q`` are their counts
@@ -45,6 +45,7 @@ def best_reach(counts: jax.Array, levels: jax.Array) -> jax.Array:
       counts: ``[bins]``, an odd number of them, float32; scaled down where they sum to more than
         ``2^30``.
       levels: int32, a power of two from 2 on. Where there are more of them than bins, all are kept.
+      most: a static bound of ``levels``.
     """
     bins = counts.shape[0]
     middle = bins // 2
@@ -62,7 +63,9 @@ def best_reach(counts: jax.Array, levels: jax.Array) -> jax.Array:
     rough = jnp.where(reaches >= levels // 2, rough, jnp.inf)
     _, finalists = lax.top_k(-rough, min(FINALISTS, middle + 1))
     finalists = jnp.sort(finalists).astype(jnp.int32)
-    exact = jax.vmap(lambda reach: _divergence(whole, prefix, levels, reach))(finalists)
+    exact = jax.vmap(functools.partial(_divergence, whole, prefix, levels, min(most, bins)))(
+        finalists
+    )
     exact = jnp.where(jnp.isfinite(rough[finalists]), exact, jnp.inf)
     best = jnp.argmin(exact)
     return jnp.where(jnp.isfinite(exact[best]), finalists[best], middle)
@@ -148,7 +151,7 @@ def whole_quotient(x: jax.Array, divisor: jax.Array) -> jax.Array:
 
 
 def _divergence(
-    whole: jax.Array, prefix: _Prefix, levels: jax.Array, reach: jax.Array
+    whole: jax.Array, prefix: _Prefix, levels: jax.Array, most: int, reach: jax.Array
 ) -> jax.Array:
     """``KL(P ‖ Q)`` with ``reach`` bins on either side of the middle one, smoothed."""
     bins = whole.shape[0]
@@ -163,18 +166,20 @@ def _divergence(
     offset = (place - first).astype(jnp.float32)
     run = jnp.floor(divide_by_scale(offset + 0.5, jnp.maximum(size, 1).astype(jnp.float32)))
     run = jnp.clip(run.astype(jnp.int32), 0, levels)
-    start = first + jnp.minimum(run, levels - 1) * size
-    stop = start + size
-    in_run = inside & (run < levels) & (size > 0)
-    start, stop = jnp.clip(start, 0, bins), jnp.clip(stop, 0, bins)
+    runs = jnp.arange(most, dtype=jnp.int32)
+    start = first + jnp.minimum(runs, levels - 1) * size
+    start, stop = jnp.clip(start, 0, bins), jnp.clip(start + size, 0, bins)
     held = sums[stop] - sums[start]
-    held += jnp.where(run == levels - 1, sums[last] - sums[stop], 0)
+    held += jnp.where(runs == levels - 1, sums[last] - sums[stop], 0)
     number = numbers[stop] - numbers[start]
     # The outermost bins hold what lies beyond, so they are not empty although they were.
     for end, beyond in ((first, left), (last - 1, right)):
         new = (whole[end] == 0) & (beyond > 0) & (start <= end) & (end < stop)
         number += new.astype(jnp.int32)
-    q = jnp.where(in_run & (number > 0), held // jnp.maximum(number, 1), 0)
+    q = jnp.where(number > 0, whole_quotient(held, jnp.maximum(number, 1)), 0)
+    # A barrier: fused into the gather, what the bins of a run have is found for each of them.
+    q = lax.optimization_barrier(q)[jnp.minimum(run, most - 1)]
+    q = jnp.where(inside & (run < levels) & (size > 0), q, 0)
     smooth = [_smoothed(counts, inside) for counts in (p, q)]
     a, b = (divide_by_scale(s, jnp.maximum(jnp.sum(s), _EPSILON)) for s in smooth)
     some = inside & (a > 0.0) & (b > 0.0)
@@ -195,7 +200,9 @@ def _smoothed(counts: jax.Array, inside: jax.Array) -> jax.Array:
 def _range(bins: int, statistics: Statistics, target: Target) -> Range:
     counts = symmetric_counts(statistics, bins)
     exponent = jnp.clip(target.bits.astype(jnp.int32) - 1, 1, 24)
-    reach = best_reach(counts, jnp.left_shift(jnp.int32(1), exponent)).astype(jnp.float32)
+    most = 1 << min(max(target.format.max_bits - 1, 1), 24)
+    levels = jnp.left_shift(jnp.int32(1), exponent)
+    reach = best_reach(counts, levels, most=most).astype(jnp.float32)
     low, high = statistics.extremes
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
     clip = largest * divide_by_scale(2.0 * reach + 1.0, jnp.float32(bins))

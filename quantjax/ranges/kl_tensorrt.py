@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax.formats import divide_by_scale
+from quantjax.formats import divide_by_scale, exponent_of, power_of_two
 from quantjax.ranges.base import Range, RangeRule, Target
+from quantjax.ranges.kl_look import looked_at, prefix_sums
 from quantjax.ranges.rebin import check_bins, magnitude_counts
 from quantjax.statistics import Statistics
 
 FINALISTS = 8  # in 150 histograms, the best of the first look was the best
-_TOTAL = 2.0**17  # counts are scaled to this sum for the first look
-_MASS, _ENTROPY = 2.0**13, 2.0**10  # and held as integers of these fractions
+_LOW = 2.0**12  # what the lower of two words of a count holds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,9 @@ MODELOPT = Variant(name="modelopt", copies_first_bin=True, unsigned_levels=True,
 """NVIDIA's own code since pytorch-quantization."""
 
 
-def divergences(counts: jax.Array, levels: jax.Array, candidates: jax.Array) -> jax.Array:
+def divergences(
+    counts: jax.Array, levels: jax.Array, candidates: jax.Array, *, most: int = 256
+) -> jax.Array:
     """``KL(P ‖ Q)`` of each clip after ``candidates`` bins; infinite where only ``Q`` is 0.
 
     ``P`` is the histogram with all that lies beyond added to its last bin. ``Q`` has the counts of
@@ -59,26 +60,36 @@ def divergences(counts: jax.Array, levels: jax.Array, candidates: jax.Array) -> 
     ``Σ P log(P/Q)`` is summed as ``Σ P (r - 1 - log r)``, ``r = Q/P``, of terms not below 0.
 
     Args:
-      counts: ``[bins]``, float32.
+      counts: ``[bins]``, whole numbers in float32; scaled down where they sum to more than 2^40.
       levels: int32 scalar.
       candidates: int32, any shape.
+      most: a static bound of ``levels``.
     """
     bins = counts.shape[0]
     place = jnp.arange(bins, dtype=jnp.int32)
     total = jnp.sum(counts)
+    shrink = power_of_two(jnp.minimum(40 - exponent_of(jnp.maximum(total, 1.0)), 0))
+    high = jnp.floor(counts * (shrink / _LOW))
+    low = jnp.round(counts * shrink - high * _LOW)
+    some = (counts > 0.0).astype(jnp.float32)
+    # Sums over runs are differences, exact in two words of integers.
+    below = jnp.stack([prefix_sums(part) for part in (high, low, some)], axis=1)
+    runs = jnp.arange(min(most, bins) + 1, dtype=jnp.int32)
 
     def one(kept: jax.Array) -> jax.Array:
         inside = place < kept
-        run = jnp.where(inside, (place * levels) // jnp.maximum(kept, 1), bins)
+        edges = jnp.where(runs < levels, _quotient(runs * kept + levels - 1, levels), kept)
+        parts = below[lax.optimization_barrier(edges)]
+        parts = (parts[1:] - parts[:-1]).astype(jnp.float32)
+        sums = (parts[:, 0] * _LOW + parts[:, 1]) * (1.0 / shrink)
+        # A barrier: fused into the gather below, the mean of a run is found for each of its bins.
+        mean = lax.optimization_barrier(divide_by_scale(sums, jnp.maximum(parts[:, 2], 1.0)))
+        run = _quotient(place * levels, jnp.maximum(kept, 1))
         held = jnp.where(inside, counts, 0.0)
-        some = (held > 0.0).astype(jnp.float32)
-        sums = jnp.zeros(bins, jnp.float32).at[run].add(held, mode="drop")
-        numbers = jnp.zeros(bins, jnp.float32).at[run].add(some, mode="drop")
-        mean = divide_by_scale(sums, jnp.maximum(numbers, 1.0))
         mass = jnp.sum(held)
         beyond = jnp.sum(jnp.where(inside, 0.0, counts))
         p = held + jnp.where(place == kept - 1, beyond, 0.0)
-        q = some * mean[jnp.minimum(run, bins - 1)]
+        q = jnp.where(inside, some * mean[jnp.minimum(run, runs.size - 2)], 0.0)
         p = divide_by_scale(p, jnp.maximum(total, 1.0))
         q = divide_by_scale(q, jnp.where(mass > 0.0, mass, 1.0))
         both = (p > 0.0) & (q > 0.0)
@@ -90,69 +101,14 @@ def divergences(counts: jax.Array, levels: jax.Array, candidates: jax.Array) -> 
     return lax.map(one, candidates, batch_size=16)
 
 
-class _Runs(NamedTuple):
-    """Sums over the runs so far, for every number of bins.
+def _quotient(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """``⌊x / divisor⌋`` below 2^23, in floats, of which CPUs divide many at once.
 
-    Attributes:
-      found: ``Σ S log(S / N)``.
-      logarithm: ``log(S / N)`` of the last run.
-      below, fewer: counts, and bins that are not empty, up to its end.
+    Half a unit more is more than a quotient is off by, and less than what the next one needs.
     """
-
-    found: jax.Array
-    logarithm: jax.Array
-    below: jax.Array
-    fewer: jax.Array
-
-
-def _first_look(most: int, counts: jax.Array, levels: jax.Array) -> jax.Array:
-    """:func:`divergences` after every number of bins, to about four digits.
-
-    Sums over runs are differences of prefix sums, in integers, which lose no digits to one another:
-    ``KL = [Σ p log p - Σ_runs S log(S / N)] / total + log(mass / total)``. What costs is one pass
-    over all clips for each level.
-    """
-    bins = counts.shape[0]
-    total = jnp.maximum(jnp.sum(counts), 1.0)
-    scaled = divide_by_scale(counts, total) * _TOTAL
-
-    def entropy(mass: jax.Array) -> jax.Array:
-        return mass * jnp.log(jnp.where(mass > 0.0, mass, 1.0))
-
-    def prefix(values: jax.Array) -> jax.Array:
-        whole = jnp.round(values).astype(jnp.int32)
-        return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(whole)])
-
-    mass, numbers = prefix(scaled * _MASS), prefix((counts > 0.0).astype(jnp.float32))
-    both = jnp.stack([mass, numbers], axis=1)  # side by side: one gather instead of two
-    entropies = prefix(entropy(scaled) * _ENTROPY)
-    kept = jnp.arange(bins + 1, dtype=jnp.int32)
-
-    halvings = 31 - lax.clz(levels)
-
-    def run(level: jax.Array, state: _Runs) -> _Runs:
-        last = jnp.right_shift((level + 1) * kept + levels - 1, halvings)
-        below, fewer = both[last].T
-        held = (below - state.below).astype(jnp.float32) * (1.0 / _MASS)
-        number = (fewer - state.fewer).astype(jnp.float32)
-        mean = divide_by_scale(held, jnp.maximum(number, 1.0))
-        logarithm = jnp.log(jnp.where(mean > 0.0, mean, 1.0))
-        return _Runs(state.found + held * logarithm, logarithm, below, fewer)
-
-    none, zero = jnp.zeros(bins + 1, jnp.int32), jnp.zeros(bins + 1, jnp.float32)
-    start = _Runs(zero, zero, none, none)
-    runs, last_logarithm, *_ = lax.fori_loop(0, jnp.minimum(levels, most), run, start)
-    inside = mass.astype(jnp.float32) * (1.0 / _MASS)
-    beyond = _TOTAL - inside
-    last = jnp.concatenate([jnp.zeros(1), scaled])
-    within = entropies.astype(jnp.float32) * (1.0 / _ENTROPY)
-    p_log_p = within - entropy(last) + entropy(last + beyond)
-    share = divide_by_scale(inside, jnp.float32(_TOTAL))
-    value = (p_log_p - runs - beyond * last_logarithm) / _TOTAL
-    value += jnp.log(jnp.where(share > 0.0, share, 1.0))
-    outliers = jnp.sum(counts) - jnp.concatenate([jnp.zeros(1), jnp.cumsum(counts)])
-    lost = (last == 0.0) & (outliers > 0.0)
-    return jnp.where(lost | (inside <= 0.0), jnp.inf, value)
+    return divide_by_scale(x.astype(jnp.float32) + 0.5, divisor.astype(jnp.float32)).astype(
+        jnp.int32
+    )
 
 
 def best_bin(
@@ -172,14 +128,14 @@ def best_bin(
     bins = counts.shape[0]
     kept = jnp.arange(bins + 1, dtype=jnp.int32)
     tried = (kept >= levels) & (((kept - levels) % stride == 0) | (kept == bins))
-    # One histogram after another, each with as many passes as it has levels: gathers of a batch
-    # take twice as long on a CPU.
-    look = jax.custom_batching.sequential_vmap(functools.partial(_first_look, most))
-    rough = jnp.where(tried, look(counts, levels), jnp.inf)
+    # One histogram after another: each has its own number of passes.
+    rough = jax.custom_batching.sequential_vmap(looked_at)(counts, levels, tried)
     _, finalists = lax.top_k(-rough, min(FINALISTS, bins))
     finalists = jnp.sort(finalists).astype(jnp.int32)
     exact = jnp.where(
-        jnp.isfinite(rough[finalists]), divergences(counts, levels, finalists), jnp.inf
+        jnp.isfinite(rough[finalists]),
+        divergences(counts, levels, finalists, most=most),
+        jnp.inf,
     )
     best = jnp.argmin(exact)
     return jnp.where(jnp.isfinite(exact[best]), finalists[best], bins)

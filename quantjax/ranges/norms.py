@@ -16,7 +16,7 @@ def _square(statistics: Statistics, target: Target) -> Range:
 
     def loss(outcome: Outcome) -> jax.Array:
         error = outcome.error * unit
-        return jnp.sum(outcome.weights * error * error)
+        return outcome.total(error * error)
 
     return search(statistics, target, loss)
 
@@ -26,8 +26,7 @@ def _power(statistics: Statistics, target: Target, p: jax.Array) -> Range:
 
     def loss(outcome: Outcome) -> jax.Array:
         error = jnp.abs(outcome.error * unit)
-        some = jnp.where(error > 0.0, error, 1.0)
-        return jnp.sum(outcome.weights * jnp.where(error > 0.0, jnp.exp2(p * jnp.log2(some)), 0.0))
+        return outcome.total(jnp.exp(p * jnp.log(error)))
 
     low, high, calibrated = search(statistics, target, loss)
     valid = (p > 0.0) & jnp.isfinite(p)

@@ -18,7 +18,7 @@ def _sqnr(statistics: Statistics, target: Target, clip_weight: jax.Array) -> Ran
     def loss(outcome: Outcome) -> jax.Array:
         error = outcome.error * unit
         cost = jnp.where(outcome.clipped, clip_weight, 1.0)
-        return jnp.sum(outcome.weights * cost * error * error)
+        return outcome.total(cost * error * error)
 
     low, high, calibrated = search(statistics, target, loss)
     valid = (clip_weight > 0.0) & jnp.isfinite(clip_weight)
@@ -67,9 +67,8 @@ def _cosine(statistics: Statistics, target: Target) -> Range:
 
     def loss(outcome: Outcome) -> jax.Array:
         x, error = outcome.x * unit, outcome.error * unit
-        xx, xe, ee = (
-            jnp.sum(outcome.weights * a * b) for a, b in ((x, x), (x, error), (error, error))
-        )
+        along = outcome._replace(weights=outcome.weights * x)
+        xx, xe, ee = along.total(x), along.total(error), outcome.total(error * error)
         some = jnp.where(xx > 0.0, xx, 1.0)
         # sin² of the angle between x and Q(x), from the error: 1 - cos has no digits left.
         across = ee - xe * divide_by_scale(xe, some)

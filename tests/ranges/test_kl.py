@@ -14,6 +14,7 @@ from numpy.testing import assert_allclose
 
 from quantjax import errors, integer, ranges, statistics
 from quantjax.ranges import KL_MODELOPT, KL_ONNXRUNTIME, KL_TENSORRT, Target
+from quantjax.ranges.kl_look import looked_at
 from quantjax.ranges.kl_onnxruntime import best_reach, whole_quotient
 from quantjax.ranges.kl_tensorrt import best_bin, divergences
 from tests.oracles import divergence as oracle
@@ -99,6 +100,36 @@ def test_divergences_are_those_of_float64(kind):
     got = jax.jit(divergences)(jnp.float32(counts), jnp.int32(128), jnp.asarray(kept))
     assert_allclose(got, want[kept], rtol=1e-4, atol=1e-7)
     assert np.isposinf(got).any() == np.isposinf(want[kept]).any()
+
+
+@KINDS
+@pytest.mark.parametrize("levels", [2, 16, 128])
+def test_the_first_look_leaves_no_clip_that_may_be_best(kind, levels):
+    counts = oracle.magnitudes(oracle.drawn(kind, 5))
+    want, tried = oracle.tensorrt(counts, levels), np.arange(2049) >= levels
+    got = np.asarray(jax.jit(looked_at)(jnp.float32(counts), jnp.int32(levels), tried))
+    looked = np.isfinite(got)
+    assert_allclose(got[looked], want[looked], rtol=1e-4, atol=1e-5)
+    assert want[~looked].min() > 1.0005 * want.min()
+    assert not looked.all()
+
+
+def test_whatever_was_no_candidate_is_not_looked_at():
+    counts, tried = jnp.arange(64.0), jnp.arange(65) % 2 == 0
+    got = jax.jit(looked_at)(counts, jnp.int32(4), tried)
+    assert np.isposinf(got[1::2]).all()
+    assert np.isfinite(got[64])
+
+
+@pytest.mark.parametrize("factor", [1, 2**20, 2**32], ids=["few", "many", "more than a word"])
+def test_divergences_do_not_depend_on_how_many_there_are(factor):
+    counts = np.random.default_rng(6).integers(0, 900, 256)
+    kept = jnp.arange(16, 257, 8)
+    one, more = (
+        jax.jit(divergences)(jnp.float32(counts * times), jnp.int32(16), kept)
+        for times in (1, factor)
+    )
+    assert_allclose(more, one, rtol=1e-5)
 
 
 @KINDS

@@ -18,7 +18,7 @@ from quantjax.statistics import Statistics
 
 _LARGEST_TOTAL = 2.0**30
 _EPSILON = 1e-4
-FINALISTS = 8
+FINALISTS = 4
 _TOTAL, _ENTROPY = 2.0**17, 2.0**10  # for the first look: counts sum to it, fractions of integers
 
 

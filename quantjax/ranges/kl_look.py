@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 
 from quantjax.formats import divide_by_scale
 
-CLIPS = 128  # looked at together
+CLIPS = 128  # looked at together on a CPU; where many are as fast as few, all of them
 RUNS = 8  # summed before a look whether one of them can still win
 FIRST = 32  # clips that say how good the best is at least
 _TOTAL = 2.0**17  # counts are scaled to this sum
@@ -52,6 +53,13 @@ def looked_at(counts: jax.Array, levels: jax.Array, tried: jax.Array) -> jax.Arr
       levels: int32 scalar, a power of two.
       tried: ``[bins + 1]``, which of them are candidates.
     """
+    together = functools.partial(_looked_at, counts.size + 1)
+    return lax.platform_dependent(
+        counts, levels, tried, cpu=functools.partial(_looked_at, CLIPS), default=together
+    )
+
+
+def _looked_at(at_once: int, counts: jax.Array, levels: jax.Array, tried: jax.Array) -> jax.Array:
     bins = counts.shape[0]
     total = jnp.maximum(jnp.sum(counts), 1.0)
     scaled = divide_by_scale(counts, total) * _TOTAL
@@ -70,10 +78,10 @@ def looked_at(counts: jax.Array, levels: jax.Array, tried: jax.Array) -> jax.Arr
 
     stride = max(bins // FIRST, 1)
     best = jnp.min(_summed(sums, levels, _Clips(kept[::stride], least[::stride]), jnp.inf))
-    missing = -(bins + 1) % CLIPS
+    missing = -(bins + 1) % at_once
     blocks = _Clips(
-        jnp.pad(kept, (0, missing)).reshape(-1, CLIPS),
-        jnp.pad(least, (0, missing), constant_values=jnp.inf).reshape(-1, CLIPS),
+        jnp.pad(kept, (0, missing)).reshape(-1, at_once),
+        jnp.pad(least, (0, missing), constant_values=jnp.inf).reshape(-1, at_once),
     )
 
     def block(best: jax.Array, clips: _Clips) -> tuple[jax.Array, jax.Array]:

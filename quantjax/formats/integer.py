@@ -6,19 +6,20 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from quantjax import errors
 from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta
-from quantjax.formats.scales import REAL, ScaleRule, power_of_two
+from quantjax.formats.scales import REAL, ScaleRule
 from quantjax.lean import clip, select
 from quantjax.rounding import Rounding
 
 MAX_CONTAINER_BITS = 16
 
 
-def _two_to(exponent: jax.Array) -> jax.Array:
-    """``2^exponent`` of integer-valued float32 numbers."""
-    return power_of_two(exponent.astype(jnp.int32))
+def _two_to(bits: jax.Array, less: int = 0) -> jax.Array:
+    """``2^(bits - less)`` of a width in use, which is far from the ends of float32's exponents."""
+    return lax.bitcast_convert_type((bits.astype(jnp.int32) + (127 - less)) << 23, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,12 @@ class IntegerFormat(Format):
         """See the table of the class."""
         del theta
         bits = jnp.asarray(bits, jnp.float32)
-        one = bits == 1.0
         if self.signed:
-            half = _two_to(bits - 1.0)
-            low = -half + 1.0 if self.narrow else -half
-            return select(one, -1.0, low), select(one, 1.0, half - 1.0)
-        low = jnp.where(one, 0.0, 1.0) if self.narrow else jnp.zeros_like(bits)
+            half = _two_to(bits, 1)
+            # One bit has -1 and +1.
+            low = jnp.minimum(1.0 - half, -1.0) if self.narrow else -half
+            return low, jnp.maximum(half - 1.0, 1.0)
+        low = jnp.where(bits == 1.0, 0.0, 1.0) if self.narrow else jnp.zeros_like(bits)
         return low, _two_to(bits) - 1.0
 
     def steps(self, bits: jax.Array, *, symmetric: bool, theta: Theta = ()) -> jax.Array:
@@ -94,7 +95,7 @@ class IntegerFormat(Format):
             return high - low
         if not self.signed:
             return high
-        half = _two_to(bits - 1.0)
+        half = _two_to(bits, 1)
         return jnp.maximum(half - 1.0, 1.0) if self.narrow else half
 
     def is_elementwise(self, theta: Theta) -> bool:
@@ -126,7 +127,8 @@ class IntegerFormat(Format):
             grown = select(one, select(jnp.abs(zero_point) <= 1.0, 2.0**127, 2.0**100), 1.0)
             shifted = rounding.apply(scaled * grown) + zero_point * grown
             # An integer n of one bit becomes 2n + 1, which is never 0, and has its sign.
-            odd = (shifted + select(one, 0.5, 0.0)) * select(one, 2.0, 1.0)
+            more = one.astype(jnp.float32)
+            odd = shifted * (1.0 + more) + more
             return Snapped(clip(odd, low, high), unclipped)
         shifted = scaled + zero_point
         signs = 2.0 * rounding.apply(0.5 * jnp.clip(shifted, -1.0, 1.0) + 0.5) - 1.0

@@ -46,7 +46,7 @@ def rounds_between(
     return (x >= spread(first, x.shape)) & (x <= spread(last, x.shape))
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3, inline=True)
 def _borders(
     scale: jax.Array, low: jax.Array, high: jax.Array, rounding: Rounding
 ) -> tuple[jax.Array, jax.Array]:

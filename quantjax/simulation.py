@@ -153,7 +153,7 @@ def _again(given: _Given) -> _Given:
     return given._replace(scale=lax.optimization_barrier(given.scale))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _levels(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
     """Levels minus zero point; jitted, to be traced once for the value and for its derivative."""
     return _snapped(arithmetic, x, given)[1].level - HALF_EVEN.apply(given.zero_point)

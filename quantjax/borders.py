@@ -17,7 +17,7 @@ from quantjax.formats import divide_by_scale
 from quantjax.lean import select, spread
 from quantjax.rounding import Rounding
 
-_PLACES = range(-3, 4)
+_PLACES = 3
 """How many last places ``(n + 1/2) · s`` may be off, rounded twice as it is."""
 
 
@@ -51,18 +51,18 @@ def _borders(
     scale: jax.Array, low: jax.Array, high: jax.Array, rounding: Rounding
 ) -> tuple[jax.Array, jax.Array]:
     """The smallest and the largest number; jitted, to be traced once for all of a shape."""
-    places = jnp.asarray(_PLACES, jnp.int32)
-    shape = (places.size, 2, *scale.shape)
-    along = lambda array, axis: lax.broadcast_in_dim(array, shape, [axis])  # noqa: E731
+    shape = (2 * _PLACES + 1, 2, *scale.shape)
     over = lambda array: spread(array, shape)  # noqa: E731
-    sides = shape[1:]
-    is_low = lax.broadcast_in_dim(jnp.asarray([True, False]), sides, [0])
-    bound = select(is_low, spread(low, sides), spread(high, sides))
-    half = lax.broadcast_in_dim(jnp.asarray([-0.5, 0.5]), sides, [0])
-    edge = (bound + half) * spread(scale, sides)
-    bits = over(lax.bitcast_convert_type(edge, jnp.int32)) + along(places, 0)
-    candidates = lax.bitcast_convert_type(bits, jnp.float32)
-    outwards = along(jnp.asarray([-1.0, 1.0]), 1)
+    # Numbered and not listed: constants are arguments of a kernel, and kernels that differ in the
+    # order of their arguments are compiled one by one.
+    side = lax.broadcasted_iota(jnp.float32, shape[1:], 0)
+    bound = select(side == 0.0, spread(low, side.shape), spread(high, side.shape))
+    edge = (bound + (side - 0.5)) * spread(scale, side.shape)
+    places = lax.broadcasted_iota(jnp.int32, shape, 0) - _PLACES
+    candidates = lax.bitcast_convert_type(
+        over(lax.bitcast_convert_type(edge, jnp.int32)) + places, jnp.float32
+    )
+    outwards = 2.0 * over(side) - 1.0
     levels = rounding.apply(divide_by_scale(candidates, over(scale)))
     fits = outwards * (levels - over(bound)) <= 0.0
     reach = jnp.max(select(fits, outwards * candidates, -jnp.inf), axis=0)

@@ -15,11 +15,12 @@ import numpy as np
 
 from quantjax import errors
 from quantjax.affine import QParams
+from quantjax.arithmetic import Arithmetic
 from quantjax.formats import ALL_LAWS, Format, Law, Theta
 from quantjax.granularity import expand
 from quantjax.qtensor import encode
 from quantjax.rounding import HALF_EVEN, Rounding
-from quantjax.simulation import Arithmetic, apply, centered_codes
+from quantjax.simulation import apply, centered_codes
 
 SAMPLES = 512
 _SAFE = 2.0**-100  # smaller reals may be flushed to zero on the way

@@ -12,11 +12,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import DIVIDED, QParams, Scaling
+from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator
 from quantjax.formats import Format, Theta, integer
 from quantjax.granularity import check_scale_shape
 from quantjax.rounding import HALF_EVEN, Rounding
-from quantjax.simulation import Arithmetic, apply
+from quantjax.simulation import apply
 
 
 def fake_quant(

@@ -14,12 +14,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import DIVIDED, QParams, Scaling
+from quantjax.arithmetic import Arithmetic
 from quantjax.fake_quant import check_floating
 from quantjax.formats import Format, Theta
 from quantjax.granularity import expand
 from quantjax.packing import Packing, can_pack, pack, unpack
 from quantjax.rounding import HALF_EVEN, Rounding
-from quantjax.simulation import Arithmetic, centered_codes
+from quantjax.simulation import centered_codes
 
 
 @functools.partial(

@@ -13,6 +13,7 @@ import numpy as np
 
 from quantjax import errors, statistics
 from quantjax.affine import DIVIDED, QParams, Scaling, mark_faults, qparams_from_range
+from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator, check_needs
 from quantjax.formats import UNIT, Format, Theta, integer
 from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken, reduce_to
@@ -28,7 +29,6 @@ from quantjax.ranges import (
     derive,
 )
 from quantjax.rounding import HALF_EVEN, STOCHASTIC, Rounding
-from quantjax.simulation import Arithmetic
 from quantjax.statistics import Statistics
 
 LARGEST_LEVEL = 2.0**60  # of which sums of 2^7 products of two are float32 numbers
@@ -123,7 +123,9 @@ class Quantizer:
     @property
     def arithmetic(self) -> Arithmetic:
         """The part that the arithmetic of one tensor needs."""
-        return Arithmetic(self.format, self.rounding, self.estimator, self.scaling)
+        return Arithmetic(
+            self.format, self.rounding, self.estimator, self.scaling, symmetric=self.symmetric
+        )
 
     def target(self, bits: jax.Array, theta: Theta = ()) -> Target:
         """What a range has to serve, for range rules."""

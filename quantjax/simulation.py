@@ -16,51 +16,29 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from quantjax import errors
-from quantjax.affine import DIVIDED, QParams, Scaling, is_bypassed, where_bypassed
+from quantjax.affine import DIVIDED, QParams, is_bypassed, where_bypassed
+from quantjax.arithmetic import Arithmetic
 from quantjax.borders import rounds_between
-from quantjax.estimators import CLIPPED, Estimator, Parameters, Point
+from quantjax.estimators import Estimator, Parameters, Point
 from quantjax.estimators.clipped import inside
 from quantjax.estimators.gradients import by_sign, round_through
-from quantjax.formats import Format, IntegerFormat, Snapped, Theta, divide_by_scale
+from quantjax.formats import IntegerFormat, Snapped, Theta, divide_by_scale
 from quantjax.granularity import expand
-from quantjax.rounding import HALF_EVEN, Rounding
+from quantjax.rounding import HALF_EVEN
 from quantjax.tangents import instantiated, moves, sum_of, with_tangent
 
 ENTRIES_PER_SCALE = 64
 
 
-class Arithmetic(NamedTuple):
-    """The static part of quantizing one tensor."""
-
-    format: Format
-    rounding: Rounding = HALF_EVEN
-    estimator: Estimator = CLIPPED
-    scaling: Scaling = DIVIDED
-
-    def resolved(self, qparams: QParams, shape: tuple[int, ...]) -> QParams:
-        """The scale, zero point and width in use, by the estimator; ``theta`` stays."""
-        estimator, theta = self.estimator, qparams.theta
-        own = estimator.own(theta)
-        if estimator.resolve is None:
-            return qparams
-        plain = qparams._replace(theta=estimator.rest(theta))
-        found = estimator.resolve(plain, own, self.format, shape)
-        faulty = jnp.isnan(qparams.scale)  # of which the zero point is the fault
-        return found._replace(
-            scale=jnp.where(faulty, jnp.nan, found.scale),
-            zero_point=jnp.where(faulty, qparams.zero_point, found.zero_point),
-            theta=theta,
-        )
-
-
 class _Given(NamedTuple):
     """The arrays beside ``x``, expanded to its shape; ``noise`` is None unless it is needed.
 
-    Where one number holds for the whole tensor it is a scalar: less to trace and to compile.
+    Where one number holds for the whole tensor it is a scalar: less to trace and to compile. There
+    is no ``zero_point`` where it is known to be 0.
     """
 
     scale: jax.Array
-    zero_point: jax.Array
+    zero_point: jax.Array | None
     bits: jax.Array
     theta: Theta
     own: Parameters
@@ -75,20 +53,27 @@ class _Local(NamedTuple):
 
 def _snapped(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> tuple[jax.Array, Snapped]:
     """``x/s``, and the level that it becomes."""
-    format, rounding, _, scaling = arithmetic
-    zero = HALF_EVEN.apply(given.zero_point)
+    format, scaling = arithmetic.format, arithmetic.scaling
     scaled = scaling.quotient(x, given.scale)
+    rounding = arithmetic.rounding.given(given.noise)
+    if given.zero_point is None:
+        assert isinstance(format, IntegerFormat)
+        return scaled, format.snap(scaled, None, given.bits, rounding, given.theta)
+    zero = _zero_point(given)
     inside, outside = (
         (scaled + zero, jnp.zeros_like(zero)) if scaling.adds_first else (scaled, zero)
     )
-    rounding = rounding.given(given.noise)
     return scaled, format.snap(inside, outside, given.bits, rounding, given.theta)
+
+
+def _zero_point(given: _Given) -> jax.Array:
+    return jnp.zeros(()) if given.zero_point is None else HALF_EVEN.apply(given.zero_point)
 
 
 def _local(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> _Local:
     """The estimator's slope, ``slope · x/s``, and what it judged by; all float32."""
-    format, _, estimator, _ = arithmetic
-    zero, bits, theta = HALF_EVEN.apply(given.zero_point), given.bits, given.theta
+    format, estimator = arithmetic.format, arithmetic.estimator
+    zero, bits, theta = _zero_point(given), given.bits, given.theta
     scaled, snapped = _snapped(arithmetic, x, given)
     low, high = format.level_range(bits, theta)
     point = Point(
@@ -114,21 +99,21 @@ def _has_borders(arithmetic: Arithmetic, x: jax.Array, given: _Given, d: _Given)
     Comparing costs a fraction of dividing and rounding once more. It pays where many entries have
     a scale in common, for which the two numbers are found.
     """
-    format, rounding, estimator, scaling = arithmetic
     return (
         not moves(d)
-        and isinstance(format, IntegerFormat)
-        and rounding.is_nearest
-        and estimator.slope is inside
-        and scaling == DIVIDED
+        and isinstance(arithmetic.format, IntegerFormat)
+        and arithmetic.rounding.is_nearest
+        and arithmetic.estimator.slope is inside
+        and arithmetic.scaling == DIVIDED
         and given.scale.size * ENTRIES_PER_SCALE <= x.size
     )
 
 
 def _is_inside(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
-    zero = HALF_EVEN.apply(given.zero_point)
     low, high = arithmetic.format.level_range(given.bits, given.theta)
-    return rounds_between(x, given.scale, low - zero, high - zero, arithmetic.rounding)
+    if given.zero_point is not None:
+        low, high = low - _zero_point(given), high - _zero_point(given)
+    return rounds_between(x, given.scale, low, high, arithmetic.rounding)
 
 
 def _tangent_of_theta(
@@ -141,7 +126,7 @@ def _tangent_of_theta(
     if not moves(d.theta):
         return terms
     format, bits, theta, dtheta = arithmetic.format, given.bits, given.theta, d.theta
-    levels = _levels(arithmetic, x, given) + HALF_EVEN.apply(given.zero_point)
+    levels = _levels(arithmetic, x, given) + _zero_point(given)
     codes = format.encode(levels, bits, theta)
     decode = lambda theta: format.decode(codes, bits, theta)  # noqa: E731
     return [*terms, jax.jvp(decode, (theta,), (instantiated(dtheta),))[1]]
@@ -156,7 +141,8 @@ def _again(given: _Given) -> _Given:
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _levels(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
     """Levels minus zero point; jitted, to be traced once for the value and for its derivative."""
-    return _snapped(arithmetic, x, given)[1].level - HALF_EVEN.apply(given.zero_point)
+    level = _snapped(arithmetic, x, given)[1].level
+    return level if given.zero_point is None else level - _zero_point(given)
 
 
 def _moved(
@@ -269,7 +255,8 @@ def _given(
     theta = arithmetic.format.map_groups(estimator.rest(qparams.theta), spread)
     own = jax.tree.map(spread, estimator.own(qparams.theta))
     bits = jnp.asarray(qparams.bits, jnp.float32)
-    given = _Given(spread(qparams.scale), spread(qparams.zero_point), bits, theta, own, noise)
+    zero_point = None if arithmetic.has_no_zero_point else spread(qparams.zero_point)
+    given = _Given(spread(qparams.scale), zero_point, bits, theta, own, noise)
     return x.astype(jnp.float32), given
 
 
@@ -279,7 +266,8 @@ def _by_sign(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
     point = _local(arithmetic, *jax.lax.stop_gradient((x, given))).point
     # What was clipped has no gradient but the bound's, which stays as it is.
     factor = jnp.where(point.is_inside, arithmetic.estimator.asymmetry(point), 0.0)
-    zero_point = round_through(given.zero_point)  # it joins behind what the gradient is scaled for
+    # The zero point joins behind what the gradient is scaled for.
+    zero_point = 0.0 if given.zero_point is None else round_through(given.zero_point)
     levels = _centered(arithmetic, x, given) + zero_point
     return by_sign(levels, jax.lax.stop_gradient(factor)) - zero_point
 
@@ -363,6 +351,7 @@ def apply(
     """:func:`fake_quant` for QParams and an :class:`Arithmetic`; the dtype of ``x``."""
     x, estimator = jnp.asarray(x), arithmetic.estimator
     prepared, resolved = prepare(x, qparams, arithmetic)
+    resolved = resolved._replace(scale=arithmetic.usable_scale(resolved))
     wide, given = _given(prepared, resolved, arithmetic, key)
     if estimator.asymmetry is None:
         y = _fake_quant(arithmetic, wide, given).astype(x.dtype)

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import quantjax as qj
 from quantjax import storage
 from quantjax.affine import QParams
+from quantjax.arithmetic import Arithmetic
 from quantjax.formats import BUILT_IN, Format, Theta, example_theta
 from quantjax.rounding import CEIL, HALF_AWAY, HALF_EVEN, STOCHASTIC, Rounding
-from quantjax.simulation import Arithmetic, apply
+from quantjax.simulation import apply
 
 Call = Callable[[], Any]
 

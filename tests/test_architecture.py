@@ -23,7 +23,7 @@ THIS = Path(__file__).relative_to(ROOT).as_posix()
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "_compat", "printing", "lean"}),
     frozenset({"formats", "granularity", "rounding", "affine", "packing", "tangents"}),
-    frozenset({"qtensor", "fake_quant", "borders", "simulation", "estimators"}),
+    frozenset({"arithmetic", "qtensor", "fake_quant", "borders", "simulation", "estimators"}),
     frozenset({"statistics", "ranges", "contract"}),
     frozenset(
         {

@@ -7,7 +7,8 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from quantjax import QParams, errors, fake_quant, integer
-from quantjax.simulation import Arithmetic, apply
+from quantjax.arithmetic import Arithmetic
+from quantjax.simulation import apply
 from tests.oracles import integers as oracle
 from tests.oracles.integers import Integers
 

@@ -8,7 +8,8 @@ import pytest
 
 import quantjax as qj
 from quantjax.affine import QParams
-from quantjax.simulation import Arithmetic, apply
+from quantjax.arithmetic import Arithmetic
+from quantjax.simulation import apply
 from tests.models import normal
 
 ROWS, COLUMNS = 64, 48

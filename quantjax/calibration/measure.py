@@ -13,11 +13,12 @@ import numpy.typing as npt
 from jaxtyping import Array, Bool, Float
 
 from quantjax.affine import QParams
+from quantjax.arithmetic import Arithmetic
 from quantjax.calibration.results import Bars
 from quantjax.estimators import CLIPPED
 from quantjax.quantizer import Quantizer
 from quantjax.rounding import HALF_EVEN
-from quantjax.simulation import Arithmetic, apply, is_clipped
+from quantjax.simulation import apply, is_clipped
 from quantjax.statistics import Histogram, Sample, Statistics, as_float
 from quantjax.statistics.sample import of_histogram
 

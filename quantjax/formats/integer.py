@@ -106,31 +106,38 @@ class IntegerFormat(Format):
     def snap(
         self,
         scaled: jax.Array,
-        zero_point: jax.Array,
+        zero_point: jax.Array | None,
         bits: jax.Array,
         rounding: Rounding,
         theta: Theta = (),
     ) -> Snapped:
-        """``clip(round(x/s) + z, low, high)``.
+        """``clip(round(x/s) + z, low, high)``; no ``z`` is one of 0, in fewer operations.
 
         One signed bit: ``+1`` where ``x/s + z >= 0``; other roundings than to the nearest choose
         between -1 and +1 as they do between neighbouring integers.
         """
         low, high = self.level_range(bits, theta)
-        unclipped = rounding.apply(scaled) + zero_point
+        unclipped = rounding.apply(scaled)
+        if zero_point is not None:
+            unclipped += zero_point
         if not self.signed:
             return Snapped(clip(unclipped, low, high), unclipped)
         one = bits == 1.0
         if rounding.is_nearest:
             # For the sign, the quotient is taken so large that it rounds to itself, and is read
             # once: XLA writes out a quotient that is read twice, another pass over ``x``.
-            grown = select(one, select(jnp.abs(zero_point) <= 1.0, 2.0**127, 2.0**100), 1.0)
-            shifted = rounding.apply(scaled * grown) + zero_point * grown
+            most: jax.Array | float = 2.0**127
+            if zero_point is not None:
+                most = select(jnp.abs(zero_point) <= 1.0, most, 2.0**100)
+            grown = select(one, most, 1.0)
+            shifted = rounding.apply(scaled * grown)
+            if zero_point is not None:
+                shifted += zero_point * grown
             # An integer n of one bit becomes 2n + 1, which is never 0, and has its sign.
             more = one.astype(jnp.float32)
             odd = shifted * (1.0 + more) + more
             return Snapped(clip(odd, low, high), unclipped)
-        shifted = scaled + zero_point
+        shifted = scaled if zero_point is None else scaled + zero_point
         signs = 2.0 * rounding.apply(0.5 * jnp.clip(shifted, -1.0, 1.0) + 0.5) - 1.0
         signs = jnp.where(jnp.isnan(shifted), shifted, signs)
         return Snapped(jnp.where(one, signs, jnp.clip(unclipped, low, high)), unclipped)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from quantjax._compat import BARRIERS_HOLD, fenced
 from quantjax.affine import QParams, is_bypassed, where_bypassed
+from quantjax.arithmetic import Arithmetic
 from quantjax.formats import IntegerFormat
 from quantjax.granularity import expand
 from quantjax.interpreter import Op, Product
@@ -32,7 +33,7 @@ from quantjax.products.groups import (
     scaled,
     sum_of_groups,
 )
-from quantjax.simulation import Arithmetic, codes_or_values
+from quantjax.simulation import codes_or_values
 from quantjax.tangents import instantiated, moves, sum_of
 
 ALIGNED = 64
@@ -56,7 +57,9 @@ def coded(
     values, qparams = codes_or_values(x, qparams, arithmetic, key)
     # Without the barrier XLA moves the choice behind the product, onto its whole output, where no
     # fused kernel takes it: two more passes over memory, a forward pass 1.5 times as long.
-    factor = lax.optimization_barrier(where_bypassed(qparams.bits, 1.0, qparams.scale))
+    factor = lax.optimization_barrier(
+        where_bypassed(qparams.bits, 1.0, arithmetic.usable_scale(qparams))
+    )
     return Coded(values, factor, is_bypassed(qparams.bits), _fits_bfloat16(qparams, arithmetic))
 
 

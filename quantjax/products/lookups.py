@@ -8,11 +8,11 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from quantjax.affine import QParams
+from quantjax.arithmetic import Arithmetic
 from quantjax.granularity import expand
 from quantjax.interpreter import Op, Product
 from quantjax.products.groups import times
 from quantjax.products.rounded import rounded
-from quantjax.simulation import Arithmetic
 
 
 def quantized_rows(

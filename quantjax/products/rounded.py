@@ -8,9 +8,10 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from quantjax.affine import QParams
+from quantjax.arithmetic import Arithmetic
 from quantjax.estimators.gradients import round_through
 from quantjax.formats import divide_by_scale
-from quantjax.simulation import Arithmetic, apply
+from quantjax.simulation import apply
 
 
 def rounded(

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams, qparams_from_range
+from quantjax.arithmetic import Arithmetic
 from quantjax.formats import Format, Theta
-from quantjax.simulation import Arithmetic, apply, is_clipped
+from quantjax.simulation import apply, is_clipped
 
 
 class Range(NamedTuple):

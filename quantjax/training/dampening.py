@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from quantjax.affine import QParams, where_bypassed
+from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED
 from quantjax.granularity import expand
 from quantjax.interpreter import leaves_by_path
 from quantjax.planning import Plan
 from quantjax.rounding import HALF_EVEN
-from quantjax.simulation import Arithmetic, centered_codes, prepare
+from quantjax.simulation import centered_codes, prepare
 from quantjax.site_plan import OperandPlan
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.fake_quantize import check_qstate

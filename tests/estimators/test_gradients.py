@@ -8,8 +8,9 @@ from jax import lax
 from numpy.testing import assert_allclose, assert_array_equal
 
 from quantjax import Estimator, QParams, fake_quant, integer
+from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, STRAIGHT_THROUGH
-from quantjax.simulation import Arithmetic, apply, centered_codes
+from quantjax.simulation import apply, centered_codes
 from tests.laws.cases import GROUPS, SHAPE, spread_scale
 from tests.oracles import gradients as oracle
 from tests.oracles.integers import Integers, bounds

@@ -12,9 +12,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import quantjax as qj
 from quantjax import estimators as es
+from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import ESTIMATORS, Estimator
 from quantjax.formats import IntegerFormat, integer
-from quantjax.simulation import Arithmetic, apply, centered_codes, prepare
+from quantjax.simulation import apply, centered_codes, prepare
 from tests.oracles import estimators as oracle
 
 SIZE = 60

@@ -9,9 +9,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 import quantjax as qj
 from quantjax import errors
 from quantjax import estimators as es
+from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import Need
 from quantjax.formats import POWER_OF_TWO, integer
-from quantjax.simulation import Arithmetic, apply
+from quantjax.simulation import apply
 from tests.refused import refused
 
 LIVE = qj.RangeMode.LIVE

@@ -14,12 +14,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from quantjax import errors
 from quantjax.affine import QParams, qparams_from_range
+from quantjax.arithmetic import Arithmetic
 from quantjax.formats import logarithmic
 from quantjax.formats.base import Law
 from quantjax.formats.logarithmic import LogFormat, Magnitudes, Nearest, inq, lognet
 from quantjax.formats.scales import INQ_SCALE, POWER_OF_TWO_NEAREST, REAL
 from quantjax.rounding import CEIL, FLOOR, HALF_AWAY, HALF_EVEN, STOCHASTIC
-from quantjax.simulation import Arithmetic, apply
+from quantjax.simulation import apply
 from tests.oracles import logarithms as oracle
 from tests.oracles.logarithms import FAMILIES, Logarithms
 

@@ -14,13 +14,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from quantjax import errors
 from quantjax.affine import QParams
+from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, STRAIGHT_THROUGH
 from quantjax.formats.base import Law
 from quantjax.formats.scales import POWER_OF_TWO
 from quantjax.formats.ternary import TERNARY, TernaryFormat, ternary
 from quantjax.granularity import expand
 from quantjax.rounding import CEIL, FLOOR, HALF_AWAY, HALF_EVEN, STOCHASTIC
-from quantjax.simulation import Arithmetic, apply
+from quantjax.simulation import apply
 
 ZERO, TWO = jnp.float32(0), jnp.float32(2)
 LEARNED = ternary(learned=True)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from quantjax.affine import QParams
+from quantjax.arithmetic import Arithmetic
 from quantjax.formats import IntegerFormat, integer
-from quantjax.simulation import Arithmetic
 from tests.oracles.integers import Integers, bounds
 
 SHAPE = (6, 8)

@@ -15,7 +15,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 import quantjax as qj
 from quantjax import formats, ranges
 from quantjax.contract import Trial, counterexamples
-from quantjax.simulation import Arithmetic, apply
+from quantjax.arithmetic import Arithmetic
+from quantjax.simulation import apply
 from quantjax.formats import BUILT_IN, example_theta
 from tests.laws.contract_cases import some_widths
 

@@ -10,7 +10,8 @@ from jax import lax
 from numpy.testing import assert_array_equal
 
 from quantjax import QParams, encode, integer
-from quantjax.simulation import Arithmetic, apply
+from quantjax.arithmetic import Arithmetic
+from quantjax.simulation import apply
 from tests.laws.cases import FAMILIES, GROUPS, SHAPE, Case, container, spread_scale
 from tests.oracles.integers import Integers, bounds
 

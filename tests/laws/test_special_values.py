@@ -8,7 +8,8 @@ from numpy.testing import assert_array_equal
 
 from quantjax import QParams, encode, fake_quant, integer
 from quantjax.affine import qparams_from_range
-from quantjax.simulation import Arithmetic, apply
+from quantjax.arithmetic import Arithmetic
+from quantjax.simulation import apply
 from tests.laws.cases import FAMILIES
 from tests.oracles import integers as oracle
 from tests.oracles.integers import Integers

@@ -9,7 +9,8 @@ from numpy.testing import assert_array_equal
 
 from quantjax import encode, fake_quant, integer
 from quantjax.affine import Fault, qparams_from_range
-from quantjax.simulation import Arithmetic, apply
+from quantjax.arithmetic import Arithmetic
+from quantjax.simulation import apply
 from tests.laws.cases import FAMILIES
 
 WIDTHS = tuple(range(1, 17))

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantjax.arithmetic import Arithmetic
 from quantjax.formats import Format, integer
 from quantjax.ranges.base import FitRule
-from quantjax.simulation import Arithmetic, apply
+from quantjax.simulation import apply
 from tests.oracles.integers import spread
 
 SHAPE = (12, 16)

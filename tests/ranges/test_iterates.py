@@ -13,13 +13,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 import quantjax as qj
 from quantjax import errors
 from quantjax.affine import qparams_from_range
+from quantjax.arithmetic import Arithmetic
 from quantjax.formats import BUILT_IN, NVFP4, POWER_OF_TWO, integer, learned_codebook
 from quantjax.ranges import MIN_MAX
 from quantjax.ranges.admm import ADMM, admm
 from quantjax.ranges.hqo import HQO_SCALE, HQO_ZERO_POINT, Solved, hqo
 from quantjax.ranges.iterates import bounds_of, problem_of, quantized, whole_range
 from quantjax.ranges.least_squares import LEAST_SQUARES, least_squares
-from quantjax.simulation import Arithmetic, apply
+from quantjax.simulation import apply
 from tests import models
 from tests.ranges import fitting
 from tests.ranges.fitting import INTEGERS, SHAPE, coarse, drawn, fitted, losses

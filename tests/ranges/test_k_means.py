@@ -13,9 +13,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import quantjax as qj
 from quantjax import errors, formats
+from quantjax.arithmetic import Arithmetic
 from quantjax.formats import learned_codebook
 from quantjax.ranges import K_MEANS, k_means
-from quantjax.simulation import Arithmetic, apply
+from quantjax.simulation import apply
 from tests import models
 from tests.oracles import codebooks as oracle
 from tests.refused import refused

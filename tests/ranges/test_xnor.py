@@ -10,11 +10,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from quantjax import errors
 from quantjax.affine import Fault, qparams_from_range
+from quantjax.arithmetic import Arithmetic
 from quantjax.formats import POWER_OF_TWO, integer
 from quantjax.formats.logarithmic import lognet
 from quantjax.formats.ternary import TERNARY
 from quantjax.ranges.xnor import XNOR
-from quantjax.simulation import Arithmetic, apply
+from quantjax.simulation import apply
 from tests.oracles.groups import by_group
 
 SHAPE, GROUPS = (6, 8), ((1, 1), (1, 8), (6, 1), (3, 8), (6, 2))

@@ -1,0 +1,59 @@
+"""What is static about the arithmetic of one quantized tensor."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from quantjax.affine import DIVIDED, QParams, Scaling
+from quantjax.estimators import CLIPPED, Estimator
+from quantjax.formats import Format, IntegerFormat
+from quantjax.lean import select
+from quantjax.rounding import HALF_EVEN, Rounding
+
+
+class Arithmetic(NamedTuple):
+    """The static part of quantizing one tensor.
+
+    Attributes:
+      format, rounding, scaling: what a code is, and how a real becomes one.
+      estimator: what its gradient is.
+      symmetric: whether the zero point is known to be 0.
+    """
+
+    format: Format
+    rounding: Rounding = HALF_EVEN
+    estimator: Estimator = CLIPPED
+    scaling: Scaling = DIVIDED
+    symmetric: bool = False
+
+    @property
+    def has_no_zero_point(self) -> bool:
+        """Whether codes are computed without one, in fewer operations."""
+        return self.symmetric and isinstance(self.format, IntegerFormat)
+
+    def usable_scale(self, qparams: QParams) -> jax.Array:
+        """The scale; NaN where a symmetric quantizer was given a zero point, which it cannot keep.
+
+        As in frozen and executed models; with QParams that are known it is an error there.
+        """
+        if not self.has_no_zero_point:
+            return qparams.scale
+        return select(qparams.zero_point == 0.0, qparams.scale, jnp.nan)
+
+    def resolved(self, qparams: QParams, shape: tuple[int, ...]) -> QParams:
+        """The scale, zero point and width in use, by the estimator; ``theta`` stays."""
+        estimator, theta = self.estimator, qparams.theta
+        own = estimator.own(theta)
+        if estimator.resolve is None:
+            return qparams
+        plain = qparams._replace(theta=estimator.rest(theta))
+        found = estimator.resolve(plain, own, self.format, shape)
+        faulty = jnp.isnan(qparams.scale)  # of which the zero point is the fault
+        return found._replace(
+            scale=jnp.where(faulty, jnp.nan, found.scale),
+            zero_point=jnp.where(faulty, qparams.zero_point, found.zero_point),
+            theta=theta,
+        )

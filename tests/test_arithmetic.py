@@ -28,7 +28,7 @@ def qparams(bits: float, zero_point: float = 0.0) -> QParams:
 @pytest.mark.parametrize("bits", [0.0, 1.0, 2.0, 8.0])
 @pytest.mark.parametrize("name", FORMATS)
 def test_codes_and_gradients_are_those_with_a_zero_point_of_0(name, bits):
-    x = jnp.concatenate([2.0 * normal((160, 2)), jnp.float32([[-0.0, 0.0], [1e-30, -1e-30]])])
+    x = jnp.concatenate([2.0 * normal(0, 160, 2), jnp.float32([[-0.0, 0.0], [1e-30, -1e-30]])])
     found = []
     for symmetric in (False, True):
         arithmetic = Arithmetic(FORMATS[name], symmetric=symmetric)
@@ -41,7 +41,7 @@ def test_codes_and_gradients_are_those_with_a_zero_point_of_0(name, bits):
 
 
 def test_a_zero_point_that_a_symmetric_quantizer_was_given_is_never_silent():
-    x, symmetric = normal((8, 2)), Arithmetic(qj.integer(), symmetric=True)
+    x, symmetric = normal(1, 8, 2), Arithmetic(qj.integer(), symmetric=True)
     assert np.isnan(jax.jit(lambda q: apply(x, q, symmetric))(qparams(8.0, 3.0))).all()
     assert np.isfinite(apply(x, qparams(8.0), symmetric)).all()
     assert np.isfinite(apply(x, qparams(8.0, 3.0), Arithmetic(qj.integer()))).all()
@@ -50,14 +50,13 @@ def test_a_zero_point_that_a_symmetric_quantizer_was_given_is_never_silent():
 
 def test_nor_is_it_in_a_product():
     f = lambda w, x: x @ w  # noqa: E731
-    w, x = normal((5, 3)), normal((4, 5))
+    w, x = normal(2, 5, 3), normal(3, 4, 5)
     plan = qj.plan(qj.uniform_policy(weight_bits=8, activation_bits=8), qj.sites(f, w, x))
     run = jax.jit(qj.fake_quantize(f, plan))
     state = hand_made(plan)
     assert np.isfinite(run(state, w, x)).all()
-    moved = jax.tree.map(lambda a: a, state)
-    (name,) = moved
-    side = next(iter(moved[name]))
-    one = moved[name][side]
-    moved[name][side] = one._replace(zero_point=one.zero_point + 1.0)
+    is_qparams = lambda node: isinstance(node, QParams)  # noqa: E731
+    moved = jax.tree.map(
+        lambda node: node._replace(zero_point=node.zero_point + 1.0), state, is_leaf=is_qparams
+    )
     assert np.isnan(run(moved, w, x)).all()

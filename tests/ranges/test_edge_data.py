@@ -11,7 +11,9 @@ from numpy.testing import assert_array_equal
 import quantjax as qj
 from quantjax import errors, ranges, statistics
 from quantjax.affine import Fault, qparams_from_range
+from quantjax.arithmetic import Arithmetic
 from quantjax.ranges import MIN_MAX, MOVING_AVERAGE, Range, RangeRule, Target
+from quantjax.simulation import apply
 from tests import models
 from tests.ranges import cases
 from tests.ranges.cases import ASYMMETRIC, RULES, SYMMETRIC, at_hand, drawn, observed
@@ -112,8 +114,6 @@ def test_one_sided_data(rule, sign, symmetric):
 
 def _round_trip(x, qparams, symmetric):
     format = cases.SIGNED if symmetric else cases.UNSIGNED
-    from quantjax.simulation import Arithmetic, apply
-
     return np.asarray(apply(jnp.asarray(x), qparams, Arithmetic(format)))
 
 

@@ -121,7 +121,9 @@ class IntegerFormat(Format):
         if zero_point is not None:
             unclipped += zero_point
         if not self.signed:
-            return Snapped(clip(unclipped, low, high), unclipped)
+            level = clip(unclipped, low, high)
+            # Which of -0 and 0 is the larger one is up to the compiler.
+            return Snapped(jnp.abs(level) if zero_point is None else level, unclipped)
         one = bits == 1.0
         if rounding.is_nearest:
             # For the sign, the quotient is taken so large that it rounds to itself, and is read
@@ -134,9 +136,8 @@ class IntegerFormat(Format):
             if zero_point is not None:
                 shifted += zero_point * grown
             # An integer n of one bit becomes 2n + 1, which is never 0, and has its sign.
-            more = one.astype(jnp.float32)
-            odd = shifted * (1.0 + more) + more
-            return Snapped(clip(odd, low, high), unclipped)
+            level = select(one, 2.0 * shifted + 1.0, shifted)
+            return Snapped(clip(level, low, high), unclipped)
         shifted = scaled if zero_point is None else scaled + zero_point
         signs = 2.0 * rounding.apply(0.5 * jnp.clip(shifted, -1.0, 1.0) + 0.5) - 1.0
         signs = jnp.where(jnp.isnan(shifted), shifted, signs)

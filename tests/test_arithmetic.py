@@ -10,7 +10,7 @@ import quantjax as qj
 from quantjax.affine import QParams
 from quantjax.arithmetic import Arithmetic
 from quantjax.simulation import apply, codes_or_values
-from tests.models import normal
+from tests.models import assert_same_bits, normal
 from tests.products.forms import hand_made
 
 FORMATS = {
@@ -36,8 +36,7 @@ def test_codes_and_gradients_are_those_with_a_zero_point_of_0(name, bits):
         y, pull = jax.vjp(at_width, x)
         codes, _ = codes_or_values(x, qparams(bits), arithmetic)
         found.append((y, pull(jnp.ones_like(x))[0], codes))
-    for plain, symmetric in zip(*found, strict=True):
-        assert_array_equal(plain, symmetric)
+    assert_same_bits(*found)
 
 
 def test_a_zero_point_that_a_symmetric_quantizer_was_given_is_never_silent():

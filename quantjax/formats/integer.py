@@ -22,6 +22,11 @@ def _two_to(bits: jax.Array, less: int = 0) -> jax.Array:
     return lax.bitcast_convert_type((bits.astype(jnp.int32) + (127 - less)) << 23, jnp.float32)
 
 
+def _positive_zero(level: jax.Array) -> jax.Array:
+    """0 for -0. XLA takes ``x + 0`` for ``x``, and which is the larger one for its own choice."""
+    return select(level == 0.0, 0.0, level)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IntegerFormat(Format):
     """Integers whose codes are ``b`` bits wide, ``b`` an array.
@@ -122,7 +127,6 @@ class IntegerFormat(Format):
             unclipped += zero_point
         if not self.signed:
             level = clip(unclipped, low, high)
-            # Which of -0 and 0 is the larger one is up to the compiler.
             return Snapped(jnp.abs(level) if zero_point is None else level, unclipped)
         one = bits == 1.0
         if rounding.is_nearest:
@@ -137,11 +141,14 @@ class IntegerFormat(Format):
                 shifted += zero_point * grown
             # An integer n of one bit becomes 2n + 1, which is never 0, and has its sign.
             level = select(one, 2.0 * shifted + 1.0, shifted)
-            return Snapped(clip(level, low, high), unclipped)
+            level = clip(level, low, high)
+            # Codes have no -0; a zero point that is added makes it 0.
+            return Snapped(level if zero_point is not None else _positive_zero(level), unclipped)
         shifted = scaled if zero_point is None else scaled + zero_point
         signs = 2.0 * rounding.apply(0.5 * jnp.clip(shifted, -1.0, 1.0) + 0.5) - 1.0
         signs = jnp.where(jnp.isnan(shifted), shifted, signs)
-        return Snapped(jnp.where(one, signs, jnp.clip(unclipped, low, high)), unclipped)
+        level = jnp.where(one, signs, jnp.clip(unclipped, low, high))
+        return Snapped(level if zero_point is not None else _positive_zero(level), unclipped)
 
     def narrowed(self, bits: int) -> IntegerFormat:
         """The same codes in a container of ``bits``; one signed bit has codes of its own."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from quantjax.formats import divide_by_scale
+from quantjax.ranges.kl_sums import entropy, prefix_sums
 
 CLIPS = 128  # looked at together on a CPU; where many are as fast as few, all of them
 RUNS = 8  # summed before a look whether one of them can still win
@@ -67,7 +68,7 @@ def _looked_at(at_once: int, counts: jax.Array, levels: jax.Array, tried: jax.Ar
         jnp.stack(
             [prefix_sums(scaled * _MASS), prefix_sums((counts > 0.0).astype(jnp.float32))], axis=1
         ),
-        prefix_sums(_entropy(scaled) * _ENTROPY),
+        prefix_sums(entropy(scaled) * _ENTROPY),
     )
     kept = jnp.arange(bins + 1, dtype=jnp.int32)
     outliers = jnp.sum(counts) - jnp.concatenate([jnp.zeros(1), jnp.cumsum(counts)])
@@ -97,16 +98,6 @@ def _enough(best: jax.Array) -> jax.Array:
     return _RELATIVE * best + _ABSOLUTE
 
 
-def _entropy(mass: jax.Array) -> jax.Array:
-    return mass * jnp.log(jnp.where(mass > 0.0, mass, 1.0))
-
-
-def prefix_sums(values: jax.Array) -> jax.Array:
-    """Sums below each edge, ``[bins + 1]``, of values rounded to integers."""
-    whole = jnp.round(values).astype(jnp.int32)
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(whole)])
-
-
 def _edges(levels: jax.Array, run: jax.Array, kept: jax.Array) -> jax.Array:
     """``⌈run · kept / levels⌉``, where a run starts."""
     return jnp.right_shift(run * kept + levels - 1, 31 - lax.clz(levels))
@@ -125,10 +116,10 @@ def _of_last_run(sums: _Sums, levels: jax.Array, kept: jax.Array, last_bin: jax.
     mass = sums.both[:, 0].astype(jnp.float32) * (1.0 / _MASS)
     within = held.astype(jnp.float32) * (1.0 / _MASS)
     beyond = _TOTAL - mass
-    entropy = (sums.entropies - sums.entropies[start]).astype(jnp.float32) * (1.0 / _ENTROPY)
-    entropy += _entropy(last_bin + beyond) - _entropy(last_bin)
+    own = (sums.entropies - sums.entropies[start]).astype(jnp.float32) * (1.0 / _ENTROPY)
+    own += entropy(last_bin + beyond) - entropy(last_bin)
     share = divide_by_scale(mass, jnp.float32(_TOTAL))
-    value = entropy - (within + beyond) * _logarithm(within, number)
+    value = own - (within + beyond) * _logarithm(within, number)
     return value / _TOTAL + jnp.log(jnp.where(share > 0.0, share, 1.0))
 
 
@@ -146,8 +137,8 @@ def _summed(sums: _Sums, levels: jax.Array, clips: _Clips, enough: jax.Array | f
         both = sums.both[edges]
         held, number = jnp.moveaxis(both[1:] - both[:-1], -1, 0)
         held = held.astype(jnp.float32) * (1.0 / _MASS)
-        entropy = sums.entropies[edges[-1]] - sums.entropies[edges[0]]
-        within = entropy.astype(jnp.float32) * (1.0 / _ENTROPY)
+        lost = sums.entropies[edges[-1]] - sums.entropies[edges[0]]
+        within = lost.astype(jnp.float32) * (1.0 / _ENTROPY)
         within -= jnp.sum(held * _logarithm(held, number), axis=0)
         return first + RUNS, value + jnp.maximum(within, 0.0) / _TOTAL
 

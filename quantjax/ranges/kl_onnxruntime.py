@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from quantjax import errors
 from quantjax.formats import divide_by_scale
 from quantjax.ranges.base import Range, RangeRule, Target
+from quantjax.ranges.kl_sums import entropy, prefix_sums, whole_quotient
 from quantjax.ranges.rebin import symmetric_counts
 from quantjax.statistics import Statistics
 
@@ -56,7 +57,7 @@ def best_reach(counts: jax.Array, levels: jax.Array, *, most: int = 128) -> jax.
         jnp.float32(_TOTAL), jnp.maximum(total * shrink, 1.0)
     )
     prefix = _Prefix(
-        *map(_summed, (whole, (whole > 0).astype(jnp.int32), _rounded(_entropy(share))))
+        *map(prefix_sums, (whole, (whole > 0).astype(jnp.int32), entropy(share) * _ENTROPY))
     )
     reaches = jnp.arange(middle + 1, dtype=jnp.int32)
     rough = jax.custom_batching.sequential_vmap(_first_look)(whole, prefix, levels)
@@ -69,18 +70,6 @@ def best_reach(counts: jax.Array, levels: jax.Array, *, most: int = 128) -> jax.
     exact = jnp.where(jnp.isfinite(rough[finalists]), exact, jnp.inf)
     best = jnp.argmin(exact)
     return jnp.where(jnp.isfinite(exact[best]), finalists[best], middle)
-
-
-def _summed(values: jax.Array) -> jax.Array:
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(values)])
-
-
-def _rounded(entropies: jax.Array) -> jax.Array:
-    return jnp.round(entropies * _ENTROPY).astype(jnp.int32)
-
-
-def _entropy(mass: jax.Array) -> jax.Array:
-    return mass * jnp.log(jnp.where(mass > 0.0, mass, 1.0))
 
 
 def _first_look(whole: jax.Array, prefix: _Prefix, levels: jax.Array) -> jax.Array:
@@ -129,25 +118,11 @@ def _first_look(whole: jax.Array, prefix: _Prefix, levels: jax.Array) -> jax.Arr
     within = (prefix.entropies[end] - prefix.entropies[first]).astype(jnp.float32) / _ENTROPY
     for place, beyond in ((first, left), (end - 1, right)):
         own = whole[place].astype(jnp.float32) * unit
-        within += _entropy(own + beyond.astype(jnp.float32) * unit) - _entropy(own)
+        within += entropy(own + beyond.astype(jnp.float32) * unit) - entropy(own)
     within -= _TOTAL * jnp.log(unit)
     value = (within - runs) / _TOTAL
     value += jnp.log(jnp.maximum(mass * unit, _EPSILON) / _TOTAL)
     return jnp.where((size > 0) & (mass > 0.0), value, jnp.inf)
-
-
-def whole_quotient(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    """``⌊x / divisor⌋``, from 0 and from 1. CPUs divide many floats at once, integers singly.
-
-    A quotient in float32 is off by its last places, which are above 1 from 2^24 on: that of what
-    remains is added, and the last remainder decides.
-    """
-    real = divisor.astype(jnp.float32)
-    found = jnp.floor(divide_by_scale(x.astype(jnp.float32), real)).astype(jnp.int32)
-    rest = (x - found * divisor).astype(jnp.float32)
-    found += jnp.floor(divide_by_scale(rest, real)).astype(jnp.int32)
-    rest = x - found * divisor
-    return found + (rest >= divisor).astype(jnp.int32) - (rest < 0).astype(jnp.int32)
 
 
 def _divergence(

@@ -11,7 +11,8 @@ from jax import lax
 
 from quantjax.formats import divide_by_scale, exponent_of, power_of_two
 from quantjax.ranges.base import Range, RangeRule, Target
-from quantjax.ranges.kl_look import looked_at, prefix_sums
+from quantjax.ranges.kl_look import looked_at
+from quantjax.ranges.kl_sums import prefix_sums, whole_quotient
 from quantjax.ranges.rebin import check_bins, magnitude_counts
 from quantjax.statistics import Statistics
 
@@ -78,13 +79,13 @@ def divergences(
 
     def one(kept: jax.Array) -> jax.Array:
         inside = place < kept
-        edges = jnp.where(runs < levels, _quotient(runs * kept + levels - 1, levels), kept)
+        edges = jnp.where(runs < levels, whole_quotient(runs * kept + levels - 1, levels), kept)
         parts = below[lax.optimization_barrier(edges)]
         parts = (parts[1:] - parts[:-1]).astype(jnp.float32)
         sums = (parts[:, 0] * _LOW + parts[:, 1]) * (1.0 / shrink)
         # A barrier: fused into the gather below, the mean of a run is found for each of its bins.
         mean = lax.optimization_barrier(divide_by_scale(sums, jnp.maximum(parts[:, 2], 1.0)))
-        run = _quotient(place * levels, jnp.maximum(kept, 1))
+        run = whole_quotient(place * levels, jnp.maximum(kept, 1))
         held = jnp.where(inside, counts, 0.0)
         mass = jnp.sum(held)
         beyond = jnp.sum(jnp.where(inside, 0.0, counts))
@@ -99,16 +100,6 @@ def divergences(
         return jnp.where(lost | (mass == 0.0), jnp.inf, jnp.sum(terms))
 
     return lax.map(one, candidates, batch_size=16)
-
-
-def _quotient(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    """``⌊x / divisor⌋`` below 2^23, in floats, of which CPUs divide many at once.
-
-    Half a unit more is more than a quotient is off by, and less than what the next one needs.
-    """
-    return divide_by_scale(x.astype(jnp.float32) + 0.5, divisor.astype(jnp.float32)).astype(
-        jnp.int32
-    )
 
 
 def best_bin(

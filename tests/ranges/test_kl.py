@@ -15,7 +15,8 @@ from numpy.testing import assert_allclose
 from quantjax import errors, integer, ranges, statistics
 from quantjax.ranges import KL_MODELOPT, KL_ONNXRUNTIME, KL_TENSORRT, Target
 from quantjax.ranges.kl_look import looked_at
-from quantjax.ranges.kl_onnxruntime import best_reach, whole_quotient
+from quantjax.ranges.kl_onnxruntime import best_reach
+from quantjax.ranges.kl_sums import whole_quotient
 from quantjax.ranges.kl_tensorrt import best_bin, divergences
 from tests.oracles import divergence as oracle
 from tests.refused import refused

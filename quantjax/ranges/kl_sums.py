@@ -1,0 +1,33 @@
+"""What both KL rules sum and divide with."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from quantjax.formats import divide_by_scale
+
+
+def entropy(mass: jax.Array) -> jax.Array:
+    """``m log m``, 0 for 0."""
+    return mass * jnp.log(jnp.where(mass > 0.0, mass, 1.0))
+
+
+def prefix_sums(values: jax.Array) -> jax.Array:
+    """Sums below each edge, ``[bins + 1]``, of values rounded to integers."""
+    whole = jnp.round(values).astype(jnp.int32)
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(whole)])
+
+
+def whole_quotient(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """``⌊x / divisor⌋``, from 0 and from 1. CPUs divide many floats at once, integers singly.
+
+    A quotient in float32 is off by its last places, which are above 1 from 2^24 on: that of what
+    remains is added, and the last remainder decides.
+    """
+    real = divisor.astype(jnp.float32)
+    found = jnp.floor(divide_by_scale(x.astype(jnp.float32), real)).astype(jnp.int32)
+    rest = (x - found * divisor).astype(jnp.float32)
+    found += jnp.floor(divide_by_scale(rest, real)).astype(jnp.int32)
+    rest = x - found * divisor
+    return found + (rest >= divisor).astype(jnp.int32) - (rest < 0).astype(jnp.int32)

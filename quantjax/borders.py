@@ -1,4 +1,4 @@
-"""Where rounded quotients lie in a range, without dividing each entry.
+"""Where rounded quotients leave a range, without dividing each entry.
 
 Division and rounding are monotone: ``low <= round(x/s) <= high`` holds between two numbers. They
 depend on the scale alone, of which there is one for many entries.
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from quantjax.affine import where_bypassed
 from quantjax.formats import divide_by_scale
 from quantjax.lean import select, spread
 from quantjax.rounding import Rounding
@@ -21,49 +22,59 @@ _PLACES = 3
 """How many last places ``(n + 1/2) · s`` may be off, rounded twice as it is."""
 
 
-def rounds_between(
+def rounds_outside(
     x: Float[Array, "..."],
     scale: Float[Array, "..."],
     low: Float[Array, "..."],
     high: Float[Array, "..."],
+    bits: Float[Array, ""],
     rounding: Rounding,
 ) -> Bool[Array, "..."]:
-    """``low <= round(x/s) <= high``, bit for bit as :func:`divide_by_scale` and rounding have it.
+    """``round(x/s) < low`` or ``> high``, bit for bit as :func:`divide_by_scale` and rounding.
 
     Args:
-      scale: positive, of the rank of ``x``, and so are the bounds: integers below 2^22.
+      scale: positive, of the rank of ``x`` or a scalar, and so are the bounds: integers below 2^22.
+      bits: the width in use; at width 0 nothing is outside.
       rounding: one to the nearest.
 
-    NaN, in ``x`` or in a scale, lies nowhere.
+    NaN, in ``x`` or in a scale, is not outside.
 
     >>> import jax.numpy as jnp
     >>> from quantjax.rounding import HALF_EVEN
-    >>> x, one = jnp.array([-2.5, -1.5, 2.5, 2.6]), jnp.ones(1)
-    >>> rounds_between(x, one, -2.0 * one, 2.0 * one, HALF_EVEN).tolist()
-    [True, True, True, False]
+    >>> x, one = jnp.array([-2.6, -2.5, 2.5, 2.6]), jnp.ones(1)
+    >>> rounds_outside(x, one, -2.0 * one, 2.0 * one, jnp.float32(8), HALF_EVEN).tolist()
+    [True, False, False, True]
     """
-    first, last = _borders(*map(lax.stop_gradient, (scale, low, high)), rounding)
-    return (x >= spread(first, x.shape)) & (x <= spread(last, x.shape))
+    scale, low, high, bits = map(lax.stop_gradient, (scale, low, high, bits))
+    # Flat, so that scales of one number of channels have one kernel, whatever the rank.
+    flat = lambda array: lax.reshape(array, [array.size]) if array.ndim else array  # noqa: E731
+    scales = lax.optimization_barrier(flat(scale)) if scale.ndim else scale
+    borders = _borders(scales, flat(low), flat(high), bits, rounding)
+    first, last = (spread(lax.reshape(border, scale.shape), x.shape) for border in borders)
+    return (x < first) | (x > last)
 
 
-@functools.partial(jax.jit, static_argnums=3, inline=True)
+@functools.partial(jax.jit, static_argnums=4, inline=True)
 def _borders(
-    scale: jax.Array, low: jax.Array, high: jax.Array, rounding: Rounding
+    scale: jax.Array, low: jax.Array, high: jax.Array, bits: jax.Array, rounding: Rounding
 ) -> tuple[jax.Array, jax.Array]:
-    """The smallest and the largest number; jitted, to be traced once for all of a shape."""
+    """The smallest and the largest number inside; jitted, to be traced once for all of a shape.
+
+    Roundings to the nearest and quotients are odd functions: the smallest number above ``low`` is
+    the largest one below ``-low``, negated.
+    """
     shape = (2 * _PLACES + 1, 2, *scale.shape)
     over = lambda array: spread(array, shape)  # noqa: E731
+    bound = lax.concatenate([lax.reshape(b, (1, *b.shape)) for b in (-low, high)], 0)
+    if bound.ndim < scale.ndim + 1:
+        bound = lax.broadcast_in_dim(bound, shape[1:], [0])
+    bound = where_bypassed(bits, jnp.inf, bound)
+    edge = lax.bitcast_convert_type((bound + 0.5) * spread(scale, shape[1:]), jnp.int32)
     # Numbered and not listed: constants are arguments of a kernel, and kernels that differ in the
     # order of their arguments are compiled one by one.
-    side = lax.broadcasted_iota(jnp.float32, shape[1:], 0)
-    bound = select(side == 0.0, spread(low, side.shape), spread(high, side.shape))
-    edge = (bound + (side - 0.5)) * spread(scale, side.shape)
     places = lax.broadcasted_iota(jnp.int32, shape, 0) - _PLACES
-    candidates = lax.bitcast_convert_type(
-        over(lax.bitcast_convert_type(edge, jnp.int32)) + places, jnp.float32
-    )
-    outwards = 2.0 * over(side) - 1.0
-    levels = rounding.apply(divide_by_scale(candidates, over(scale)))
-    fits = outwards * (levels - over(bound)) <= 0.0
-    reach = jnp.max(select(fits, outwards * candidates, -jnp.inf), axis=0)
+    candidates = lax.bitcast_convert_type(over(edge) + places, jnp.float32)
+    fits = rounding.apply(divide_by_scale(candidates, over(scale))) <= over(bound)
+    # No number fits a scale that is NaN; then all are NaN.
+    reach = jnp.max(select(fits, candidates, over(-jnp.inf * scale)), axis=0)
     return -reach[0], reach[1]

@@ -58,6 +58,8 @@ def spread(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     shape, first = tuple(shape), len(shape) - x.ndim
     if x.shape == shape:
         return x
+    if x.ndim == 0:
+        return lax.broadcast_in_dim(x, shape, ())
     kept = [axis for axis, n in enumerate(x.shape) if n != 1]
     squeezed = lax.reshape(x, [x.shape[axis] for axis in kept])
     return lax.broadcast_in_dim(squeezed, shape, [first + axis for axis in kept])

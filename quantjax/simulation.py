@@ -16,9 +16,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from quantjax import errors
-from quantjax.affine import DIVIDED, QParams, is_bypassed, where_bypassed
+from quantjax.affine import DIVIDED, QParams, where_bypassed
 from quantjax.arithmetic import Arithmetic
-from quantjax.borders import rounds_between
+from quantjax.borders import rounds_outside
 from quantjax.estimators import Estimator, Parameters, Point
 from quantjax.estimators.clipped import inside
 from quantjax.estimators.gradients import by_sign, round_through
@@ -109,11 +109,12 @@ def _has_borders(arithmetic: Arithmetic, x: jax.Array, given: _Given, d: _Given)
     )
 
 
-def _is_inside(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
+def _is_outside(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
+    """Whether the range has no level for ``x``; nowhere under bypass."""
     low, high = arithmetic.format.level_range(given.bits, given.theta)
     if given.zero_point is not None:
         low, high = low - _zero_point(given), high - _zero_point(given)
-    return rounds_between(x, given.scale, low, high, arithmetic.rounding)
+    return rounds_outside(x, given.scale, low, high, given.bits, arithmetic.rounding)
 
 
 def _tangent_of_theta(
@@ -155,8 +156,8 @@ def _moved(
     (x, given), (dx, d) = primals, tangents
     unless_bypassed = functools.partial(where_bypassed, given.bits)
     if _has_borders(arithmetic, x, given, d):
-        passes = is_bypassed(given.bits) | _is_inside(arithmetic, x, given)
-        return lax.select(passes, instantiated(dx), jnp.zeros_like(x))
+        clipped = _is_outside(arithmetic, x, given)
+        return lax.select(clipped, jnp.zeros_like(x), instantiated(dx))
     slope, passed, point = _local(arithmetic, x, _again(given))
     terms = []
     if moves(dx):
@@ -250,7 +251,7 @@ def _given(
 
     def spread(array: jax.Array) -> jax.Array:
         array = expand(jnp.asarray(array, jnp.float32), x.shape)
-        return array.reshape(()) if array.size == 1 else array
+        return lax.optimization_barrier(array.reshape(())) if array.size == 1 else array
 
     theta = arithmetic.format.map_groups(estimator.rest(qparams.theta), spread)
     own = jax.tree.map(spread, estimator.own(qparams.theta))

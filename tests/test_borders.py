@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import quantjax as qj
 from quantjax import simulation
 from quantjax.affine import QParams
-from quantjax.borders import rounds_between
+from quantjax.borders import rounds_outside
 from quantjax.formats import divide_by_scale
 from quantjax.rounding import HALF_AWAY, HALF_EVEN
 
+EIGHT = jnp.float32(8.0)
 NEAREST = [HALF_EVEN, HALF_AWAY]
 BOUNDS = st.integers(-70_000, 70_000)
 
@@ -32,7 +33,7 @@ def around(scale: np.ndarray, bounds: list[int], reach: int = 40) -> np.ndarray:
 
 def divided(x, scale, low, high, rounding):
     level = rounding.apply(divide_by_scale(jnp.asarray(x), jnp.broadcast_to(scale, x.shape)))
-    return (level >= low) & (level <= high)
+    return (level < low) | (level > high)
 
 
 @pytest.fixture
@@ -49,8 +50,8 @@ def divide_again(monkeypatch) -> Iterator[Callable[[], None]]:
 
 def check(x, scale, low, high, rounding):
     bounds = (jnp.full((1, 1), bound, jnp.float32) for bound in (low, high))
-    got = jax.jit(rounds_between, static_argnums=4)(
-        jnp.asarray(x), jnp.asarray(scale), *bounds, rounding
+    got = jax.jit(rounds_outside, static_argnums=5)(
+        jnp.asarray(x), jnp.asarray(scale), *bounds, EIGHT, rounding
     )
     want = divided(x, scale, low, high, rounding)
     np.testing.assert_array_equal(got, want)
@@ -92,6 +93,13 @@ def test_nowhere_and_everywhere():
         check(x, scale, 0, 255, HALF_EVEN)
 
 
+@given(st.floats(width=32), st.floats(2.0**-100, 2.0**100, width=32), BOUNDS)
+def test_nothing_is_outside_at_width_0(x, scale, bound):
+    bound = jnp.full((1,), bound, jnp.float32)
+    x, scale = jnp.full((2,), x, jnp.float32), jnp.full((1,), scale, jnp.float32)
+    assert not rounds_outside(x, scale, bound, bound, jnp.float32(0), HALF_EVEN).any()
+
+
 @pytest.mark.parametrize("bits", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize(
     "format",
@@ -99,12 +107,14 @@ def test_nowhere_and_everywhere():
     ids=["full", "narrow", "unsigned"],
 )
 @pytest.mark.parametrize("zero", [0.0, 3.0])
-def test_gradients_are_those_of_dividing_again(bits, format, zero, divide_again):
+@pytest.mark.parametrize("spoilt", [0.5, np.nan])
+def test_gradients_are_those_of_dividing_again(bits, format, zero, spoilt, divide_again):
     """Of ``fake_quant`` and of codes that a product multiplies, by few scales and by many."""
     draw = np.random.default_rng(bits)
     x = jnp.asarray(8.0 * draw.normal(size=(256, 4)), jnp.float32)
+    x = x.at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf).at[2, 2].set(-jnp.inf)
     qparams = QParams(
-        jnp.asarray(draw.uniform(0.1, 2.0, (1, 4)), jnp.float32),
+        jnp.asarray(draw.uniform(0.1, 2.0, (1, 4)), jnp.float32).at[0, 3].set(spoilt),
         jnp.full((1, 4), zero),
         jnp.float32(bits),
     )
@@ -121,6 +131,7 @@ def test_gradients_are_those_of_dividing_again(bits, format, zero, divide_again)
     divide_again()
     for got, want in zip(compared, gradients(), strict=True):
         np.testing.assert_array_equal(got, want)
+        assert jnp.isnan(got[0, 0])  # and no 0, which would hide it
     assert 0 < float((compared[0] == 0).mean()) < 1 or bits in (0, 8)
 
 

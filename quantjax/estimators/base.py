@@ -43,8 +43,11 @@ class Point(NamedTuple):
 
     @property
     def is_inside(self) -> jax.Array:
-        """Where the rounded level lies in the range, as torch and LSQ have it (bool)."""
-        return (self.unclipped >= self.low) & (self.unclipped <= self.high)
+        """Where the rounded level is not outside the range, as torch and LSQ have it (bool).
+
+        NaN is not outside: what it makes NaN stays so in the gradient as well.
+        """
+        return ~((self.unclipped < self.low) | (self.unclipped > self.high))
 
     @property
     def scaled(self) -> jax.Array:

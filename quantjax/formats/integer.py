@@ -22,11 +22,6 @@ def _two_to(bits: jax.Array, less: int = 0) -> jax.Array:
     return lax.bitcast_convert_type((bits.astype(jnp.int32) + (127 - less)) << 23, jnp.float32)
 
 
-def _positive_zero(level: jax.Array) -> jax.Array:
-    """0 for -0. XLA takes ``x + 0`` for ``x``, and which is the larger one for its own choice."""
-    return select(level == 0.0, 0.0, level)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IntegerFormat(Format):
     """Integers whose codes are ``b`` bits wide, ``b`` an array.
@@ -128,7 +123,10 @@ class IntegerFormat(Format):
         if not self.signed:
             level = clip(unclipped, low, high)
             return Snapped(jnp.abs(level) if zero_point is None else level, unclipped)
-        one = bits == 1.0
+        # Codes have no -0, so 0 is added to those of several bits. It is no constant, not even where
+        # the width is one: XLA takes ``x + 0`` for ``x``, and which 0 is larger for its own choice.
+        one = lax.optimization_barrier(bits) == 1.0
+        odd = one.astype(scaled.dtype)
         if rounding.is_nearest:
             # For the sign, the quotient is taken so large that it rounds to itself, and is read
             # once: XLA writes out a quotient that is read twice, another pass over ``x``.
@@ -140,15 +138,13 @@ class IntegerFormat(Format):
             if zero_point is not None:
                 shifted += zero_point * grown
             # An integer n of one bit becomes 2n + 1, which is never 0, and has its sign.
-            level = select(one, 2.0 * shifted + 1.0, shifted)
-            level = clip(level, low, high)
-            # Codes have no -0; a zero point that is added makes it 0.
-            return Snapped(level if zero_point is not None else _positive_zero(level), unclipped)
+            level = shifted * (odd + 1.0) + odd
+            return Snapped(clip(level, low, high), unclipped)
         shifted = scaled if zero_point is None else scaled + zero_point
         signs = 2.0 * rounding.apply(0.5 * jnp.clip(shifted, -1.0, 1.0) + 0.5) - 1.0
         signs = jnp.where(jnp.isnan(shifted), shifted, signs)
-        level = jnp.where(one, signs, jnp.clip(unclipped, low, high))
-        return Snapped(level if zero_point is not None else _positive_zero(level), unclipped)
+        level = jnp.where(one, signs, jnp.clip(unclipped, low, high) + odd)
+        return Snapped(level, unclipped)
 
     def narrowed(self, bits: int) -> IntegerFormat:
         """The same codes in a container of ``bits``; one signed bit has codes of its own."""

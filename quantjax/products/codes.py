@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,12 +19,13 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from quantjax._compat import BARRIERS_HOLD, fenced
-from quantjax.affine import QParams, is_bypassed, where_bypassed
+from quantjax.affine import QParams, is_bypassed
 from quantjax.arithmetic import Arithmetic
 from quantjax.formats import IntegerFormat
 from quantjax.granularity import expand
 from quantjax.interpreter import Op, Product
 from quantjax.interpreter.product import HIGHEST
+from quantjax.lean import select
 from quantjax.products import blocks
 from quantjax.products.exactness import BFLOAT16_EXACT, FLOAT32_EXACT, Exactness, Sizing
 from quantjax.products.groups import (
@@ -57,10 +59,9 @@ def coded(
     values, qparams = codes_or_values(x, qparams, arithmetic, key)
     # Without the barrier XLA moves the choice behind the product, onto its whole output, where no
     # fused kernel takes it: two more passes over memory, a forward pass 1.5 times as long.
-    factor = lax.optimization_barrier(
-        where_bypassed(qparams.bits, 1.0, arithmetic.usable_scale(qparams))
-    )
-    return Coded(values, factor, is_bypassed(qparams.bits), _fits_bfloat16(qparams, arithmetic))
+    bypass = is_bypassed(qparams.bits)
+    factor = lax.optimization_barrier(select(bypass, 1.0, arithmetic.usable_scale(qparams)))
+    return Coded(values, factor, bypass, _fits_bfloat16(qparams, arithmetic))
 
 
 def in_float(x: Float[Array, "..."]) -> Coded:
@@ -86,15 +87,15 @@ def multiply(
 
     def quantized() -> jax.Array:
         if ungrouped:
-            any_bypass = jnp.any(jnp.stack(flags)) if flags else jnp.zeros((), bool)
+            any_bypass = functools.reduce(operator.or_, flags) if flags else jnp.zeros((), bool)
             narrow = [side.fits_bfloat16 for side in (lhs, rhs) if side.fits_bfloat16 is not None]
-            is_narrow = jnp.all(jnp.stack(narrow)) if len(narrow) == 2 else None
+            is_narrow = operator.and_(*narrow) if len(narrow) == 2 else None
             total = _scaled_sums(product, sizing, lhs, rhs, _Flags(any_bypass, is_narrow))
         else:
             total = sum_of_groups(product, lhs, rhs, (lhs_groups, rhs_groups))
         return total.astype(product.out.dtype)
 
-    bypass = jnp.all(jnp.stack(flags)) if flags else None
+    bypass = functools.reduce(operator.and_, flags) if flags else None
     if bypass is None or (ungrouped and _float32_is_native(product)):
         return _fenced(product, quantized(), bypass)
     out = lax.cond(bypass, lambda: product.bind(*raw), quantized)

@@ -123,8 +123,8 @@ class IntegerFormat(Format):
         if not self.signed:
             level = clip(unclipped, low, high)
             return Snapped(jnp.abs(level) if zero_point is None else level, unclipped)
-        # Codes have no -0, so 0 is added to those of several bits. It is no constant, not even where
-        # the width is one: XLA takes ``x + 0`` for ``x``, and which 0 is larger for its own choice.
+        # Codes have no -0, so 0 is added to those of several bits. Not a constant, even where the
+        # width is one: XLA takes ``x + 0`` for ``x``, and which 0 is larger for its own choice.
         one = lax.optimization_barrier(bits) == 1.0
         odd = one.astype(scaled.dtype)
         if rounding.is_nearest:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from quantjax.affine import where_bypassed
 from quantjax.formats import divide_by_scale
-from quantjax.lean import select, spread
+from quantjax.lean import elementwise, spread
 from quantjax.rounding import Rounding
 
 _PLACES = 3
@@ -50,31 +50,35 @@ def rounds_outside(
     flat = lambda array: lax.reshape(array, [array.size]) if array.ndim else array  # noqa: E731
     scales = lax.optimization_barrier(flat(scale)) if scale.ndim else scale
     borders = _borders(scales, flat(low), flat(high), bits, rounding)
-    first, last = (spread(lax.reshape(border, scale.shape), x.shape) for border in borders)
-    return (x < first) | (x > last)
+    below, last = (
+        lax.reshape(lax.slice_in_dim(borders, side, side + 1), scale.shape) for side in (0, 1)
+    )
+    too_low = lax.lt(x, spread(lax.neg(below), x.shape))
+    return lax.bitwise_or(too_low, lax.gt(x, spread(last, x.shape)))
 
 
 @functools.partial(jax.jit, static_argnums=4, inline=True)
 def _borders(
     scale: jax.Array, low: jax.Array, high: jax.Array, bits: jax.Array, rounding: Rounding
-) -> tuple[jax.Array, jax.Array]:
-    """The smallest and the largest number inside; jitted, to be traced once for all of a shape.
+) -> jax.Array:
+    """The largest numbers that round to ``-low`` and to ``high`` at most, stacked.
 
-    Roundings to the nearest and quotients are odd functions: the smallest number above ``low`` is
-    the largest one below ``-low``, negated.
+    Roundings to the nearest and quotients are odd functions: negated, the first one is the smallest
+    number that rounds to ``low`` at least. Jitted, to be traced once for all of a shape.
     """
     shape = (2 * _PLACES + 1, 2, *scale.shape)
     over = lambda array: spread(array, shape)  # noqa: E731
-    bound = lax.concatenate([lax.reshape(b, (1, *b.shape)) for b in (-low, high)], 0)
+    bound = lax.concatenate([lax.reshape(b, (1, *b.shape)) for b in (lax.neg(low), high)], 0)
     if bound.ndim < scale.ndim + 1:
         bound = lax.broadcast_in_dim(bound, shape[1:], [0])
     bound = where_bypassed(bits, jnp.inf, bound)
-    edge = lax.bitcast_convert_type((bound + 0.5) * spread(scale, shape[1:]), jnp.int32)
+    edge = lax.mul(elementwise(lax.add, bound, 0.5), spread(scale, shape[1:]))
     # Numbered and not listed: constants are arguments of a kernel, and kernels that differ in the
     # order of their arguments are compiled one by one.
-    places = lax.broadcasted_iota(jnp.int32, shape, 0) - _PLACES
-    candidates = lax.bitcast_convert_type(over(edge) + places, jnp.float32)
-    fits = rounding.apply(divide_by_scale(candidates, over(scale))) <= over(bound)
+    places = elementwise(lax.sub, lax.broadcasted_iota(jnp.int32, shape, 0), _PLACES)
+    moved = lax.add(over(lax.bitcast_convert_type(edge, jnp.int32)), places)
+    candidates = lax.bitcast_convert_type(moved, jnp.float32)
+    fits = lax.le(rounding.apply(divide_by_scale(candidates, over(scale))), over(bound))
     # No number fits a scale that is NaN; then all are NaN.
-    reach = jnp.max(select(fits, candidates, over(-jnp.inf * scale)), axis=0)
-    return -reach[0], reach[1]
+    least = over(elementwise(lax.mul, scale, -jnp.inf))
+    return lax.reduce_max(lax.select(fits, candidates, least), [0])

@@ -7,12 +7,29 @@ hundreds, that is most of what there is to trace and to compile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
+
+
+def elementwise(
+    op: Callable[..., jax.Array], *operands: Shaped[Array, "..."] | float
+) -> Shaped[Array, "..."]:
+    """A function of ``jax.lax`` of arrays that broadcast against one another.
+
+    A number has the dtype of the first array.
+
+    >>> elementwise(lax.add, jnp.array([[1.0], [2.0]]), jnp.array([0.5]))[:, 0].tolist()
+    [1.5, 2.5]
+    >>> elementwise(lax.mul, jnp.arange(3), 2).tolist()
+    [0, 2, 4]
+    """
+    dtype = next(x.dtype for x in operands if not isinstance(x, int | float))
+    shape = _common(operands)
+    return op(*(_full(x, shape, dtype) for x in operands))
 
 
 def select(
@@ -27,13 +44,11 @@ def select(
     >>> select(jnp.array([True, False]), 1.0, jnp.array([2.0, 3.0])).tolist()
     [1.0, 3.0]
     """
-    shape = jnp.broadcast_shapes(*(jnp.shape(array) for array in (which, yes, no)))
-    dtype = next((case.dtype for case in (yes, no) if not isinstance(case, float)), jnp.float32)
-    full = [
-        lax.full(shape, case, dtype) if isinstance(case, float) else spread(case, shape)
-        for case in (yes, no)
-    ]
-    return lax.select(which if which.ndim == 0 else spread(which, shape), *full)
+    shape = _common((which, yes, no))
+    arrays = (case for case in (yes, no) if not isinstance(case, int | float))
+    dtype = next((case.dtype for case in arrays), jnp.dtype(jnp.float32))
+    which = which if which.ndim == 0 else spread(which, shape)
+    return lax.select(which, _full(yes, shape, dtype), _full(no, shape, dtype))
 
 
 def clip(
@@ -46,7 +61,9 @@ def clip(
     >>> clip(jnp.array([-2.0, 0.5, 2.0]), jnp.float32(-1.0), jnp.float32(1.0)).tolist()
     [-1.0, 0.5, 1.0]
     """
-    return jnp.minimum(jnp.maximum(x, low), high)
+    if jnp.ndim(low) == jnp.ndim(high) == 0:
+        return lax.clamp(_full(low, (), x.dtype), x, _full(high, (), x.dtype))
+    return elementwise(lax.clamp, low, x, high)
 
 
 def spread(x: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -63,3 +80,12 @@ def spread(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     kept = [axis for axis, n in enumerate(x.shape) if n != 1]
     squeezed = lax.reshape(x, [x.shape[axis] for axis in kept])
     return lax.broadcast_in_dim(squeezed, shape, [first + axis for axis in kept])
+
+
+def _common(operands: Sequence[jax.Array | float]) -> tuple[int, ...]:
+    shapes = {jnp.shape(x) for x in operands} - {()}
+    return next(iter(shapes)) if len(shapes) == 1 else jnp.broadcast_shapes(*shapes)
+
+
+def _full(x: jax.Array | float, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return lax.full(shape, x, dtype) if isinstance(x, int | float) else spread(x, shape)

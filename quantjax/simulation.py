@@ -24,6 +24,7 @@ from quantjax.estimators.clipped import inside
 from quantjax.estimators.gradients import by_sign, round_through
 from quantjax.formats import IntegerFormat, Snapped, Theta, divide_by_scale
 from quantjax.granularity import expand
+from quantjax.lean import elementwise
 from quantjax.rounding import HALF_EVEN
 from quantjax.tangents import instantiated, moves, sum_of, with_tangent
 
@@ -143,7 +144,9 @@ def _again(given: _Given) -> _Given:
 def _levels(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
     """Levels minus zero point; jitted, to be traced once for the value and for its derivative."""
     level = _snapped(arithmetic, x, given)[1].level
-    return level if given.zero_point is None else level - _zero_point(given)
+    if given.zero_point is None:
+        return level
+    return elementwise(lax.sub, level, _zero_point(given))
 
 
 def _moved(

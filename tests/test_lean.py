@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from quantjax import lean
 from tests.models import normal
@@ -42,6 +43,25 @@ def test_bounds_are_jnp_clip_and_keep_nan(small, large):
     low, high = -jnp.abs(normal(7, *small)), jnp.abs(normal(8, *small))
     np.testing.assert_array_equal(lean.clip(x, low, high), jnp.clip(x, low, high))
     assert np.isnan(lean.clip(x, low, high)[0, 0])
+    np.testing.assert_array_equal(lean.clip(x, -0.5, high), jnp.clip(x, -0.5, high))
+    whole = jnp.arange(5)
+    np.testing.assert_array_equal(lean.clip(whole, 1, 3), jnp.clip(whole, 1, 3))
+
+
+@pytest.mark.parametrize(("small", "large"), SHAPES, ids=str)
+@pytest.mark.parametrize("op", [lax.add, lax.mul, lax.sub], ids=lambda op: op.__name__)
+def test_functions_of_lax_broadcast_as_those_of_numpy(op, small, large):
+    x, y = normal(9, *small), normal(10, *large)
+    of_numpy = {lax.add: jnp.add, lax.mul: jnp.multiply, lax.sub: jnp.subtract}[op]
+    for a, b in ((x, y), (y, x), (x, 2.0), (2, y)):
+        got, want = lean.elementwise(op, a, b), of_numpy(a, b)
+        np.testing.assert_array_equal(got, want)
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+
+
+def test_smaller_ranks_are_aligned_on_the_right():
+    x, y = normal(11, 4), normal(12, 3, 1)
+    np.testing.assert_array_equal(lean.elementwise(lax.add, x, y), x[None] + y)
 
 
 def test_a_choice_and_bounds_are_no_functions_of_their_own():
@@ -51,7 +71,7 @@ def test_a_choice_and_bounds_are_no_functions_of_their_own():
         return lean.clip(lean.select(x > 0.0, 1.0, x), jnp.float32(-1.0), jnp.float32(1.0))
 
     names = {eqn.primitive.name for eqn in jax.make_jaxpr(f)(jnp.ones(3)).eqns}
-    assert names <= {"gt", "broadcast_in_dim", "select_n", "max", "min"}
+    assert names <= {"gt", "broadcast_in_dim", "select_n", "clamp"}
 
 
 def test_a_number_takes_the_dtype_of_the_other_case():

@@ -32,9 +32,10 @@ def divide_by_scale(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float
     >>> float(divide_by_scale(jnp.float32(0.0825), jnp.float32(0.033)))
     2.5
     """
-    never = lax.optimization_barrier(jnp.full((), jnp.nan, x.dtype))
-    scale = lax.select(x == never, lax.stop_gradient(x), spread(scale, x.shape))
-    quotient = x / scale
+    never = lax.optimization_barrier(lax.full((), jnp.nan, x.dtype))
+    is_never = lax.eq(x, spread(never, x.shape))
+    scale = lax.select(is_never, lax.stop_gradient(x), spread(scale, x.shape))
+    quotient = lax.div(x, scale)
     if jax.default_backend() != "gpu" or quotient.dtype != jnp.float32:
         return quotient
     missing = corrected(*lax.stop_gradient((x, scale, quotient))) - lax.stop_gradient(quotient)

@@ -11,7 +11,7 @@ from jax import lax
 from quantjax import errors
 from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta
 from quantjax.formats.scales import REAL, ScaleRule
-from quantjax.lean import clip, select
+from quantjax.lean import clip, elementwise, select
 from quantjax.rounding import Rounding
 
 MAX_CONTAINER_BITS = 16
@@ -19,7 +19,8 @@ MAX_CONTAINER_BITS = 16
 
 def _two_to(bits: jax.Array, less: int = 0) -> jax.Array:
     """``2^(bits - less)`` of a width in use, which is far from the ends of float32's exponents."""
-    return lax.bitcast_convert_type((bits.astype(jnp.int32) + (127 - less)) << 23, jnp.float32)
+    exponent = elementwise(lax.add, lax.convert_element_type(bits, jnp.int32), 127 - less)
+    return lax.bitcast_convert_type(elementwise(lax.shift_left, exponent, 23), jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class IntegerFormat(Format):
             # One bit has -1 and +1.
             low = jnp.minimum(1.0 - half, -1.0) if self.narrow else -half
             return low, jnp.maximum(half - 1.0, 1.0)
-        low = jnp.where(bits == 1.0, 0.0, 1.0) if self.narrow else jnp.zeros_like(bits)
+        low = select(bits == 1.0, 0.0, 1.0) if self.narrow else jnp.zeros_like(bits)
         return low, _two_to(bits) - 1.0
 
     def steps(self, bits: jax.Array, *, symmetric: bool, theta: Theta = ()) -> jax.Array:
@@ -119,10 +120,10 @@ class IntegerFormat(Format):
         low, high = self.level_range(bits, theta)
         unclipped = rounding.apply(scaled)
         if zero_point is not None:
-            unclipped += zero_point
+            unclipped = elementwise(lax.add, unclipped, zero_point)
         if not self.signed:
             level = clip(unclipped, low, high)
-            return Snapped(jnp.abs(level) if zero_point is None else level, unclipped)
+            return Snapped(lax.abs(level) if zero_point is None else level, unclipped)
         # Codes have no -0, so 0 is added to those of several bits. Not a constant, even where the
         # width is one: XLA takes ``x + 0`` for ``x``, and which 0 is larger for its own choice.
         one = lax.optimization_barrier(bits) == 1.0
@@ -134,11 +135,12 @@ class IntegerFormat(Format):
             if zero_point is not None:
                 most = select(jnp.abs(zero_point) <= 1.0, most, 2.0**100)
             grown = select(one, most, 1.0)
-            shifted = rounding.apply(scaled * grown)
+            shifted = rounding.apply(elementwise(lax.mul, scaled, grown))
             if zero_point is not None:
                 shifted += zero_point * grown
             # An integer n of one bit becomes 2n + 1, which is never 0, and has its sign.
-            level = shifted * (odd + 1.0) + odd
+            level = elementwise(lax.mul, shifted, elementwise(lax.add, odd, 1.0))
+            level = elementwise(lax.add, level, odd)
             return Snapped(clip(level, low, high), unclipped)
         shifted = scaled if zero_point is None else scaled + zero_point
         signs = 2.0 * rounding.apply(0.5 * jnp.clip(shifted, -1.0, 1.0) + 0.5) - 1.0

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from quantjax.granularity import expand, group_size
 from quantjax.interpreter import Product
+from quantjax.lean import elementwise
 from quantjax.products import blocks
 from quantjax.tangents import with_tangent
 
@@ -178,9 +179,9 @@ def times(sums: jax.Array, factor: jax.Array) -> jax.Array:
 def _times(sums: jax.Array, factor: jax.Array) -> jax.Array:
     # Compilers do not know that the bit pattern is left as it is; the mask is 0 unless the factor
     # is NaN, and so is the product.
-    bits = lax.bitcast_convert_type(sums * factor, jnp.int32)
-    mask = jnp.isnan(factor).astype(jnp.int32)
-    return lax.bitcast_convert_type(bits ^ mask, jnp.float32)
+    bits = lax.bitcast_convert_type(elementwise(lax.mul, sums, factor), jnp.int32)
+    mask = lax.convert_element_type(lax.ne(factor, factor), jnp.int32)
+    return lax.bitcast_convert_type(elementwise(lax.bitwise_xor, bits, mask), jnp.float32)
 
 
 @_times.defjvp

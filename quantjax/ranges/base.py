@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import QParams, qparams_from_range
+from quantjax.affine import RECIPROCAL, QParams, qparams_from_range
 from quantjax.arithmetic import Arithmetic
 from quantjax.formats import Format, Theta
 from quantjax.simulation import apply, is_clipped
@@ -65,7 +65,8 @@ class Target(NamedTuple):
 
         ``x`` is of one group, so ``low`` and ``high`` are scalars.
         """
-        qparams, arithmetic = self.qparams(low, high), Arithmetic(self.format)
+        qparams = self.qparams(low, high)
+        arithmetic = Arithmetic(self.format, scaling=RECIPROCAL, symmetric=self.symmetric)
         return apply(x, qparams, arithmetic), is_clipped(x, qparams, arithmetic)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from quantjax.ranges.base import Range, Target
 from quantjax.statistics import Statistics
 
 COARSE = 40  # from the whole range down to a thousandth of it
+TOGETHER = 8  # of these, before a look whether one of the others may be better
 _SMALLEST = 2.0**-10
 _RATIO = _SMALLEST ** (1.0 / (COARSE - 1))
 PLACES = 16
@@ -49,13 +51,24 @@ Loss = Callable[[Outcome], jax.Array]
 """An outcome to a number that is smaller where the range is better."""
 
 
+_Pair = tuple[jax.Array, jax.Array]
+
+
 class _Best(NamedTuple):
     loss: jax.Array
     low: jax.Array
     high: jax.Array
 
 
-def search(statistics: Statistics, target: Target, loss: Loss) -> Range:
+class _Shrinking(NamedTuple):
+    """The best so far, how many factors were tried, and whether a smaller one may be better."""
+
+    best: _Best
+    done: jax.Array
+    goes_on: jax.Array
+
+
+def search(statistics: Statistics, target: Target, loss: Loss, *, is_sum: bool = True) -> Range:
     """The range of one group with the smallest loss among those that were tried.
 
     The whole range, with zero, is tried first, and another one replaces it only if it is better, so
@@ -63,7 +76,12 @@ def search(statistics: Statistics, target: Target, loss: Loss) -> Range:
     together, by 40 factors from 1 to 2^-10, each 1.19 times the next. In an asymmetric range, the
     lower, the upper and again the lower end are tried at 16 places from zero to what was seen.
     Around the best, first the upper end moves, then the lower one, then both again by finer steps.
-    Symmetric quantizers have one end.
+    Symmetric quantizers have one end, and an end that is zero stays.
+
+    Args:
+      is_sum: whether the loss is a sum over values, of terms that are not negative and grow with
+        the error. Factors are left then once the values that are clipped cost as much as the best
+        range does: under a smaller factor more are clipped, and further.
     """
     values, weights = statistics.sample
     low, high = statistics.extremes
@@ -72,31 +90,54 @@ def search(statistics: Statistics, target: Target, loss: Loss) -> Range:
         high = jnp.maximum(-low, high)
         low = -high
 
+    def outcome(low: jax.Array, high: jax.Array) -> Outcome:
+        quantized, clipped = target.quantize(values, low, high)
+        return Outcome(values, quantized - values, clipped, weights)
+
     def tried(best: _Best, low: jax.Array, high: jax.Array) -> _Best:
         """The better of the best so far and the best of some more, the first of equals."""
-
-        def one(low: jax.Array, high: jax.Array) -> jax.Array:
-            quantized, clipped = target.quantize(values, low, high)
-            return loss(Outcome(values, quantized - values, clipped, weights))
-
         some = max(TRIED_AT_ONCE // values.size, 1)
-        losses = lax.map(lambda ends: one(*ends), (low, high), batch_size=min(some, low.size))
+        one = lambda ends: loss(outcome(*ends))  # noqa: E731
+        losses = lax.map(one, (low, high), batch_size=min(some, low.size))
         losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
         first = jnp.argmin(losses)
         found = _Best(losses[first], low[first], high[first])
         better = found.loss < best.loss
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
 
-    factors = jnp.exp2(jnp.arange(COARSE, dtype=jnp.float32) * jnp.log2(jnp.float32(_RATIO)))
-    best = tried(_Best(jnp.asarray(jnp.inf), low, high), factors * low, factors * high)
-    ends: tuple[_Ends, ...] = (_Ends.BOTH,)
+    def shrunk(state: _Shrinking, some: int) -> _Shrinking:
+        numbers = (state.done + jnp.arange(some)).astype(jnp.float32)
+        factors = jnp.exp2(numbers * jnp.log2(jnp.float32(_RATIO)))
+        best = tried(state.best, factors * low, factors * high)
+        least = outcome(factors[-1] * low, factors[-1] * high)
+        least = least._replace(error=jnp.where(least.clipped, least.error, 0.0))
+        return _Shrinking(best, state.done + some, ~(loss(least) >= best.loss))
+
+    start = _Shrinking(_Best(jnp.asarray(jnp.inf), low, high), jnp.int32(0), jnp.asarray(True))
+    if is_sum:
+        more = lambda state: state.goes_on & (state.done < COARSE)  # noqa: E731
+        best = lax.while_loop(more, functools.partial(shrunk, some=TOGETHER), start).best
+    else:
+        best = shrunk(start, COARSE).best
+    ends = (_Ends.BOTH,) if target.symmetric else (_Ends.HIGH, _Ends.LOW)
+    moves: list[tuple[_Ends, Callable[[_Best], _Pair]]] = []
     if not target.symmetric:
-        ends = (_Ends.HIGH, _Ends.LOW)
-        for moving in (_Ends.LOW, _Ends.HIGH, _Ends.LOW):
-            best = tried(best, *_along(best, moving, (low, high)))
-    for reach in (1.0 / _RATIO, _RATIO ** (-2.0 / FINE)):
-        for moving in ends:
-            best = tried(best, *_around(best, reach, moving, (low, high)))
+        moves += [
+            (end, functools.partial(_along, moving=end, limits=(low, high)))
+            for end in (_Ends.LOW, _Ends.HIGH, _Ends.LOW)
+        ]
+    moves += [
+        (end, functools.partial(_around, reach=reach, moving=end, limits=(low, high)))
+        for reach in (1.0 / _RATIO, _RATIO ** (-2.0 / FINE))
+        for end in ends
+    ]
+    for end, places in moves:
+        move = lambda best, places=places: tried(best, *places(best))  # noqa: E731
+        if end is _Ends.BOTH:
+            best = move(best)
+        else:
+            moves_at_all = (low if end is _Ends.LOW else high) != 0.0
+            best = lax.cond(moves_at_all, move, lambda best: best, best)
     return Range(best.low, best.high, statistics.batches > 0)
 
 
@@ -108,9 +149,7 @@ class _Ends(enum.Enum):
     BOTH = enum.auto()
 
 
-def _along(
-    start: _Best, moving: _Ends, limits: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def _along(start: _Best, *, moving: _Ends, limits: _Pair) -> _Pair:
     """One end at equal distances from zero to what was seen, the other as in the best."""
     least, most = limits
     share = jnp.arange(PLACES, dtype=jnp.float32) * (1.0 / PLACES)
@@ -119,9 +158,7 @@ def _along(
     return jnp.ones(PLACES) * start.low, share * most
 
 
-def _around(
-    start: _Best, reach: float, moving: _Ends, limits: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def _around(start: _Best, *, reach: float, moving: _Ends, limits: _Pair) -> _Pair:
     """Ends ``1/reach`` to ``reach`` times those of the best, never beyond what was seen."""
     least, most = limits
     places = 2.0 * jnp.arange(FINE, dtype=jnp.float32) + 1.0

@@ -80,7 +80,7 @@ def _cosine(statistics: Statistics, target: Target) -> Range:
         # A tensor that becomes all zeros has no direction.
         return jnp.where((length > 0.0) | (xx == 0.0), sine, 2.0)
 
-    return search(statistics, target, loss)
+    return search(statistics, target, loss, is_sum=False)
 
 
 COSINE = RangeRule("cosine", _cosine, reads_distribution=True)

@@ -1,5 +1,6 @@
 """Searched ranges: never worse than the whole range, about as good as brute force."""
 
+import functools
 import importlib
 
 import jax
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from quantjax import errors, formats, ranges
 from quantjax.ranges import COSINE, MIN_MAX, MSE, SQNR, Target
+from quantjax.ranges.search import search
 from tests.ranges import cases
 from tests.ranges.cases import ASYMMETRIC, SYMMETRIC, at_hand, derived, drawn, losses, observed
 from tests.refused import refused
@@ -166,3 +168,50 @@ def test_traced_parameters_without_a_meaning_are_nan():
         found = jax.jit(lambda p, make=family: ranges.derive(make(p), seen, SYMMETRIC))(-1.0)
         assert np.isnan(found.low).all()
         assert np.isnan(found.high).all()
+
+
+LEFT_EARLY = [
+    (cases.SIGNED, True),
+    (cases.SIGNED, False),
+    (cases.UNSIGNED, False),
+    (formats.integer(scale_rule=formats.POWER_OF_TWO), True),
+    (formats.E4M3FN, True),
+    (formats.NF4, True),
+    (formats.lognet(), True),
+]
+
+
+@pytest.mark.parametrize(
+    ("format", "symmetric"), LEFT_EARLY, ids=lambda it: it.name if hasattr(it, "name") else str(it)
+)
+@pytest.mark.parametrize("rule", [MSE, ranges.l_p(2.4), SQNR], ids=lambda rule: rule.name)
+def test_factors_that_are_left_could_not_have_been_better(format, symmetric, rule, monkeypatch):
+    """The range is the one of all factors, at all widths and for all kinds of data."""
+    widths = jnp.float32([bits for bits in range(2, 9) if format.known_valid(bits)])
+    samples = [at_hand(drawn(kind, 5, 1024)) for kind in cases.DRAWS]
+    samples.append(at_hand(np.zeros(1024, np.float32)))
+    many = jax.tree.map(lambda *leaves: jnp.stack(leaves), *samples)
+
+    def found() -> tuple[jax.Array, jax.Array]:
+        def one(seen, bits):
+            target = Target(format, symmetric, bits)
+            qparams = target.qparams(*ranges.derive(rule, seen, target)[:2])
+            return qparams.scale, qparams.zero_point
+
+        return jax.vmap(lambda seen: jax.lax.map(lambda bits: one(seen, bits), widths))(many)
+
+    left = found()
+    all_of_them = functools.partial(search, is_sum=False)
+    for module in ("norms", "similarity"):
+        place = importlib.import_module(f"quantjax.ranges.{module}")
+        monkeypatch.setattr(place, "search", lambda *args, **_: all_of_them(*args))
+    jax.clear_caches()
+    for got, want in zip(left, found(), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)  # factors are computed a few at a time
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_end_that_is_zero_stays(sign):
+    low, high = derived(MSE, observed(sign * np.abs(drawn("laplacian", 9))), ASYMMETRIC, 3)
+    assert (low == 0.0 < high) if sign > 0 else (low < 0.0 == high)

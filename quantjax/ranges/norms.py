@@ -36,10 +36,10 @@ def _power(statistics: Statistics, target: Target, p: jax.Array) -> Range:
 MSE = RangeRule("mse", _square, reads_distribution=True)
 """``argmin Σ (Q(x) - x)²`` over ranges, by search; any format, each width its own.
 
-64 symmetric ranges are tried, or 136 asymmetric ones, :data:`MIN_MAX` among them, on the tensor
-itself or on 2048 points that stand for a histogram. Weights get an error that is never above that
-of :data:`MIN_MAX`; activations up to how well the points stand for the values, which is a fraction
-of a percent.
+At most 64 symmetric ranges are tried, or 136 asymmetric ones, :data:`MIN_MAX` among them, on the
+tensor itself or on 2048 points that stand for a histogram. Weights get an error that is never above
+that of :data:`MIN_MAX`; activations up to how well the points stand for the values, which is a
+fraction of a percent.
 
 Sharp edges: it takes tens of passes over the sample. Under a width above 10 bits a histogram's
 bins are wider than the steps, and the search is decided by the clipped share alone.

@@ -35,7 +35,7 @@ def rounds_outside(
     Args:
       scale: positive, of the rank of ``x`` or a scalar, and so are the bounds: integers below 2^22.
       bits: the width in use; at width 0 nothing is outside.
-      rounding: one to the nearest.
+      rounding: to the nearest, and an odd function: half even or half away from zero.
 
     NaN, in ``x`` or in a scale, is not outside.
 
@@ -46,6 +46,9 @@ def rounds_outside(
     [True, False, False, True]
     """
     scale, low, high, bits = map(lax.stop_gradient, (scale, low, high, bits))
+    shape = jnp.broadcast_shapes(scale.shape, low.shape, high.shape)
+    scale = spread(scale, shape)
+    low, high = (spread(bound, shape) if bound.ndim else bound for bound in (low, high))
     # Flat, so that scales of one number of channels have one kernel, whatever the rank.
     flat = lambda array: lax.reshape(array, [array.size]) if array.ndim else array  # noqa: E731
     scales = lax.optimization_barrier(flat(scale)) if scale.ndim else scale

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Shaped
 def elementwise(
     op: Callable[..., jax.Array], *operands: Shaped[Array, "..."] | float
 ) -> Shaped[Array, "..."]:
-    """A function of ``jax.lax`` of arrays that broadcast against one another.
+    """A function of ``jax.lax`` of arrays of one dtype that broadcast against one another.
 
-    A number has the dtype of the first array.
+    A number is cast to the dtype of the first array.
 
     >>> elementwise(lax.add, jnp.array([[1.0], [2.0]]), jnp.array([0.5]))[:, 0].tolist()
     [1.5, 2.5]
@@ -56,7 +56,9 @@ def clip(
     low: Shaped[Array, "..."] | float,
     high: Shaped[Array, "..."] | float,
 ) -> Shaped[Array, "..."]:
-    """``x`` within bounds that broadcast against it; NaN stays NaN.
+    """``x`` within bounds of its dtype that broadcast against it; NaN stays NaN.
+
+    Numbers are cast to that dtype. Not differentiated by its bounds.
 
     >>> clip(jnp.array([-2.0, 0.5, 2.0]), jnp.float32(-1.0), jnp.float32(1.0)).tolist()
     [-1.0, 0.5, 1.0]

@@ -25,7 +25,7 @@ from quantjax.estimators.gradients import by_sign, round_through
 from quantjax.formats import IntegerFormat, Snapped, Theta, divide_by_scale
 from quantjax.granularity import expand
 from quantjax.lean import elementwise
-from quantjax.rounding import HALF_EVEN
+from quantjax.rounding import HALF_AWAY, HALF_EVEN
 from quantjax.tangents import instantiated, moves, sum_of, with_tangent
 
 ENTRIES_PER_SCALE = 64
@@ -103,7 +103,7 @@ def _has_borders(arithmetic: Arithmetic, x: jax.Array, given: _Given, d: _Given)
     return (
         not moves(d)
         and isinstance(arithmetic.format, IntegerFormat)
-        and arithmetic.rounding.is_nearest
+        and arithmetic.rounding in (HALF_EVEN, HALF_AWAY)
         and arithmetic.estimator.slope is inside
         and arithmetic.scaling == DIVIDED
         and given.scale.size * ENTRIES_PER_SCALE <= x.size

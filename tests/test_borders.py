@@ -17,7 +17,7 @@ from quantjax import simulation
 from quantjax.affine import QParams
 from quantjax.borders import rounds_outside
 from quantjax.formats import divide_by_scale
-from quantjax.rounding import HALF_AWAY, HALF_EVEN
+from quantjax.rounding import HALF_AWAY, HALF_EVEN, Rounding
 
 EIGHT = jnp.float32(8.0)
 NEAREST = [HALF_EVEN, HALF_AWAY]
@@ -149,6 +149,28 @@ def test_a_trained_model_divides_each_entry_once(divide_again):
     once = rounded()
     divide_again()
     assert rounded() == 2 * once > 0
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero_point"), [((1, 4), (1, 1)), ((1, 1), (1, 4)), ((), (1, 4)), ((1, 4), ())]
+)
+def test_scales_and_zero_points_need_not_have_one_shape(scale, zero_point, divide_again):
+    x = jnp.linspace(-9.0, 9.0, 1200).reshape(300, 4)
+    scales = 0.5 + jnp.arange(np.prod(scale, dtype=int), dtype=jnp.float32).reshape(scale)
+    zeros = 1.0 + jnp.arange(np.prod(zero_point, dtype=int), dtype=jnp.float32).reshape(zero_point)
+    gradient = jax.grad(lambda x: jnp.sum(qj.fake_quant(x, scales, zeros, bits=4)))
+    compared = gradient(x)
+    divide_again()
+    np.testing.assert_array_equal(compared, gradient(x))
+    assert 0 < float(compared.mean()) < 1
+
+
+def test_a_rounding_that_is_not_odd_divides_again():
+    """Half up: -4.5 becomes -4, which three bits hold, and 3.5 becomes 4, which they do not."""
+    half_up = Rounding("half_up", lambda values: jnp.floor(values + 0.5), is_nearest=True)
+    x = jnp.tile(jnp.array([-4.5, 3.5, -4.6, 3.4]), 100)
+    gradient = jax.grad(lambda x: jnp.sum(qj.fake_quant(x, 1.0, bits=3, rounding=half_up)))(x)
+    np.testing.assert_array_equal(gradient[:4], [1.0, 0.0, 0.0, 1.0])
 
 
 def test_where_the_scale_moves_too_entries_are_divided():

@@ -45,7 +45,7 @@ class Point(NamedTuple):
     def is_inside(self) -> jax.Array:
         """Where the rounded level is not outside the range, as torch and LSQ have it (bool).
 
-        NaN is not outside: what it makes NaN stays so in the gradient as well.
+        NaN is not outside: its gradient passes, and is not masked.
         """
         return ~((self.unclipped < self.low) | (self.unclipped > self.high))
 

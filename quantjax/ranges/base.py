@@ -63,7 +63,8 @@ class Target(NamedTuple):
     ) -> tuple[jax.Array, jax.Array]:
         """What becomes of ``x`` under a range, rounded to the nearest, and what of it is clipped.
 
-        ``x`` is of one group, so ``low`` and ``high`` are scalars.
+        ``x`` is of one group, so ``low`` and ``high`` are scalars. By the reciprocal of the scale,
+        which gives another code, with the same error but for last places, only next to ties.
         """
         qparams = self.qparams(low, high)
         arithmetic = Arithmetic(self.format, scaling=RECIPROCAL, symmetric=self.symmetric)

@@ -71,8 +71,8 @@ def _looked_at(at_once: int, counts: jax.Array, levels: jax.Array, tried: jax.Ar
         prefix_sums(entropy(scaled) * _ENTROPY),
     )
     kept = jnp.arange(bins + 1, dtype=jnp.int32)
-    outliers = jnp.sum(counts) - jnp.concatenate([jnp.zeros(1), jnp.cumsum(counts)])
-    last_bin = jnp.concatenate([jnp.zeros(1), scaled])
+    outliers = jnp.sum(counts) - jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(counts)])
+    last_bin = jnp.concatenate([jnp.zeros(1, jnp.float32), scaled])
     least = _of_last_run(sums, levels, kept, last_bin)
     lost = (last_bin == 0.0) & (outliers > 0.0)
     least = jnp.where(tried & ~lost & (sums.both[:, 0] > 0), least, jnp.inf)

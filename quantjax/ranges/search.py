@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax.formats import divide_by_scale, exponent_of, power_of_two
+from quantjax.formats import REAL, divide_by_scale, exponent_of, power_of_two
 from quantjax.ranges.base import Range, Target
 from quantjax.statistics import Statistics
 
@@ -81,7 +81,9 @@ def search(statistics: Statistics, target: Target, loss: Loss, *, is_sum: bool =
     Args:
       is_sum: whether the loss is a sum over values, of terms that are not negative and grow with
         the error. Factors are left then once the values that are clipped cost as much as the best
-        range does: under a smaller factor more are clipped, and further.
+        range does: under a smaller factor more are clipped, and further. A zero point that is
+        rounded the other way moves a range by a step, which is taken off their errors. With scales
+        that are no real numbers it moves by more, and all factors are tried.
     """
     values, weights = statistics.sample
     low, high = statistics.extremes
@@ -106,15 +108,19 @@ def search(statistics: Statistics, target: Target, loss: Loss, *, is_sum: bool =
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
 
     def shrunk(state: _Shrinking, some: int) -> _Shrinking:
-        numbers = (state.done + jnp.arange(some)).astype(jnp.float32)
+        numbers = (state.done + jnp.arange(some, dtype=jnp.int32)).astype(jnp.float32)
         factors = jnp.exp2(numbers * jnp.log2(jnp.float32(_RATIO)))
         best = tried(state.best, factors * low, factors * high)
-        least = outcome(factors[-1] * low, factors[-1] * high)
-        least = least._replace(error=jnp.where(least.clipped, least.error, 0.0))
+        narrowest = factors[-1] * low, factors[-1] * high
+        least = outcome(*narrowest)
+        beyond = jnp.abs(least.error)
+        if not target.symmetric:
+            beyond = jnp.maximum(beyond - target.qparams(*narrowest).scale, 0.0)
+        least = least._replace(error=jnp.where(least.clipped, beyond, 0.0))
         return _Shrinking(best, state.done + some, ~(loss(least) >= best.loss))
 
-    start = _Shrinking(_Best(jnp.asarray(jnp.inf), low, high), jnp.int32(0), jnp.asarray(True))
-    if is_sum:
+    start = _Shrinking(_Best(jnp.float32(jnp.inf), low, high), jnp.int32(0), jnp.asarray(True))
+    if is_sum and (target.symmetric or target.format.scale_rule == REAL):
         more = lambda state: state.goes_on & (state.done < COARSE)  # noqa: E731
         best = lax.while_loop(more, functools.partial(shrunk, some=TOGETHER), start).best
     else:
@@ -154,8 +160,8 @@ def _along(start: _Best, *, moving: _Ends, limits: _Pair) -> _Pair:
     least, most = limits
     share = jnp.arange(PLACES, dtype=jnp.float32) * (1.0 / PLACES)
     if moving is _Ends.LOW:
-        return share * least, jnp.ones(PLACES) * start.high
-    return jnp.ones(PLACES) * start.low, share * most
+        return share * least, jnp.full(PLACES, start.high)
+    return jnp.full(PLACES, start.low), share * most
 
 
 def _around(start: _Best, *, reach: float, moving: _Ends, limits: _Pair) -> _Pair:
@@ -164,7 +170,7 @@ def _around(start: _Best, *, reach: float, moving: _Ends, limits: _Pair) -> _Pai
     places = 2.0 * jnp.arange(FINE, dtype=jnp.float32) + 1.0
     share = divide_by_scale(places, jnp.float32(FINE)) - 1.0
     factor = jnp.exp2(share * jnp.log2(jnp.float32(reach)))
-    still = jnp.ones(FINE)
+    still = jnp.ones(FINE, jnp.float32)
     low = jnp.maximum((still if moving is _Ends.HIGH else factor) * start.low, least)
     high = jnp.minimum((still if moving is _Ends.LOW else factor) * start.high, most)
     return low, high

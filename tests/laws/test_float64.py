@@ -13,7 +13,7 @@ import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 import quantjax as qj
-from quantjax import formats, ranges
+from quantjax import formats, ranges, statistics
 from quantjax.contract import Trial, counterexamples
 from quantjax.arithmetic import Arithmetic
 from quantjax.simulation import apply
@@ -51,6 +51,13 @@ for rule, format in (
     w, bits = weights["w"].astype(jnp.float32), jnp.float32(format.max_bits)
     fitted = rule.fit(w, (1, 8), format, bits)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fitted)), rule.name
+seen = statistics.of_tensor(jnp.asarray(np.linspace(-1, 3, 64)), (1,), with_values=True)
+for rule in (ranges.MSE, ranges.COSINE, ranges.KL_TENSORRT):
+    for signed in (True, False):
+        target = ranges.Target(qj.integer(signed=signed), signed, jnp.float32(4))
+        found = ranges.derive(rule, seen, target)
+        assert found.low.dtype == found.high.dtype == jnp.float32, (rule.name, signed)
+        assert found.low < found.high
 print("formats:", done)
 """
 

@@ -175,6 +175,7 @@ LEFT_EARLY = [
     (cases.SIGNED, False),
     (cases.UNSIGNED, False),
     (formats.integer(scale_rule=formats.POWER_OF_TWO), True),
+    (formats.integer(scale_rule=formats.POWER_OF_TWO, signed=False), False),
     (formats.E4M3FN, True),
     (formats.NF4, True),
     (formats.lognet(), True),
@@ -209,6 +210,17 @@ def test_factors_that_are_left_could_not_have_been_better(format, symmetric, rul
     for got, want in zip(left, found(), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)  # factors are computed a few at a time
     jax.clear_caches()
+
+
+def test_a_scale_that_stays_while_the_zero_point_moves_covers_more_under_a_smaller_factor():
+    """Powers of two: no factor may be left for what the one before it clips."""
+    x = np.full(4096, 5.0, np.float32)
+    x[:2] = -9.0, 10.0
+    format = formats.integer(signed=False, scale_rule=formats.POWER_OF_TWO)
+    target = Target(format, False, jnp.float32(3))
+    found, whole = (derived(rule, at_hand(x), target, 3) for rule in (MSE, MIN_MAX))
+    mine, theirs = losses(x, target, 3, *map(np.array, zip(found, whole, strict=True)))
+    assert mine < 0.1 * theirs
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -68,7 +68,9 @@ def _snapped(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> tuple[jax.A
 
 
 def _zero_point(given: _Given) -> jax.Array:
-    return jnp.zeros(()) if given.zero_point is None else HALF_EVEN.apply(given.zero_point)
+    if given.zero_point is None:
+        return jnp.zeros((), jnp.float32)
+    return HALF_EVEN.apply(given.zero_point)
 
 
 def _local(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> _Local:

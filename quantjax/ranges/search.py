@@ -76,7 +76,7 @@ def search(statistics: Statistics, target: Target, loss: Loss, *, is_sum: bool =
     together, by 40 factors from 1 to 2^-10, each 1.19 times the next. In an asymmetric range, the
     lower, the upper and again the lower end are tried at 16 places from zero to what was seen.
     Around the best, first the upper end moves, then the lower one, then both again by finer steps.
-    Symmetric quantizers have one end, and an end that is zero stays.
+    Symmetric quantizers have one end.
 
     Args:
       is_sum: whether the loss is a sum over values, of terms that are not negative and grow with
@@ -125,25 +125,14 @@ def search(statistics: Statistics, target: Target, loss: Loss, *, is_sum: bool =
         best = lax.while_loop(more, functools.partial(shrunk, some=TOGETHER), start).best
     else:
         best = shrunk(start, COARSE).best
-    ends = (_Ends.BOTH,) if target.symmetric else (_Ends.HIGH, _Ends.LOW)
-    moves: list[tuple[_Ends, Callable[[_Best], _Pair]]] = []
+    ends: tuple[_Ends, ...] = (_Ends.BOTH,)
     if not target.symmetric:
-        moves += [
-            (end, functools.partial(_along, moving=end, limits=(low, high)))
-            for end in (_Ends.LOW, _Ends.HIGH, _Ends.LOW)
-        ]
-    moves += [
-        (end, functools.partial(_around, reach=reach, moving=end, limits=(low, high)))
-        for reach in (1.0 / _RATIO, _RATIO ** (-2.0 / FINE))
-        for end in ends
-    ]
-    for end, places in moves:
-        move = lambda best, places=places: tried(best, *places(best))  # noqa: E731
-        if end is _Ends.BOTH:
-            best = move(best)
-        else:
-            moves_at_all = (low if end is _Ends.LOW else high) != 0.0
-            best = lax.cond(moves_at_all, move, lambda best: best, best)
+        ends = (_Ends.HIGH, _Ends.LOW)
+        for moving in (_Ends.LOW, _Ends.HIGH, _Ends.LOW):
+            best = tried(best, *_along(best, moving, (low, high)))
+    for reach in (1.0 / _RATIO, _RATIO ** (-2.0 / FINE)):
+        for moving in ends:
+            best = tried(best, *_around(best, reach, moving, (low, high)))
     return Range(best.low, best.high, statistics.batches > 0)
 
 
@@ -155,7 +144,7 @@ class _Ends(enum.Enum):
     BOTH = enum.auto()
 
 
-def _along(start: _Best, *, moving: _Ends, limits: _Pair) -> _Pair:
+def _along(start: _Best, moving: _Ends, limits: _Pair) -> _Pair:
     """One end at equal distances from zero to what was seen, the other as in the best."""
     least, most = limits
     share = jnp.arange(PLACES, dtype=jnp.float32) * (1.0 / PLACES)
@@ -164,7 +153,7 @@ def _along(start: _Best, *, moving: _Ends, limits: _Pair) -> _Pair:
     return jnp.full(PLACES, start.low), share * most
 
 
-def _around(start: _Best, *, reach: float, moving: _Ends, limits: _Pair) -> _Pair:
+def _around(start: _Best, reach: float, moving: _Ends, limits: _Pair) -> _Pair:
     """Ends ``1/reach`` to ``reach`` times those of the best, never beyond what was seen."""
     least, most = limits
     places = 2.0 * jnp.arange(FINE, dtype=jnp.float32) + 1.0

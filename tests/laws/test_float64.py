@@ -51,6 +51,12 @@ for rule, format in (
     w, bits = weights["w"].astype(jnp.float32), jnp.float32(format.max_bits)
     fitted = rule.fit(w, (1, 8), format, bits)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fitted)), rule.name
+for scale in (jnp.full((1, 8), 0.25, jnp.float32), jnp.float32(0.25)):
+    qparams = qj.QParams(scale, jnp.zeros_like(scale), jnp.float32(4))
+    for arithmetic in (Arithmetic(qj.integer()), Arithmetic(qj.integer(), symmetric=True)):
+        total = lambda x, scale: apply(x, qparams._replace(scale=scale), arithmetic).sum()
+        by_x, by_scale = jax.grad(total, (0, 1))(weights["w"], scale)
+        assert by_x.dtype == jnp.float64 and by_scale.dtype == jnp.float32
 seen = statistics.of_tensor(jnp.asarray(np.linspace(-1, 3, 64)), (1,), with_values=True)
 for rule in (ranges.MSE, ranges.COSINE, ranges.KL_TENSORRT):
     for signed in (True, False):

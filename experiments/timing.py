@@ -13,16 +13,28 @@ Variants = Mapping[str, Callable[[], Any]]
 """What is run, by name."""
 
 
-def interleaved(variants: Variants, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after a first one that compiles."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(rounds + 1):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return times
+def interleaved(variants: Variants, rounds: int, turns: int = 1) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, after a first one that compiles.
+
+    In a round the variants run one after another, ``turns`` times over; a variant's time is the
+    median of its turns, so that one disturbed run is not the round's.
+    """
+    for run in variants.values():
+        jax.block_until_ready(run())
+    rounds_ = [[_turn(variants) for _ in range(turns)] for _ in range(rounds)]
+    return {
+        name: [statistics.median(turn[name] for turn in round_) for round_ in rounds_]
+        for name in variants
+    }
+
+
+def _turn(variants: Variants) -> dict[str, float]:
+    seconds = {}
+    for name, run in variants.items():
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds[name] = time.perf_counter() - start
+    return seconds
 
 
 def compared(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, float]]:

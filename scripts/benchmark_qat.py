@@ -3,8 +3,8 @@
 The CNN 32/64/64 with batch 128, ResNet-20 with batch 64 and a transformer of width 128 with four
 layers, each with Adam. ResNet-20's float step is also taken with its convolutions fenced from
 XLA's producer fusion, which is a float step that CPUs run faster. All variants in each round, one
-after another; ratios of each round to the float step, their median and the 95 % interval of their
-mean by Student's t. Compiling: tracing included, without any cache, eleven times each in turn;
+after another, three times over, of which a round takes each variant's median; ratios of each round
+to the float step, their median and the 95 % interval of their mean by Student's t. Compiling: tracing included, without any cache, eleven times each in turn;
 medians of the ratios to either float step.
 
     scripts/in_env python scripts/benchmark_qat.py --output FILE.json
@@ -37,6 +37,7 @@ from quantjax.interpreter import Carried, Outcome, ProgramCache, Visit, evaluate
 
 STUDENT_T = {40: 2.0227}  # 97.5 % of 39 degrees of freedom
 COMPILE_ROUNDS = 11
+TURNS = 3
 
 
 class Layer(nn.Module):
@@ -159,7 +160,7 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
         steps[name] = partial(quantized, variables, moments, qstate, x, labels)
     base = "float, fenced" if case.fenced else "float"
     compiled = _compile_seconds({name: step for name, step in steps.items() if name != "W4A4"})
-    times = interleaved(steps, rounds)
+    times = interleaved(steps, rounds, TURNS)
     report: dict[str, Any] = {
         name: _ratios(seconds, times[base], rounds) for name, seconds in times.items()
     }
@@ -219,6 +220,7 @@ def main() -> None:
         "python": platform.python_version(),
         "backend": jax.default_backend(),
         "rounds": options.rounds,
+        "turns": TURNS,
     }
     for name in options.cases:
         report[name] = measured(CASES[name], options.rounds)

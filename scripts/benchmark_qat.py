@@ -4,8 +4,9 @@ The CNN 32/64/64 with batch 128, ResNet-20 with batch 64 and a transformer of wi
 layers, each with Adam. ResNet-20's float step is also taken with its convolutions fenced from
 XLA's producer fusion, which is a float step that CPUs run faster. All variants in each round, one
 after another, three times over, of which a round takes each variant's median; ratios of each round
-to the float step, their median and the 95 % interval of their mean by Student's t. Compiling: tracing included, without any cache, eleven times each in turn;
-medians of the ratios to either float step.
+to the float step, their median and the 95 % interval of their mean by Student's t. Compiling:
+tracing included, without any cache, eleven times each in turn; medians of the ratios to either
+float step.
 
     scripts/in_env python scripts/benchmark_qat.py --output FILE.json
 """

@@ -11,6 +11,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import Fault
+from quantjax.arguments import expect
 from quantjax.granularity import OperandAxes, PerChannel, PerGroup
 from quantjax.interpreter import leaves_by_path
 from quantjax.kernels import as_site, is_kernel
@@ -49,6 +50,8 @@ def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None 
     >>> quantize_params({"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}, policy)
     {'bias': Array([1., 1.], dtype=float32), 'kernel': QTensor(int4[4x2], scale[1x2], float32)}
     """
+    fix = "qj.quantize_params(params, qj.Policy([qj.rule(qj.weighted(), scheme)]))"
+    expect(policy, Policy, argument="policy", where="qj.quantize_params", fix=fix)
     named = leaves_by_path(params, is_leaf=is_quantized)
     kernels = {name: as_site(name, leaf) for name, leaf in named.items() if is_kernel(leaf)}
     sites = list(kernels.values())

@@ -26,6 +26,14 @@ class QuantjaxError(Exception):
         super().__init__("\n".join(parts))
 
 
+class ArgumentError(QuantjaxError, TypeError):
+    """An argument of another kind than the function takes.
+
+    ``qj.plan(qj.Scheme(...), table)`` fails, since a plan is made of a policy. Pass
+    ``qj.Policy([qj.rule(qj.weighted(), scheme)])``.
+    """
+
+
 class FormatError(QuantjaxError, ValueError):
     """A number format that cannot exist.
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from quantjax import errors
+from quantjax.arguments import expect
 from quantjax.interpreter import Origin, Role, Site, SiteStatus, leaves_by_path
 from quantjax.policy import Policy, Rule, Scheme
 from quantjax.printing import amount, columns, shape_text
@@ -142,11 +143,15 @@ def plan(policy: Policy, table: SiteTable) -> Plan:
       table: from ``qj.sites(f, params, x)``.
 
     Raises:
+      ArgumentError: a scheme for the policy, a model for the table, and the like.
       PolicyError: a rule that matches no site, or none that an earlier rule does not match, and is
         not optional.
       OpaqueSiteError: a rule that matches only sites that the interpreter does not rewrite.
       GranularityError: groups that do not divide, or a fixed range per token.
     """
+    example = "qj.plan(policy, qj.sites(f, params, x))"
+    expect(policy, Policy, argument="policy", where="qj.plan", fix=example)
+    expect(table, SiteTable, argument="table", where="qj.plan", fix=example)
     chosen = policy.choices(table.sites)
     _check_rules(policy, table, chosen)
     entries = tuple(plan_site(site, chosen[site.name]) for site in table.sites)

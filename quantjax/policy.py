@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from quantjax.arguments import expect
 from quantjax.biases import AccumulatorBias
 from quantjax.granularity import Granularity, PerToken
 from quantjax.interpreter import Role, Site
@@ -32,6 +33,17 @@ class Scheme:
     gradients: Quantizer | None = None
     outputs: Quantizer | None = None
     biases: Quantizer | AccumulatorBias | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            kinds = Quantizer, AccumulatorBias, type(None)
+            expect(
+                getattr(self, field.name),
+                kinds if field.name == "biases" else (Quantizer, type(None)),
+                argument=field.name,
+                where="qj.Scheme",
+                fix="qj.weight_quantizer(bits=4), qj.activation_quantizer() or another Quantizer",
+            )
 
     def quantizer(self, role: Role) -> Quantizer | None:
         """Of operands of one role."""
@@ -61,6 +73,11 @@ class Rule:
     scheme: Scheme
     optional: bool = False
 
+    def __post_init__(self) -> None:
+        example = 'qj.rule(qj.path("*/Dense_0/*"), qj.Scheme(weights=...))'
+        expect(self.selector, Selector, argument="selector", where="qj.rule", fix=example)
+        expect(self.scheme, Scheme, argument="scheme", where="qj.rule", fix=example)
+
     def __str__(self) -> str:
         return f"{self.selector}: {self.scheme}" + (" (optional)" if self.optional else "")
 
@@ -87,7 +104,11 @@ class Policy:
     rules: tuple[Rule, ...]
 
     def __init__(self, rules: Iterable[Rule]) -> None:
+        example = "qj.Policy([qj.rule(qj.weighted(), scheme)])"
+        expect(rules, Iterable, argument="rules", where="qj.Policy", fix=example)
         object.__setattr__(self, "rules", tuple(rules))
+        for each in self.rules:
+            expect(each, Rule, argument="one of the rules", where="qj.Policy", fix=example)
 
     def resolved(self, sites: Sequence[Site]) -> list[Selector]:
         """The selectors of all rules, for one table."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import numbers
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ import numpy as np
 
 from quantjax import errors, statistics
 from quantjax.affine import DIVIDED, QParams, Scaling, mark_faults, qparams_from_range
+from quantjax.arguments import expect
 from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator, check_needs
-from quantjax.formats import UNIT, Format, Theta, integer
+from quantjax.formats import Format, Theta, integer, known_overflow, levels_overflow
 from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken, reduce_to
 from quantjax.printing import shape_text
 from quantjax.ranges import (
@@ -31,8 +33,6 @@ from quantjax.ranges import (
 from quantjax.rounding import HALF_EVEN, STOCHASTIC, Rounding
 from quantjax.statistics import Statistics
 
-LARGEST_LEVEL = 2.0**60  # of which sums of 2^7 products of two are float32 numbers
-
 
 class RangeMode(enum.Enum):
     """When a range is determined.
@@ -43,6 +43,17 @@ class RangeMode(enum.Enum):
 
     FIXED = "fixed"
     LIVE = "live"
+
+
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "format": (Format, "qj.integer(max_bits=8), qj.formats.E4M3FN or another of qj.formats"),
+    "bits": (numbers.Real, "8; widths that vary, traced ones too, are qj.calibrate's"),
+    "granularity": (Granularity, "qj.PerChannel()"),
+    "range": (RangeMode, "qj.RangeMode.FIXED"),
+    "rounding": (Rounding, "qj.rounding.HALF_EVEN"),
+    "estimator": (Estimator, "qj.estimators.LSQ"),
+    "scaling": (Scaling, "qj.affine.DIVIDED"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +84,14 @@ class Quantizer:
     scaling: Scaling = DIVIDED
 
     def __post_init__(self) -> None:
+        for name, (kind, example) in _KINDS.items():
+            expect(
+                getattr(self, name),
+                kind,
+                argument=name,
+                where="a quantizer",
+                fix=f"{name}={example}",
+            )
         if not self.symmetric and not self.format.has_zero_point:
             raise errors.QuantizerError(
                 f"{self.format.name} has no zero point, so its range cannot be asymmetric",
@@ -346,30 +365,11 @@ def gradient_quantizer(
     )
 
 
-def levels_overflow(format: Format, bits: jax.Array, theta: Theta) -> jax.Array:
-    """Where sums of products of two levels can leave float32 (bool, the shape of ``bits``)."""
-    _, high = format.level_range(bits, theta)
-    is_scaled = format.scale_rule != UNIT
-    return (high > LARGEST_LEVEL) & (bits != 0.0) & is_scaled
-
-
-def known_overflow(format: Format, bits: Any, theta: Theta = ()) -> bool:
-    """Whether they do so at these widths; False where one is not known yet."""
-    try:
-        if not format.known_valid(bits, theta):
-            return False
-        with jax.ensure_compile_time_eval():
-            return bool(jnp.any(levels_overflow(format, jnp.asarray(bits, jnp.float32), theta)))
-    except errors.FormatError:  # levels that only calibration will give, about 1
-        return False
-
-
 def _width(bits: int | None, format: Format | None) -> int:
-    if format is not None and not isinstance(format, Format):
-        raise errors.QuantizerError(
-            f"{format!r} is no number format",
-            fix="format=qj.integer(max_bits=8), qj.formats.E4M3FN or another of qj.formats",
-        )
+    for name, value in (("format", format), ("bits", bits)):
+        if value is not None:
+            kind, example = _KINDS[name]
+            expect(value, kind, argument=name, where="a quantizer", fix=f"{name}={example}")
     if bits is not None:
         return bits
     if format is None or format.known_valid(8):

@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Sequence
 
+from quantjax.arguments import expect
 from quantjax.interpreter import Op, Role, Site
 
 
@@ -142,7 +143,8 @@ class AtLeast(Selector):
         return site.multiply_adds >= self.multiply_adds and site.parameters >= self.parameters
 
     def __str__(self) -> str:
-        return f"at least {self.multiply_adds:,} multiply-adds, {self.parameters:,} parameters"
+        asked = (self.multiply_adds, "multiply-adds"), (self.parameters, "parameters")
+        return "at least " + (", ".join(f"{n:,} {what}" for n, what in asked if n) or "nothing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +234,7 @@ def path(pattern: str) -> Path:
     >>> str(path("params/Conv_*/kernel"))
     'params/Conv_*/kernel'
     """
+    expect(pattern, str, argument="pattern", where="qj.path", fix='qj.path("*/Dense_0/*")')
     return Path(pattern)
 
 
@@ -250,6 +253,7 @@ def scope(pattern: str) -> Selector:
 
     For products of two activations, whose names are scopes with a number behind them.
     """
+    expect(pattern, str, argument="pattern", where="qj.scope", fix='qj.scope("*attention*")')
     return InScope(pattern)
 
 
@@ -257,7 +261,7 @@ def at_least(*, multiply_adds: int = 0, parameters: int = 0) -> Selector:
     """Sites of at least so many multiply-adds a call, and parameters, of all layers together.
 
     >>> str(at_least(multiply_adds=1_000_000))
-    'at least 1,000,000 multiply-adds, 0 parameters'
+    'at least 1,000,000 multiply-adds'
     """
     return AtLeast(multiply_adds, parameters)
 

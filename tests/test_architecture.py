@@ -21,7 +21,7 @@ THIS = Path(__file__).relative_to(ROOT).as_posix()
 
 # A room (module or folder directly below quantjax/) imports from its own layer and earlier ones.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "_compat", "printing", "lean"}),
+    frozenset({"errors", "_compat", "printing", "lean", "arguments"}),
     frozenset({"formats", "granularity", "rounding", "affine", "packing", "tangents"}),
     frozenset({"arithmetic", "qtensor", "fake_quant", "borders", "simulation", "estimators"}),
     frozenset({"statistics", "ranges", "contract"}),

@@ -48,6 +48,7 @@ from quantjax.formats.minifloat import (
     Specials,
     minifloat,
 )
+from quantjax.formats.overflow import known_overflow, levels_overflow
 from quantjax.formats.registry import BUILT_IN, example_theta
 from quantjax.formats.scales import (
     INQ_SCALE,
@@ -128,8 +129,10 @@ __all__ = [
     "exponent_of",
     "inq",
     "integer",
+    "known_overflow",
     "laws_of",
     "learned_codebook",
+    "levels_overflow",
     "lognet",
     "midrise",
     "minifloat",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 
 from quantjax import errors
@@ -149,6 +150,14 @@ class PerGroup(Granularity):
     size: int
     axis: int | None = None
     remainder: Remainder = Remainder.REFUSE
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, numbers.Integral) or self.size < 1:
+            raise errors.GranularityError(
+                f"groups of {self.size!r} entries",
+                where="qj.PerGroup",
+                fix="qj.PerGroup(32), or qj.PerChannel() for one group",
+            )
 
     @property
     def name(self) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import enum
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from quantjax import errors
 from quantjax._compat import concrete
+from quantjax.arguments import expect
 from quantjax.interpreter import leaves_by_path
 from quantjax.kernels import as_site, is_kernel
 from quantjax.printing import shape_text
@@ -70,6 +73,9 @@ def prune_mask(
 
     Source: Zhu and Gupta, To prune, or not to prune, 2017, section 3, for masks by magnitude.
     """
+    fix = "sparsity=0.5, or an array of rank 0"
+    kinds = numbers.Real, jax.Array, np.ndarray
+    expect(sparsity, kinds, argument="sparsity", where="qj.prune_mask", fix=fix)
     known = concrete(sparsity)
     if known is not None and not 0.0 <= float(known) <= 1.0:
         raise errors.PruningError(

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from quantjax.affine import LARGEST_SCALE, SMALLEST_SCALE, Fault, QParams, is_bypassed
-from quantjax.formats import REAL, Format, Span, Theta, divide_by_scale
+from quantjax.formats import REAL, Format, Span, Theta, divide_by_scale, levels_overflow
 from quantjax.interpreter import Role
 from quantjax.planning import Plan
-from quantjax.quantizer import Quantizer, RangeMode, levels_overflow
+from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.fake_quantize import check_qstate

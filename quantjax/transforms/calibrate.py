@@ -28,6 +28,7 @@ from quantjax.transforms.operands import (
     weight_at_hand,
     width_of,
 )
+from quantjax.transforms.sites import check_plan
 from quantjax.transforms.steps import over_steps
 
 QState = dict[str, dict[str, QParams]]
@@ -80,6 +81,7 @@ def calibrate(
     Sharp edges: under a trace nothing can be raised for values; the scale is NaN instead, and
     ``qj.check(qstate)`` says why.
     """
+    check_plan(plan, verb="calibrate")
     if not isinstance(state, Mapping):
         raise errors.CalibrationError(
             f"the state is a {type(state).__name__}",

@@ -24,7 +24,7 @@ from quantjax.transforms.calibrate import QState
 from quantjax.transforms.fake_quantize import check_qstate, quantized_product, site_values
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
-from quantjax.transforms.sites import check_program
+from quantjax.transforms.sites import check_arguments, check_program
 from quantjax.transforms.steps import layers_first, over_steps
 
 
@@ -131,6 +131,7 @@ def compare(f: Function, plan: Plan) -> Callable[..., Report]:
 
     Raises (of the returned function): as ``qj.fake_quantize``.
     """
+    check_arguments(f, plan, verb="compare")
     programs = ProgramCache(f)
     planned = {entry.site.name: entry for entry in plan.quantized}
 

@@ -49,7 +49,7 @@ from quantjax.transforms.calibrate import QState
 from quantjax.transforms.fake_quantize import check_qstate
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
-from quantjax.transforms.sites import check_program
+from quantjax.transforms.sites import check_arguments, check_program
 from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import StoredWeight, frozen_leaves, stored_weights, with_frozen
 
@@ -96,6 +96,7 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
     Source: Jacob et al., Quantization and training of neural networks for efficient
     integer-arithmetic-only inference, 2018, section 2.3.
     """
+    check_arguments(f, plan, verb="execute")
     programs = ProgramCache(f)
     planned = {entry.site.name: entry for entry in plan.quantized}
     stored = {weight.entry.site.name: weight for weight in stored_weights(plan)}

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool
 
 from quantjax import errors
 from quantjax.affine import QParams
+from quantjax.arguments import expect
 from quantjax.granularity import check_scale_shape
 from quantjax.interpreter import (
     Addition,
@@ -50,7 +51,7 @@ from quantjax.transforms.observe import (
     updated,
     with_output,
 )
-from quantjax.transforms.sites import check_program
+from quantjax.transforms.sites import check_arguments, check_program
 from quantjax.transforms.steps import over_steps
 
 
@@ -88,6 +89,7 @@ def fake_quantize(
     >>> float(f(params, x)[0, 0]), float(qj.fake_quantize(f, plan)(qstate, params, x)[0, 0])
     (3.5, 2.0)
     """
+    check_arguments(f, plan, verb="fake_quantize")
     programs = ProgramCache(f)
     planned = {entry.site.name: entry for entry in plan.quantized}
 
@@ -262,6 +264,13 @@ def check_qstate(plan: Plan, qstate: Mapping[str, Mapping[str, QParams]]) -> Non
                     why="it was not derived with this plan",
                     fix="qstate = qj.calibrate(plan, state, params)",
                 )
+            expect(
+                qparams,
+                QParams,
+                argument="an entry of the qstate",
+                where=where,
+                fix="qstate = qj.calibrate(plan, state, params)",
+            )
             if jnp.shape(qparams.bits) != steps:
                 needed = f"one for each of {steps} layers" if steps else "a scalar"
                 raise errors.CalibrationError(

@@ -22,6 +22,7 @@ from quantjax.transforms.calibrate import QState
 from quantjax.transforms.encoding import Encoding, codes_by_parts, encoded_codes
 from quantjax.transforms.fake_quantize import check_qstate
 from quantjax.transforms.keys import Key, split_keys
+from quantjax.transforms.sites import check_plan
 from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import (
     StoredWeight,
@@ -69,6 +70,7 @@ def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -
     >>> freeze(plan, qj.calibrate(plan, {}, params), params)["w"]
     QTensor(int8[4x4], scale[1x4], float32)
     """
+    check_plan(plan, verb="freeze")
     plan.check_params(params)
     check_qstate(plan, qstate)
     uses: dict[str, list[StoredWeight]] = {}

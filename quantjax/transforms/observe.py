@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool
 
 from quantjax import errors, statistics
 from quantjax._compat import concrete
+from quantjax.arguments import expect
 from quantjax.interpreter import (
     Addition,
     Additions,
@@ -32,7 +33,7 @@ from quantjax.planning import Plan
 from quantjax.printing import shape_text
 from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.statistics import BINS, TORCH_AVERAGING_CONSTANT, AxisName, Statistics
-from quantjax.transforms.sites import check_program
+from quantjax.transforms.sites import check_arguments, check_plan, check_program
 from quantjax.transforms.steps import repeat_steps
 
 State = dict[str, dict[str, Statistics]]
@@ -66,6 +67,7 @@ def init(
         about half as long, and what is left are the rules that read none (``MIN_MAX``,
         ``MOVING_AVERAGE``, ``constant``, ``sigma``, ``ACIQ_GAUSSIAN``, ``SAWB``, ``LSQ``).
     """
+    check_plan(plan, verb="init")
     state: State = {}
     for entry in plan.quantized:
         operands = observed_operands(plan, entry)
@@ -107,6 +109,7 @@ def observe(
       DataError: NaN, infinity or nothing at all in concrete inputs, or in what they lead to. Under
         a trace the QParams become NaN, and ``qj.check`` says why.
     """
+    check_arguments(f, plan, verb="observe")
     programs = ProgramCache(f)
     planned = {e.site.name: e for e in plan.quantized if observed_operands(plan, e)}
     handled = frozenset(planned)
@@ -161,6 +164,13 @@ def statistics_of(entry: SitePlan, operand: OperandPlan, state: State) -> Statis
             where=f"site {name}, {operand.key}",
             fix="start from state = qj.init(plan), with the same plan",
         )
+    expect(
+        stats,
+        Statistics,
+        argument="an entry of the state",
+        where=f"site {name}, {operand.key}",
+        fix="state = qj.init(plan); y, state = qj.observe(f, plan)(state, params, x)",
+    )
     if stats.scale_shape != expected:
         raise errors.CalibrationError(
             f"statistics of shape {stats.scale_shape} do not fit scales of {expected}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
@@ -14,10 +15,10 @@ from jaxtyping import Array, Float
 from quantjax import errors, statistics
 from quantjax._compat import concrete
 from quantjax.affine import QParams
-from quantjax.formats import FloatBits, MinifloatFormat, Theta
+from quantjax.arguments import expect
+from quantjax.formats import FloatBits, MinifloatFormat, Theta, known_overflow
 from quantjax.interpreter import Role, evaluate_origin, unbroadcast
 from quantjax.planning import Plan
-from quantjax.quantizer import known_overflow
 from quantjax.ranges import Range, Target
 from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.statistics import Statistics
@@ -150,6 +151,13 @@ def width_of(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tupl
                 fix="a single width, or plan with qj.formats.E4M3FN",
             )
         value, theta = value.bits, value.theta
+    expect(
+        value,
+        (numbers.Real, jax.Array, np.ndarray, list, tuple),
+        argument="a width",
+        where=where,
+        fix="a number, an array of rank 0, qj.FloatBits, or {site: width}",
+    )
     if any(np.shape(array) not in ((), steps) for array in (value, *jax.tree.leaves(theta))):
         needed = f"one of {steps}, a width for each layer, or a scalar" if steps else "a scalar"
         raise errors.BitsError(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from quantjax import errors
+from quantjax.arguments import expect, expect_function
 from quantjax.interpreter import Program, Site, leaves_by_path, trace
 from quantjax.interpreter.trace import Function
 from quantjax.planning import Plan, first_difference, site_text
@@ -25,16 +26,33 @@ def sites(f: Function, params: Any, *inputs: Any) -> SiteTable:
       params: the tree that holds the weights.
       inputs: arrays or ``jax.ShapeDtypeStruct``.
 
+    Raises:
+      ArgumentError: ``f`` is no function, or a module of Flax.
+
     >>> import jax.numpy as jnp
     >>> params = {"dense": {"kernel": jnp.ones((4, 2))}}
     >>> table = sites(lambda p, x: x @ p["dense"]["kernel"], params, jnp.ones((3, 4)))
     >>> [(site.name, site.op.value, site.multiply_adds) for site in table]
     [('dense/kernel', 'dot_general', 24)]
     """
+    expect_function(f, where="qj.sites", fix="qj.sites(f, params, x)")
     program = trace(f, params, *inputs)
     shapes = tuple((path, np.shape(leaf)) for path, leaf in leaves_by_path(params).items())
     found = tuple(program.sites.values())
     return SiteTable(found, program.weights, program.others, shapes, program.biases)
+
+
+def check_arguments(f: Function, plan: Plan, *, verb: str) -> None:
+    """Raise ``ArgumentError`` unless they are a function and a plan, in this order."""
+    where, fix = f"qj.{verb}", f"qj.{verb}(f, plan), plan = qj.plan(policy, qj.sites(f, params, x))"
+    expect_function(f, where=where, fix=fix)
+    expect(plan, Plan, argument="plan", where=where, fix=fix)
+
+
+def check_plan(plan: Plan, *, verb: str) -> None:
+    """Raise ``ArgumentError`` unless it is a plan."""
+    fix = "plan = qj.plan(policy, qj.sites(f, params, x))"
+    expect(plan, Plan, argument="plan", where=f"qj.{verb}", fix=fix)
 
 
 def check_program(plan: Plan, program: Program) -> None:

@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Float
 
 from quantjax import errors
+from quantjax.arguments import expect, expect_function
 from quantjax.interpreter import (
     NOTHING,
     Outcome,
@@ -47,6 +48,9 @@ def tap(f: Function, selector: Selector) -> Callable[..., dict[str, Float[Array,
     >>> {name: out.tolist() for name, out in taps.items()}
     {'w': [[1.0, 2.0]]}
     """
+    example = 'qj.tap(f, qj.path("*/Dense_0/*"))'
+    expect_function(f, where="qj.tap", fix=example)
+    expect(selector, Selector, argument="selector", where="qj.tap", fix=example)
     programs = ProgramCache(f)
 
     def tapping(params: Any, *inputs: Any) -> dict[str, jax.Array]:

@@ -152,6 +152,14 @@ def test_bad_numbers_are_refused(bad):
         bad()
 
 
+def test_sizes_print_what_was_asked():
+    assert str(qj.at_least(parameters=3)) == "at least 3 parameters"
+    assert str(qj.at_least(multiply_adds=2000, parameters=3)) == (
+        "at least 2,000 multiply-adds, 3 parameters"
+    )
+    assert str(qj.at_least()) == "at least nothing"
+
+
 def test_they_are_values():
     assert qj.first() == qj.first()
     assert hash(qj.first() | qj.last()) == hash(qj.first() | qj.last())

@@ -1,0 +1,65 @@
+"""Arguments of another kind than a function takes: refused by name, ahead of any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantjax import errors
+
+_MODULES = {
+    "flax.linen": "f = lambda params, x: model.apply(params, x), for f and params",
+    "flax.nnx": "quantjax.adapters.nnx, which splits a model into f and params",
+}
+
+
+def expect(
+    value: object, kinds: type | tuple[type, ...], *, argument: str, where: str, fix: str
+) -> None:
+    """Raise unless ``value`` is of one of these kinds.
+
+    Raises:
+      ArgumentError: naming the argument, what it is and what is needed.
+
+    >>> expect(8, int, argument="bits", where="qj.weight_quantizer", fix="bits=8")
+    """
+    if isinstance(value, kinds):
+        return
+    allowed = kinds if isinstance(kinds, tuple) else (kinds,)
+    names = " or ".join(kind.__name__ for kind in allowed if kind is not type(None))
+    raise errors.ArgumentError(
+        f"{argument} is {_kind(value)}, and {_article(names)} is needed", where=where, fix=fix
+    )
+
+
+def expect_function(f: object, *, where: str, fix: str) -> None:
+    """Raise unless ``f`` can be called as ``f(params, *inputs)``, as far as that can be seen.
+
+    Raises:
+      ArgumentError: it is no function, or a module of Flax, whose parameters are no argument.
+    """
+    if not callable(f):
+        raise errors.ArgumentError(
+            f"f is {_kind(f)}, and a function f(params, *inputs) is needed", where=where, fix=fix
+        )
+    homes = [base.__module__ for base in type(f).__mro__]
+    for package, instead in _MODULES.items():
+        if any(home == package or home.startswith(f"{package}.") for home in homes):
+            raise errors.ArgumentError(
+                f"f is a module, {_kind(f)}, and a function f(params, *inputs) is needed",
+                where=where,
+                why=f"a module of {package} is not called with its parameters",
+                fix=instead,
+            )
+
+
+def _kind(value: Any) -> str:
+    """``a Policy``, ``an int``, ``None``, ``the class Policy``."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return _article(type(value).__name__)
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

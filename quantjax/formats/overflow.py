@@ -1,0 +1,32 @@
+"""Levels so large that sums of their products leave float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from quantjax import errors
+from quantjax.formats.base import Format, Theta
+from quantjax.formats.scales import UNIT
+
+LARGEST_SUMMED = 2.0**60  # of which sums of 2^7 products of two are float32 numbers
+
+
+def levels_overflow(format: Format, bits: jax.Array, theta: Theta) -> jax.Array:
+    """Where sums of products of two levels can leave float32 (bool, the shape of ``bits``)."""
+    _, high = format.level_range(bits, theta)
+    is_scaled = format.scale_rule != UNIT
+    return (high > LARGEST_SUMMED) & (bits != 0.0) & is_scaled
+
+
+def known_overflow(format: Format, bits: Any, theta: Theta = ()) -> bool:
+    """Whether they do so at these widths; False where one is not known yet."""
+    try:
+        if not format.known_valid(bits, theta):
+            return False
+        with jax.ensure_compile_time_eval():
+            return bool(jnp.any(levels_overflow(format, jnp.asarray(bits, jnp.float32), theta)))
+    except errors.FormatError:  # levels that only calibration will give, about 1
+        return False

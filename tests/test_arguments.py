@@ -1,0 +1,155 @@
+"""What a stranger gets wrong first is refused by name, ahead of any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import quantjax as qj
+from quantjax import errors
+from quantjax.arguments import expect, expect_function
+
+PARAMS = {"w": jnp.eye(4)}
+X = jnp.ones((2, 4))
+SCHEME = qj.Scheme(weights=qj.weight_quantizer(bits=4))
+RULE = qj.rule(qj.weighted(), SCHEME)
+POLICY = qj.Policy([RULE])
+
+
+def f(params: Any, x: jax.Array) -> jax.Array:
+    return x @ params["w"]
+
+
+@pytest.fixture(scope="module")
+def plan() -> qj.Plan:
+    return qj.plan(qj.uniform_policy(), qj.sites(f, PARAMS, X))
+
+
+def refused(call: Callable[[], object], *words: str) -> None:
+    with pytest.raises(errors.ArgumentError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
+    assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: qj.rule(qj.weighted(), POLICY), ("scheme is a Policy", "Scheme is needed")),
+        (lambda: qj.rule("*/Dense_0/*", SCHEME), ("selector is a str", "qj.path(")),
+        (lambda: qj.rule(SCHEME, qj.weighted()), ("selector is a Scheme",)),
+        (lambda: qj.Policy([SCHEME]), ("one of the rules is a Scheme", "qj.rule(")),
+        (lambda: qj.Policy(RULE), ("rules is a Rule", "Iterable")),
+        (lambda: qj.Scheme(weights=8), ("weights is an int", "Quantizer")),
+        (lambda: qj.Scheme(activations=POLICY), ("activations is a Policy",)),
+        (lambda: qj.Scheme(biases=qj.integer()), ("biases is an IntegerFormat", "AccumulatorBias")),
+        (lambda: qj.plan(SCHEME, qj.sites(f, PARAMS, X)), ("policy is a Scheme", "qj.plan(")),
+        (lambda: qj.plan(POLICY, f), ("table is a function", "qj.sites(f, params, x)")),
+        (lambda: qj.sites(PARAMS, f, X), ("f is a dict", "f(params, *inputs)")),
+        (lambda: qj.tap(f, "w"), ("selector is a str",)),
+        (lambda: qj.quantize_params(PARAMS, 8), ("policy is an int",)),
+        (lambda: qj.weight_quantizer(bits="4"), ("bits is a str",)),
+        (lambda: qj.weight_quantizer(bits=jnp.float32(4)), ("bits is a", "qj.calibrate's")),
+        (lambda: qj.weight_quantizer(format="int8"), ("format is a str", "E4M3FN")),
+        (lambda: qj.weight_quantizer(format=qj.IntegerFormat), ("the class IntegerFormat",)),
+        (lambda: qj.weight_quantizer(granularity="channel"), ("granularity is a str",)),
+        (lambda: qj.weight_quantizer(rounding="floor"), ("rounding is a str",)),
+        (lambda: qj.weight_quantizer(estimator="lsq"), ("estimator is a str",)),
+        (lambda: qj.path(1), ("pattern is an int",)),
+        (lambda: qj.scope(None), ("pattern is None",)),
+        (lambda: qj.prune_mask(PARAMS, "0.5"), ("sparsity is a str", "sparsity=0.5")),
+    ],
+)
+def test_parts_of_a_plan(call: Callable[[], object], words: tuple[str, ...]) -> None:
+    refused(call, *words)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda plan: qj.init(plan.policy), ("plan is a Policy", "qj.init")),
+        (lambda plan: qj.observe(f, plan.policy), ("plan is a Policy", "qj.observe")),
+        (lambda plan: qj.observe(plan, f), ("f is a Plan", "qj.observe(f, plan)")),
+        (lambda plan: qj.fake_quantize(plan, f), ("f is a Plan", "qj.fake_quantize(f, plan)")),
+        (lambda plan: qj.execute(f, None), ("plan is None",)),
+        (lambda plan: qj.compare(f, plan.policy), ("plan is a Policy",)),
+        (lambda plan: qj.freeze(f, {}, PARAMS), ("plan is a function",)),
+        (lambda plan: qj.calibrate(f, {}, PARAMS), ("plan is a function",)),
+    ],
+)
+def test_verbs(plan: qj.Plan, call: Callable[[qj.Plan], object], words: tuple[str, ...]) -> None:
+    refused(lambda: call(plan), *words)
+
+
+def test_a_state_is_no_qstate_nor_the_other_way_round(plan: qj.Plan) -> None:
+    _, state = qj.observe(f, plan)(qj.init(plan), PARAMS, X)
+    qstate = qj.calibrate(plan, state, PARAMS)
+    refused(
+        lambda: qj.fake_quantize(f, plan)(state, PARAMS, X),
+        "an entry of the qstate is a Statistics",
+        "qj.calibrate",
+    )
+    refused(
+        lambda: qj.calibrate(plan, qstate, PARAMS),
+        "an entry of the state is a QParams",
+        "qj.observe",
+    )
+    refused(
+        lambda: qj.calibrate(plan, state, PARAMS, weight_bits="4"),
+        "a width is a str",
+        "site w, weight",
+    )
+
+
+def test_widths_of_all_kinds_pass(plan: qj.Plan) -> None:
+    _, state = qj.observe(f, plan)(qj.init(plan), PARAMS, X)
+    for bits in (4, 4.0, jnp.float32(4), jnp.asarray(4), {"w": 4}):
+        qstate = qj.calibrate(plan, state, PARAMS, weight_bits=bits)
+        assert float(qstate["w"]["weight"].bits) == 4.0
+
+
+@pytest.mark.parametrize("size", [0, -2, 2.5, "32"])
+def test_groups_have_a_size(size: Any) -> None:
+    with pytest.raises(errors.GranularityError, match="groups of"):
+        qj.PerGroup(size)
+
+
+def test_a_module_of_flax_is_no_function_of_its_parameters() -> None:
+    model = nn.Dense(3)
+    refused(lambda: qj.sites(model, {}, X), "a Dense", "model.apply(params, x)")
+    split = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    refused(lambda: qj.sites(split, {}, X), "a Linear", "quantjax.adapters.nnx")
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(3)(x)
+
+    refused(lambda: qj.sites(Own(), {}, X), "an Own")
+    qj.sites(lambda params, x: model.apply(params, x), model.init(jax.random.key(0), X), X)
+
+
+def test_any_callable_is_a_function() -> None:
+    class Model:
+        def __call__(self, params: Any, x: jax.Array) -> jax.Array:
+            return f(params, x)
+
+    expect_function(Model(), where="here", fix="this")
+    expect_function(jax.jit(f), where="here", fix="this")
+    assert len(qj.sites(Model(), PARAMS, X)) == 1
+
+
+def test_kinds_are_named() -> None:
+    expect(None, (int, type(None)), argument="n", where="here", fix="this")
+    with pytest.raises(errors.ArgumentError) as caught:
+        expect("a", (int, float, type(None)), argument="n", where="here", fix="n=1")
+    assert str(caught.value) == (
+        "n is a str, and an int or float is needed\n  where: here\n  try:   n=1"
+    )

@@ -25,8 +25,8 @@ from quantjax.simulation import prepare
 def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None = None) -> PyTree:
     """Replace kernels by :class:`QTensor`, from their own ranges; no model and no data.
 
-    A kernel is a floating-point leaf of rank 2 or more; biases, normalization vectors and what is
-    quantized already stay.
+    A kernel is a floating-point leaf of rank 2 or more, whose name does not end in ``bias``,
+    ``scale``, ``offset``, ``beta``, ``gamma``, ``mean`` or ``var``; what is quantized already stays.
     Without a model nothing tells which axis is the output channel, so a rule states it:
     ``qj.PerChannel(axis=-1)``, ``qj.PerGroup(64, axis=-2)``, or ``qj.PerTensor()``.
 
@@ -53,7 +53,7 @@ def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None 
     fix = "qj.quantize_params(params, qj.Policy([qj.rule(qj.weighted(), scheme)]))"
     expect(policy, Policy, argument="policy", where="qj.quantize_params", fix=fix)
     named = leaves_by_path(params, is_leaf=is_quantized)
-    kernels = {name: as_site(name, leaf) for name, leaf in named.items() if is_kernel(leaf)}
+    kernels = {name: as_site(name, leaf) for name, leaf in named.items() if is_kernel(name, leaf)}
     sites = list(kernels.values())
     chosen = policy.choices(sites)
     for rule, selector in zip(policy.rules, policy.resolved(sites), strict=True):

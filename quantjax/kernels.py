@@ -10,10 +10,21 @@ from quantjax.interpreter import Op, Operand, Role, Site
 from quantjax.qtensor import is_quantized
 
 
-def is_kernel(leaf: Any) -> bool:
-    """Whether it is a floating-point array of rank 2 or more that is not quantized yet."""
-    is_array = not is_quantized(leaf)
-    return is_array and jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+NO_KERNELS = frozenset({"bias", "scale", "offset", "beta", "gamma", "mean", "var"})
+"""Last parts of names of what is added or scaled, whatever its rank: biases of attention have a row
+for each head, those of layers stacked in a scan a row for each layer."""
+
+
+def is_kernel(name: str, leaf: Any) -> bool:
+    """Whether it is a floating-point array of rank 2 or more that is not quantized yet, and by its
+    name no bias and no part of a normalization.
+
+    >>> is_kernel("Dense_0/kernel", jnp.ones((2, 2))), is_kernel("query/bias", jnp.ones((2, 2)))
+    (True, False)
+    """
+    if is_quantized(leaf) or name.rpartition("/")[2] in NO_KERNELS:
+        return False
+    return jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def as_site(name: str, leaf: Any) -> Site:

@@ -128,16 +128,25 @@ class Quantizer:
                 why="a quantizer is static: programs are compared by it",
                 fix="qj.calibrate(..., activation_rule=rule), which takes arrays, or float(number)",
             )
-        is_fixed = self.range is RangeMode.FIXED
-        check_needs(
-            self.estimator, self.format, self.bits, symmetric=self.symmetric, is_fixed=is_fixed
-        )
+        self.check_width(self.bits)
         if isinstance(self.granularity, PerToken) and self.range is RangeMode.FIXED:
             raise errors.QuantizerError(
                 "scales per token cannot be fixed beforehand",
                 why="the number of tokens changes from call to call",
                 fix="range=qj.RangeMode.LIVE",
             )
+
+    def check_width(self, bits: int, *, where: str = "") -> None:
+        """Raise ``EstimatorError`` where the estimator does not go with a known width."""
+        is_fixed = self.range is RangeMode.FIXED
+        check_needs(
+            self.estimator,
+            self.format,
+            bits,
+            symmetric=self.symmetric,
+            is_fixed=is_fixed,
+            where=where,
+        )
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -344,7 +353,9 @@ def gradient_quantizer(
     """Signed symmetric codes of a live range, rounded stochastically: for backward products.
 
     A gradient that is rounded at random has the right mean; its size changes over training, so the
-    range is that of each tensor. The quantized program needs a key.
+    range is that of each tensor. The quantized program needs a key. Integers have as many codes
+    above zero as below (``narrow``): of the full ones none is left for the largest positive value,
+    which would be clipped, always to the same side.
 
     >>> from quantjax.formats import E5M2
     >>> str(gradient_quantizer()), str(gradient_quantizer(format=E5M2))
@@ -353,9 +364,10 @@ def gradient_quantizer(
     Source: Gupta et al., Deep learning with limited numerical precision, 2015, section 3;
     Micikevicius et al., FP8 formats for deep learning, 2022, section 3 (E5M2 for gradients).
     """
+    bits = _width(bits, format)
     return activation_quantizer(
         bits=bits,
-        format=format,
+        format=format or integer(max_bits=max(bits, 8), narrow=True),
         symmetric=True,
         granularity=granularity,
         rule=rule,

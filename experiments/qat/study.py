@@ -25,7 +25,7 @@ from experiments.qat.learner import (
     learner,
     plan_entries,
 )
-from experiments.qat.methods import BINARY, LEARNED_WIDTHS, WHOLE, Method
+from experiments.qat.methods import BINARY, LEARNED_WIDTHS, METHODS, WHOLE, Method
 from experiments.qat.results import Results, Row
 from experiments.training import Task, TrainerConfig, train
 from quantjax import presets, training
@@ -59,10 +59,19 @@ class Setting(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Of all that a number depends on, beside method, width and seed."""
+        """Of all that a number depends on, beside method, width and seed.
+
+        Of methods what they print as: that an estimator or a rule computes otherwise than before
+        does not show.
+        """
         parts = (
             [dataclasses.astuple(self.recipe), self.float_steps, self.data.digest],
             [str(self.model), str(self.student)],
+            [Distillation(), SPARSITY, ACTIVATION_BITS],
+            [
+                (method.name, str(method.scheme()), method.learned, method.learns_scale)
+                for method in (*METHODS, *LEARNED_WIDTHS, *BINARY)
+            ],
         )
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 

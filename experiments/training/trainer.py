@@ -147,16 +147,39 @@ def _to_the_end(run: _Run, point: _Point) -> _Point:
     try:
         if point.step == 0 and not point.history and run.config.evaluate_first:
             point = read = _filed(run, point, _evaluated(run, point.state))
+            _check_best(run, point.history)
+            if _checkpoint_is_due(run, point):
+                _save(run, point)
         while point.step < run.config.steps:
             point = _turn(run, point, read)
+            _check_best(run, point.history[-1:])
             if not point.pending:
                 read = point
             if _checkpoint_is_due(run, point):
                 _save(run, point)
+        _check_best(run, point.history, complete=True)
     except BaseException as error:
         _rescue(run, point, read, error)
         raise
     return point
+
+
+def _check_best(run: _Run, entries: History, *, complete: bool = False) -> None:
+    """Raise ``TaskError`` where entries lack the metric that checkpoints are chosen by.
+
+    Args:
+      complete: no other entries will come; else those of its own kind have it, or none will.
+    """
+    best, filed = run.config.best, {name for entry in entries for name in entry.scalars}
+    if best is None or best.metric in filed:
+        return
+    kind = next((kind for kind in (TRAIN, EVAL) if best.metric.startswith(kind)), "")
+    if complete or any(name.startswith(kind) for name in filed):
+        raise TaskError(
+            f"no entry has the metric '{best.metric}', which the best checkpoint is chosen by",
+            where=f"metrics: {', '.join(sorted(filed)) or 'none'}",
+            fix=f"best=Best({next(iter(sorted(filed)), EVAL + 'accuracy')!r})",
+        )
 
 
 def _turn(run: _Run, point: _Point, read: _Point) -> _Point:

@@ -14,6 +14,8 @@ from quantjax._compat import concrete
 from quantjax.printing import shape_text
 
 _SERIES = 0.1  # below it, the remainder of the exponential series beyond d^6 is under float32
+_NOTHING = -1e30  # a logit without mass
+_LARGEST = 1e18  # whose square is a number
 
 
 def kd_loss(
@@ -45,11 +47,12 @@ def kd_loss(
 
     Raises:
       DataError: shapes that do not fit, labels that are no integers, or concrete ones outside of
-        the classes.
+        the classes, where they count.
       DistillationError: a concrete temperature that is not positive and finite, an ``alpha``
         outside [0, 1]. Traced ones give NaN.
 
-    Sharp edges: traced labels outside of the classes give NaN. A student at ``-inf`` where the
+    Sharp edges: traced labels outside of the classes give NaN where they count. The value is exact
+    up to ``T = 1e30``. A student at ``-inf`` where the
     teacher has mass makes the loss infinite.
 
     >>> student, teacher = jnp.array([[2.0, 0.0, -2.0]]), jnp.array([[1.0, 1.0, -2.0]])
@@ -65,33 +68,50 @@ def kd_loss(
     _check_numbers(temperature, alpha)
     student = student.astype(jnp.float32)
     teacher = jax.lax.stop_gradient(teacher.astype(jnp.float32))
+    if where is not None:  # ahead of all arithmetic, whose derivatives would make 0 · NaN of it
+        counted = jnp.asarray(where)[..., None]
+        student, teacher = (jnp.where(counted, logits, 0.0) for logits in (student, teacher))
     t, a = (jnp.asarray(number, jnp.float32) for number in (temperature, alpha))
     t = jnp.where((t > 0.0) & jnp.isfinite(t), t, jnp.nan)
     a = jnp.where((a >= 0.0) & (a <= 1.0), a, jnp.nan)
-    loss = a * t * t * _divergence(teacher / t, student / t)
+    loss = _share(a, _divergence(teacher, student, t))
     if labels is not None:
-        loss += (1.0 - a) * _cross_entropy(student, jnp.asarray(labels))
+        loss += _share(1.0 - a, _cross_entropy(student, jnp.asarray(labels)))
     if where is None:
-        return jnp.mean(loss) if loss.size else jnp.zeros(())
+        return jnp.mean(loss) if loss.size else jnp.zeros((), jnp.float32)
     counted = jnp.broadcast_to(where, loss.shape)
     total = jnp.sum(jnp.where(counted, loss, 0.0))
     return total / jnp.maximum(jnp.sum(counted.astype(jnp.float32)), 1.0)
 
 
-def _divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:
-    """``KL(softmax(teacher) ‖ softmax(student))`` along the last axis, exact near zero.
+def _share(share: jax.Array, loss: jax.Array) -> jax.Array:
+    """A part of the loss; none of it where the share is 0, be it infinite."""
+    return share * jnp.where((share == 0.0) & ~jnp.isfinite(loss), 0.0, loss)
+
+
+def _divergence(teacher: jax.Array, student: jax.Array, t: jax.Array) -> jax.Array:
+    """``T² KL(softmax(teacher/T) ‖ softmax(student/T))`` along the last axis, exact near zero.
 
     ``Σ p (e^-d - 1 + d)`` with ``d = log p - log q``: the sum of terms that are not negative,
-    because ``Σ p e^-d = Σ q = 1``.
+    because ``Σ p e^-d = Σ q = 1``. ``T²`` joins ``d²``, which would vanish.
     """
+    # A class that neither has is a number for both, so that its difference is one.
+    neither = jnp.isneginf(teacher) & jnp.isneginf(student)
+    teacher, student = (
+        jnp.where(neither, _NOTHING, jnp.where(neither, 0.0, each) / t)
+        for each in (teacher, student)
+    )
     p = jax.nn.softmax(teacher)
     gap = _log_ratio(teacher, student)
     near = jnp.abs(gap) < _SERIES
     small = jnp.where(near, gap, 0.0)
-    series = small * small * (0.5 - small * (1 / 6 - small * (1 / 24 - small * (1 / 120))))
+    scaled = small * t
+    series = scaled * scaled * (0.5 - small * (1 / 6 - small * (1 / 24 - small * (1 / 120))))
     large = jnp.where(near | (p == 0.0), 0.0, gap)
     q = jax.nn.softmax(student)  # p e^-d, whose exponential may overflow where p vanishes
-    return jnp.sum(jnp.where(near, p * series, q - p + p * large), axis=-1)
+    far = jnp.where(near, 0.0, q - p + p * large)
+    square = jnp.minimum(t, _LARGEST) ** 2  # beyond it nothing is far
+    return jnp.sum(jnp.where(near, p * series, square * far), axis=-1)
 
 
 def _log_ratio(teacher: jax.Array, student: jax.Array) -> jax.Array:
@@ -133,10 +153,11 @@ def _check_shapes(student: jax.Array, teacher: jax.Array, labels: Any, where: An
                 where=f"qj.kd_loss with logits of {shape_text(student.shape)}",
                 fix=f"class numbers, integers of shape {examples}",
             )
-        known = concrete(given)
-        if known is not None and ((known < 0) | (known >= student.shape[-1])).any():
+        known, counted = concrete(given), True if where is None else concrete(where)
+        outside = [] if known is None else (known < 0) | (known >= student.shape[-1])
+        if counted is not None and np.any(bad := np.logical_and(outside, counted)):
             raise errors.DataError(
-                f"a label of {known[(known < 0) | (known >= student.shape[-1])][0]}",
+                f"a label of {known[bad][0]}",
                 where=f"qj.kd_loss with {student.shape[-1]} classes",
                 fix="class numbers from 0; where= leaves out padding",
             )

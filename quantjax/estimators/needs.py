@@ -19,14 +19,24 @@ EDITS: Mapping[Need, str] = {
 
 
 def check_needs(
-    estimator: Estimator, format: Format, bits: int, *, symmetric: bool, is_fixed: bool
+    estimator: Estimator,
+    format: Format,
+    bits: int,
+    *,
+    symmetric: bool,
+    is_fixed: bool,
+    where: str = "",
 ) -> None:
     """Raise ``EstimatorError`` where an estimator asks for another quantizer.
+
+    Args:
+      where: the site, where there is one.
 
     >>> from quantjax.estimators import PACT
     >>> from quantjax.formats import integer
     >>> check_needs(PACT, integer(signed=False), 4, symmetric=True, is_fixed=True)
     """
+    mode = "fixed range" if is_fixed else "live range"
     met = {
         Need.FIXED_RANGE: is_fixed,
         Need.INTEGERS: isinstance(format, IntegerFormat),
@@ -39,6 +49,6 @@ def check_needs(
         if need in estimator.needs and not met[need]:
             raise errors.EstimatorError(
                 f"{estimator.name} needs {need.value}",
-                where=f"{format.label(bits)}, {'fixed' if is_fixed else 'live'} range",
+                where=", ".join(filter(None, (where, format.label(bits), mode))),
                 fix=EDITS[need],
             )

@@ -19,10 +19,11 @@ def clip_of(qparams: QParams, format: Format) -> Parameters:
 
 def clipped_to(x: jax.Array, clip: jax.Array, format: Format) -> jax.Array:
     """``clip(x, 0, α)``, or ``clip(x, -α, α)`` where codes have signs; the bound has α's slope."""
-    above = jnp.where(x < clip, x, clip)
+    # Comparisons that NaN fails, so that it stays.
+    above = jnp.where(x >= clip, clip, x)
     if format.signed:
-        return jnp.where(above > -clip, above, -clip)
-    return jnp.where(above > 0.0, above, 0.0)
+        return jnp.where(above <= -clip, -clip, above)
+    return jnp.where(above <= 0.0, 0.0, above)
 
 
 def _resolve(qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]) -> QParams:

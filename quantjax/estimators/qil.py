@@ -24,7 +24,7 @@ def _transform(x: jax.Array, qparams: QParams, own: Parameters, format: Format) 
     power = jnp.where(between, linear, 0.5) ** gamma
     magnitude = jnp.where(between, power, jnp.where(linear >= 1.0, 1.0, 0.0))
     signed = jnp.sign(x) * magnitude if format.signed else jnp.where(x > 0.0, magnitude, 0.0)
-    return signed * reach(format, qparams)
+    return jnp.where(jnp.isnan(x), x, signed * reach(format, qparams))
 
 
 def _resolve(qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]) -> QParams:
@@ -39,7 +39,7 @@ QIL = Estimator(
     start=_start,
     resolve=_resolve,
     transform=_transform,
-    needs=frozenset({Need.FIXED_RANGE, Need.NO_ZERO_POINT}),
+    needs=frozenset({Need.FIXED_RANGE, Need.NO_ZERO_POINT, Need.MORE_THAN_ONE_BIT}),
 )
 """The interval that codes cover is learned: below it a value is pruned to 0, above it clipped to 1.
 

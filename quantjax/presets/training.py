@@ -111,9 +111,18 @@ def lsq_plus(*, weight_bits: int = 4, activation_bits: int = 4) -> Scheme:
 
 
 def pact_sawb(*, weight_bits: int = 4, activation_bits: int = 4) -> Scheme:
-    """A learned clip of activations, weight scales by their moments (Choi et al., 2019)."""
+    """A learned clip of activations, weight scales by their moments (Choi et al., 2019).
+
+    Weights have ``2^b`` levels about zero and none at it, those that the coefficients are for.
+    """
     return Scheme(
-        weights=_weights(weight_bits, SAWB, rule=ranges.SAWB, range=RangeMode.LIVE),
+        weights=_weights(
+            weight_bits,
+            SAWB,
+            rule=ranges.SAWB,
+            range=RangeMode.LIVE,
+            format=midrise(max_bits=8),
+        ),
         activations=_activations(activation_bits, PACT, MIN_MAX),
     )
 

@@ -45,8 +45,9 @@ def prune_mask(
 ) -> PyTree:
     """True for the weights that stay; the lowest scores go, by rank, so that the number is exact.
 
-    Kernels are floating-point leaves of rank 2 or more, as for ``qj.quantize_params``. For all else
-    the mask is the scalar True.
+    Kernels are floating-point leaves of rank 2 or more whose name does not end in ``bias``,
+    ``scale``, ``offset``, ``beta``, ``gamma``, ``mean`` or ``var``, as for ``qj.quantize_params``.
+    For all else the mask is the scalar True.
 
     Args:
       params: the tree.
@@ -64,7 +65,9 @@ def prune_mask(
       PruningError: a concrete sparsity outside [0, 1] or that the structure cannot have; a global
         scope for a structure of groups; a selector that matches nothing; a tree without kernels.
 
-    Sharp edges: a traced sparsity is cut to [0, 1]. Ranks are found by sorting, 0.2 s for a million
+    Sharp edges: a traced sparsity is cut to [0, 1], and NaN keeps all. A bias of rank 2 under
+    another name, as the ``b`` of layers stacked by Haiku, is a kernel unless ``select`` leaves it
+    out. Ranks are found by sorting, 0.2 s for a million
     weights on a CPU. Layers stacked in one leaf compete with each other.
 
     >>> mask = prune_mask({"w": jnp.array([[1.0, -4.0], [2.0, 3.0]]), "b": jnp.zeros(2)}, 0.5)
@@ -76,6 +79,12 @@ def prune_mask(
     fix = "sparsity=0.5, or an array of rank 0"
     kinds = numbers.Real, jax.Array, np.ndarray
     expect(sparsity, kinds, argument="sparsity", where="qj.prune_mask", fix=fix)
+    if jnp.ndim(sparsity):
+        raise errors.PruningError(
+            f"sparsities of shape {jnp.shape(sparsity)}, where one is needed",
+            where="qj.prune_mask",
+            fix="jax.vmap(lambda s: qj.prune_mask(params, s))(sparsities)",
+        )
     known = concrete(sparsity)
     if known is not None and not 0.0 <= float(known) <= 1.0:
         raise errors.PruningError(
@@ -105,7 +114,7 @@ def prune_mask(
 
 
 def _selected(named: Any, select: Selector) -> dict[str, jax.Array]:
-    kernels = {name: leaf for name, leaf in named.items() if is_kernel(leaf)}
+    kernels = {name: leaf for name, leaf in named.items() if is_kernel(name, leaf)}
     rows = {name: as_site(name, leaf) for name, leaf in kernels.items()}
     chosen = select.resolved(tuple(rows.values()))
     found = {name: jnp.asarray(kernels[name]) for name in rows if chosen.matches(rows[name])}
@@ -113,7 +122,7 @@ def _selected(named: Any, select: Selector) -> dict[str, jax.Array]:
         raise errors.PruningError(
             f"'{select}' selects no kernel",
             where=f"kernels: {', '.join(list(kernels)[:8]) or 'none'}",
-            why="a kernel is a floating-point array of rank 2 or more",
+            why="a kernel is a floating-point array of rank 2 or more, no bias and no norm's scale",
             fix="qj.path('*kernel'), or leave select out",
         )
     return found
@@ -174,10 +183,22 @@ def _masked(name: str, leaf: Any, mask: Any, gradient: MaskGradient) -> Any:
             else "a boolean for each weight says whether it stays",
             fix="prune before qj.freeze, or mask = qj.prune_mask(params, sparsity)",
         )
-    zeroed = jnp.where(mask, leaf, jnp.zeros_like(leaf))
-    if gradient is MaskGradient.MASKED:
-        return zeroed
-    return leaf + jax.lax.stop_gradient(zeroed - leaf)
+    zeroed = _straight_through if gradient is MaskGradient.STRAIGHT_THROUGH else _zeroed
+    return zeroed(jnp.asarray(leaf), mask)
+
+
+def _zeroed(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask, leaf, jnp.zeros_like(leaf))
+
+
+@jax.custom_jvp
+def _straight_through(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+    return _zeroed(leaf, mask)
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _straight_through(*primals), tangents[0]
 
 
 def sparsity_of(mask: PyTree) -> Float[Array, ""]:

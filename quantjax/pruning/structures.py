@@ -119,5 +119,5 @@ class NOfM(Structure):
             raise errors.PruningError(
                 f"a sparsity of {float(known):g}, which of {self.m} weights leaves no whole number",
                 where=f"qj.prune_mask with {self}",
-                fix=f"sparsity={max(round(float(known) * self.m), 1) / self.m:g}",
+                fix=f"sparsity={min(max(round(float(known) * self.m), 1), self.m - 1) / self.m:g}",
             )

@@ -62,7 +62,7 @@ def dampening_loss(plan: Plan, qstate: QState, params: PyTree) -> Float[Array, "
     total = jnp.zeros((), jnp.float32)
     for entry in plan.quantized:
         for operand in entry.quantized:
-            weight = weight_at_hand(plan, entry, operand, leaves)
+            weight = weight_at_hand(plan, entry, operand, leaves) if operand.is_weight else None
             if weight is None:
                 continue
             one = over_steps(partial(_distance, operand), entry.site.steps)

@@ -28,6 +28,8 @@ def with_bits(
     weight_bits: Bits | None = None,
     activation_bits: Bits | None = None,
     gradient_bits: Bits | None = None,
+    output_bits: Bits | None = None,
+    bias_bits: Bits | None = None,
 ) -> QState:
     """The qstate at other widths; each operand keeps the range that its codes cover.
 
@@ -47,9 +49,9 @@ def with_bits(
     Args:
       plan: what the qstate was calibrated for.
       qstate: the one at hand, learned or calibrated.
-      weight_bits, activation_bits, gradient_bits: as for ``qj.calibrate``: one width, or
-        ``{site: width}`` for some, or ``qj.FloatBits``; may be traced. Default: what is not named
-        keeps its own.
+      weight_bits, activation_bits, gradient_bits, output_bits, bias_bits: as for
+        ``qj.calibrate``: one width, or ``{site: width}`` for some, or ``qj.FloatBits``; may be
+        traced. Default: what is not named keeps its own.
 
     Returns:
       A new qstate; where a width stays, its QParams are the same bit for bit. Traced widths that
@@ -57,11 +59,14 @@ def with_bits(
 
     Raises:
       BitsError: a concrete width that the container does not hold, or one of another shape.
+      EstimatorError: a concrete width that the estimator does not go with.
       PolicyError: a width for operands that are not quantized.
       CalibrationError: a planned operand without QParams.
 
     Sharp edges: what an estimator learns instead of the scale decides still: a clip (PACT), a
-    threshold (TQT) or a width of its own (``ROUNDED_WIDTH``, of which only 0 is overridden).
+    threshold (TQT) or a width of its own (``ROUNDED_WIDTH``, of which only 0 is overridden;
+    ``DIFFERENTIABLE_QUANTIZATION``, whose clip stays while the scale moves, which downwards is a
+    bit more than asked for).
     ``calibrate`` at the new width may find another, better range; this one keeps the old. The
     levels of a learned codebook belong to the width that they were fitted at.
 
@@ -78,6 +83,8 @@ def with_bits(
         Role.WEIGHT: weight_bits,
         Role.ACTIVATION: activation_bits,
         Role.GRADIENT: gradient_bits,
+        Role.OUTPUT: output_bits,
+        Role.BIAS: bias_bits,
     }
     for role, widths in asked.items():
         check_used(plan, widths, role)

@@ -135,6 +135,7 @@ def width_of(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tupl
 
     Raises:
       BitsError: a width that the container does not hold, or of another shape.
+      EstimatorError: a known width that the estimator does not go with.
     """
     assert operand.quantizer is not None
     name, steps = entry.site.name, entry.site.steps
@@ -181,6 +182,8 @@ def width_of(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tupl
             why=f"its container holds {held}, and 0 for bypass",
             fix=f"{every[-1] if every else 0} bits, or plan with qj.integer(max_bits=16)",
         )
+    for width in () if known is None else np.unique(known):
+        operand.quantizer.check_width(int(width), where=where)
     if known_overflow(format, value, theta):
         raise errors.BitsError(
             "so many exponent bits have levels that are too large for sums of products",

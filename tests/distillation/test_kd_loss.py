@@ -147,3 +147,86 @@ def test_logits_far_apart_and_masked_classes():
 def test_what_has_no_meaning_is_refused(arguments, options, kind, problem):
     with refused(kind, problem, "kd_loss"):
         qj.kd_loss(*map(jnp.zeros, arguments), **options)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_what_does_not_count_does_not_reach_the_gradient(odd):
+    student, teacher, labels = drawn(3, 4, 5)
+    where = jnp.array([True, False, True, True])
+    labels = np.where(np.asarray(where), labels, -100)
+
+    def loss(weight, x):
+        return qj.kd_loss(x @ weight, teacher, labels, where=where)
+
+    x, weight = jnp.asarray(student).at[1].set(odd), jnp.eye(5)
+    value, gradient = jax.value_and_grad(lambda s: qj.kd_loss(s, teacher, labels, where=where))(x)
+    clean = student.copy()
+    clean[1] = 0.0
+    want, slope = jax.value_and_grad(lambda s: qj.kd_loss(s, teacher, labels, where=where))(clean)
+    assert float(value) == float(want)
+    assert_array_equal(gradient, slope)
+    assert_array_equal(gradient[1], jnp.zeros(5))
+    # Through what made the logits, an odd input still counts: 0 · NaN of the user's own product.
+    assert np.isfinite(jax.grad(loss)(weight, jnp.asarray(clean))).all()
+
+
+def test_labels_of_padding_may_be_anything():
+    student, teacher, labels = drawn(4, 3, 5)
+    where = jnp.array([True, True, False])
+    padded = np.array([labels[0], labels[1], -100])
+    got = qj.kd_loss(student, teacher, padded, where=where)
+    assert_allclose(got, qj.kd_loss(student[:2], teacher[:2], labels[:2]), rtol=1e-6)
+    with refused(errors.DataError, "a label of -100"):
+        qj.kd_loss(student, teacher, padded, where=~where | where)
+    with refused(errors.DataError, "a label of -100"):
+        qj.kd_loss(student, teacher, padded)
+
+
+@pytest.mark.parametrize("temperature", [1e12, 1e19, 1e25, 1e30])
+def test_however_hot_it_matches_logits(temperature):
+    student, teacher, _ = drawn(1, 8, 10)
+    gap = np.float64(student) - np.float64(teacher)
+    want = ((gap - gap.mean(-1, keepdims=True)) ** 2).sum(-1).mean() / (2 * 10)
+    loss = lambda s, t: qj.kd_loss(s, teacher, temperature=t, alpha=1.0)  # noqa: E731
+    value, slopes = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(student, temperature)
+    assert_allclose(value, want, rtol=1e-4)
+    assert np.isfinite(slopes[0]).all()
+    assert np.isfinite(slopes[1])
+
+
+def test_a_share_of_zero_leaves_nothing_of_an_infinite_term():
+    student = jnp.array([[0.0, -jnp.inf, 1.0]])
+    teacher, labels = jnp.array([[1.0, 2.0, 0.0]]), jnp.array([2])
+    alone = qj.kd_loss(student, teacher, labels, alpha=0.0)
+    assert_allclose(alone, -jax.nn.log_softmax(student)[0, 2], rtol=1e-6)
+    finite = jnp.array([[0.0, 0.5, 1.0]])
+    label = jnp.array([1])
+    with_infinite_label = qj.kd_loss(student, student, label, alpha=1.0)
+    assert float(with_infinite_label) == 0.0
+    assert np.isinf(float(qj.kd_loss(student, teacher, labels, alpha=0.5)))
+    assert np.isfinite(float(qj.kd_loss(finite, teacher, labels, alpha=0.5)))
+
+
+def test_classes_that_neither_has_take_part_in_no_derivative():
+    student = jnp.array([[0.0, -jnp.inf, 1.0, 0.5]])
+    teacher = jnp.array([[1.0, -jnp.inf, 0.0, 0.2]])
+    loss = lambda s, t: qj.kd_loss(s, teacher, temperature=t, alpha=1.0)  # noqa: E731
+    rest = lambda s, t: qj.kd_loss(  # noqa: E731
+        s, jnp.delete(teacher, 1, axis=1), temperature=t, alpha=1.0
+    )
+    for temperature in (0.1, 4.0, 1e6):
+        value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(student, temperature)
+        want, wanted = jax.value_and_grad(rest, argnums=(0, 1))(
+            jnp.delete(student, 1, axis=1), temperature
+        )
+        assert_allclose(value, want, rtol=1e-5, atol=1e-7)
+        assert_allclose(jnp.delete(slopes[0], 1, axis=1), wanted[0], rtol=1e-4, atol=1e-6)
+        assert_allclose(slopes[1], wanted[1], rtol=1e-3, atol=1e-6)
+        assert float(slopes[0][0, 1]) == 0.0
+
+
+def test_an_empty_batch_is_a_float32_zero():
+    with jax.enable_x64(True):
+        empty = qj.kd_loss(jnp.zeros((0, 3), jnp.float32), jnp.zeros((0, 3), jnp.float32))
+    assert empty.dtype == jnp.float32
+    assert float(empty) == 0.0

@@ -278,3 +278,29 @@ def test_a_learned_clip_counts_as_clipped():
     report = qj.compare(f, plan)(qstate, params, x)
     share = float((np.asarray(x) > 0.5).mean())
     assert_allclose(report["w"].operands["activation"].saturation, share, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", es.ESTIMATORS, ids=lambda e: e.name)
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_nan_stays_nan_and_alone(estimator, signed):
+    bits = 1 if Need.ONE_BIT in estimator.needs else 4
+    quantizer = qj.Quantizer(
+        format=integer(signed=signed),
+        bits=bits,
+        symmetric=True,
+        granularity=qj.PerTensor(),
+        estimator=estimator,
+    )
+    w = jnp.asarray(np.abs(RNG.normal(size=(8, 4))) if not signed else RNG.normal(size=(8, 4)))
+    w = w.astype(jnp.float32)
+    policy = qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=quantizer))])
+    plan = qj.plan(policy, qj.sites(lambda p, x: x @ p["w"], {"w": w}, jnp.ones((1, 8))))
+    qparams = qj.calibrate(plan, {}, {"w": w})["w"]["weight"]
+    found = apply(w.at[0, 0].set(jnp.nan), qparams, quantizer.arithmetic, jax.random.key(0))
+    expected = jnp.zeros((8, 4), bool).at[0, 0].set(True)
+    assert_array_equal(jnp.isnan(found), expected)
+
+
+def test_intervals_need_more_than_a_sign():
+    with refused(errors.EstimatorError, "more than one bit"):
+        qj.presets.qil(weight_bits=1)

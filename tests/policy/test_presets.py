@@ -1,5 +1,6 @@
 """Presets run on dense, convolutional and attention models, and mean what they say."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -143,3 +144,20 @@ def test_they_are_data():
     mine = qj.rule(qj.path("*head*"), qj.Scheme())
     policy = qj.Policy([mine, *qj.presets.w4a8().rules])
     assert policy.rules[1:] == qj.presets.w4a8().rules
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_sawb_has_the_levels_that_its_coefficients_are_for(bits):
+    """On Gaussian weights its range is as good as the best one of its format."""
+    weights = qj.presets.pact_sawb(weight_bits=bits).weights
+    best = dataclasses.replace(weights, rule=qj.ranges.MSE)
+    w = normal(0, 200, 100)
+
+    def error(quantizer: qj.Quantizer) -> float:
+        policy = qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=quantizer))])
+        f = lambda params, x: x @ params["w"]  # noqa: E731
+        plan = qj.plan(policy, qj.sites(f, {"w": w}, jnp.eye(200)))
+        qstate = qj.calibrate(plan, {}, {"w": w})
+        return float(jnp.mean((qj.fake_quantize(f, plan)(qstate, {"w": w}, jnp.eye(200)) - w) ** 2))
+
+    assert error(weights) <= 1.02 * error(best)

@@ -218,3 +218,39 @@ def test_masks_that_do_not_fit_are_refused():
     )
     with refused(errors.PruningError, "prune before qj.freeze"):
         qj.apply_mask(frozen, mask)
+
+
+def test_biases_and_norms_of_any_rank_stay():
+    tree = {
+        "attention": {"kernel": models.normal(0, 8, 2, 4), "bias": models.normal(1, 2, 4)},
+        "norm": {"scale": jnp.ones((3, 8)), "bias": jnp.zeros((3, 8))},
+        "stats": {"mean": jnp.ones((3, 8)), "var": jnp.ones((3, 8))},
+    }
+    mask = qj.prune_mask(tree, 0.5)
+    assert counts(mask) == [32]
+    assert mask["attention"]["bias"].shape == mask["norm"]["scale"].shape == ()
+    with refused(errors.PruningError, "selects no kernel"):
+        qj.prune_mask(tree, 0.5, select=qj.path("norm/*"))
+    weights = qj.weight_quantizer(granularity=qj.PerTensor())
+    policy = qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=weights))])
+    quantized = qj.quantize_params(tree, policy)
+    assert isinstance(quantized["attention"]["kernel"], qj.QTensor)
+    assert_array_equal(quantized["norm"]["scale"], tree["norm"]["scale"])
+
+
+def test_straight_through_takes_infinities_and_all_derivatives():
+    params = {"w": jnp.array([[jnp.inf, 2.0], [3.0, 4.0]])}
+    mask = {"w": jnp.array([[False, True], [True, True]])}
+    straight = lambda p: qj.apply_mask(p, mask, gradient=MaskGradient.STRAIGHT_THROUGH)  # noqa: E731
+    assert_array_equal(straight(params)["w"], [[0.0, 2.0], [3.0, 4.0]])
+    gradient = jax.jit(jax.grad(lambda p: (straight(p)["w"] ** 2).sum()))(params)
+    assert_array_equal(gradient["w"], [[0.0, 4.0], [6.0, 8.0]])
+    ones = jax.grad(lambda p: straight(p)["w"].sum())(params)
+    assert_array_equal(ones["w"], jnp.ones((2, 2)))
+
+
+def test_a_vector_of_sparsities_names_vmap():
+    with refused(errors.PruningError, "sparsities of shape (2,)", "jax.vmap"):
+        qj.prune_mask(TREE, jnp.array([0.5, 0.6]))
+    with refused(errors.PruningError, "sparsity=0.75"):
+        qj.prune_mask({"w": jnp.ones((8, 2))}, 0.99, structure=NOfM(4))

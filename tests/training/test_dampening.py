@@ -193,3 +193,17 @@ def test_mistakes_are_refused():
         dampening_loss(plan, qstate, {"v": params["w"]})
     with refused(errors.CalibrationError, "no QParams"):
         dampening_loss(plan, {}, params)
+
+
+def test_biases_are_no_weights():
+    def f(params, x):
+        return x @ params["w"] + params["b"][None, :]
+
+    params, x = {"w": models.normal(0, 4, 3), "b": jnp.array([0.3, -0.7, 0.1])}, jnp.ones((2, 4))
+    scheme = qj.Scheme(weights=qj.weight_quantizer(bits=4), biases=qj.bias_quantizer(bits=4))
+    plan = qj.plan(qj.Policy([qj.rule(qj.weighted(), scheme)]), qj.sites(f, params, x))
+    qstate = qj.calibrate(plan, qj.init(plan), params)
+    assert "bias" in qstate["w"]
+    gradient = jax.grad(lambda p: dampening_loss(plan, qstate, p))(params)
+    assert_array_equal(gradient["b"], jnp.zeros(3))
+    assert float(jnp.abs(gradient["w"]).max()) > 0.0

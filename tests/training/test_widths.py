@@ -337,3 +337,38 @@ def test_mistakes_are_refused():
         with_bits(plan, qstate, weight_bits={"v": 4})
     with refused(errors.CalibrationError, "no QParams for a planned operand"):
         with_bits(plan, {"w": {}}, weight_bits=4)
+
+
+@pytest.mark.parametrize("role", ["outputs", "biases"])
+def test_outputs_and_biases_keep_their_width_or_take_another(role):
+    quantizer = qj.activation_quantizer(bits=8) if role == "outputs" else qj.bias_quantizer()
+    scheme = qj.Scheme(
+        weights=qj.weight_quantizer(bits=8),
+        activations=qj.activation_quantizer(bits=8),
+        **{role: quantizer},
+    )
+    policy = qj.Policy([qj.rule(qj.weighted(), scheme)])
+    ready = models.ready(MLP, policy)
+    key = {"outputs": "output", "biases": "bias"}[role]
+    site = next(name for name, operands in ready.qstate.items() if key in operands)
+    changed = with_bits(ready.plan, ready.qstate, weight_bits=4)
+    assert float(changed[site]["weight"].bits) == 4.0
+    assert_array_equal(changed[site][key].scale, ready.qstate[site][key].scale)
+    narrower = with_bits(ready.plan, ready.qstate, **{f"{key}_bits": 4})
+    assert float(narrower[site][key].bits) == 4.0
+    assert float(narrower[site]["weight"].bits) == 8.0
+    assert (narrower[site][key].scale > ready.qstate[site][key].scale).all()
+
+
+def test_a_width_that_the_estimator_does_not_go_with_is_refused():
+    signs = qj.weight_quantizer(bits=1, estimator=qj.estimators.APPROX_SIGN)
+    plan, qstate, params = cases.one_product(models.normal(0, 5, 3), signs)
+    with refused(errors.EstimatorError, "one bit", "site w, weight"):
+        qj.calibrate(plan, {}, params, weight_bits=4)
+    with refused(errors.EstimatorError, "one bit"):
+        with_bits(plan, qstate, weight_bits=4)
+    assert float(with_bits(plan, qstate, weight_bits=0)["w"]["weight"].bits) == 0.0
+    learned = qj.weight_quantizer(bits=4, estimator=qj.estimators.DIFFERENTIABLE_QUANTIZATION)
+    plan, _, params = cases.one_product(models.normal(0, 5, 3), learned)
+    with refused(errors.EstimatorError, "more than one bit"):
+        qj.calibrate(plan, {}, params, weight_bits=1)

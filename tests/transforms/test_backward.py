@@ -253,3 +253,31 @@ def test_saved_activations_that_are_moved_are_no_gradients():
     backward = [sorted(roles(site)) for site in table if qj.backward().matches(site)]
     assert ["gradient", "gradient"] not in backward
     assert backward.count(["activation", "gradient"]) == 2
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_quantized_gradients_have_the_right_mean_at_both_ends(bits):
+    """The largest one has a code on either side of zero, and rounding at random has no bias."""
+
+    def f(params, x, cotangent):
+        return jnp.sum(cotangent * (x @ params["w"]))
+
+    params, x = {"w": jnp.zeros((2, 3))}, jnp.eye(2)[:1]
+    for cotangent in ([[1.0, 0.3, -0.25]], [[-1.0, 0.3, 0.25]]):
+        cotangent = jnp.asarray(cotangent)
+        g = jax.grad(lambda p, x, c: f(p, x, c))
+        quantizer = qj.gradient_quantizer(bits=bits)
+        scheme = qj.Scheme(gradients=quantizer)
+        plan = qj.plan(
+            qj.Policy([qj.rule(qj.backward(), scheme)]), qj.sites(g, params, x, cotangent)
+        )
+        qstate = qj.calibrate(plan, qj.init(plan), params)
+        draw = jax.jit(
+            jax.vmap(
+                lambda key: qj.fake_quantize(g, plan)(qstate, params, x, cotangent, key=key)["w"][0]
+            )
+        )
+        found = draw(jax.random.split(jax.random.key(0), 4000))
+        step = 1.0 / (2 ** (bits - 1) - 1)
+        assert_allclose(found.mean(0), cotangent[0], atol=5 * 0.5 * step / np.sqrt(4000))
+        assert_array_equal(found[:, 0], np.full(4000, cotangent[0, 0]))

@@ -281,3 +281,33 @@ def test_an_identity_that_is_no_json_is_refused(tmp_path):
     with pytest.raises(TaskError, match="identity is no JSON data"):
         train(task, numbers(), TrainerConfig(steps=2, batch=4), 0, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_start_may_be_the_best(tmp_path):
+    values = [0.9, 0.1, 0.2, 0.3]
+    task = counting()._replace(evaluate=lambda state: {"accuracy": np.float32(values[int(state)])})
+    criterion = Best(metric="eval/accuracy")
+    config = TrainerConfig(
+        steps=3, batch=5, evaluate_every=1, evaluate_first=True, keep=1, best=criterion
+    )
+    result = train(task, numbers(), config, 0, tmp_path)
+    assert best_step(result.history, criterion) == 0
+    assert saved_steps(tmp_path / CHECKPOINTS) == (0, 3)
+    assert int(load(tmp_path / CHECKPOINTS, result.state, step=0).state) == 0
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "eval/accurate", "train/nothing"])
+def test_a_best_metric_that_never_comes_is_an_error(tmp_path, metric):
+    config = TrainerConfig(
+        steps=6, batch=5, log_every=1, evaluate_every=2, keep=1, best=Best(metric=metric)
+    )
+    with pytest.raises(TaskError, match=f"no entry has the metric '{metric}'"):
+        train(curve([0.1] * 6), numbers(), config, 0, tmp_path)
+    assert saved_steps(tmp_path / CHECKPOINTS)[-1] <= 2
+
+
+def test_without_evaluations_the_best_of_them_is_missed_at_the_end(tmp_path):
+    config = TrainerConfig(steps=2, batch=5, best=Best(metric="eval/accuracy"))
+    with pytest.raises(TaskError, match="no entry has the metric"):
+        train(counting()._replace(evaluate=None), numbers(), config, 0, tmp_path)
+    assert saved_steps(tmp_path / CHECKPOINTS) == (2,)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from quantjax.interpreter import Op, Operand, Role, Site
 from quantjax.qtensor import is_quantized
 
-
 NO_KERNELS = frozenset({"bias", "scale", "offset", "beta", "gamma", "mean", "var"})
 """Last parts of names of what is added or scaled, whatever its rank: biases of attention have a row
 for each head, those of layers stacked in a scan a row for each layer."""

@@ -1,4 +1,4 @@
-"""Choices and bounds of ``jax.numpy`` without a jitted function of their own.
+"""Choices and bounds of ``jax.numpy`` without a jitted function of their own; a plain product.
 
 ``jnp.where``, ``jnp.clip`` and broadcasting against axes of size 1 are several operations each
 until a compiler has simplified them. In the arithmetic of one operand, of which a model has
@@ -66,6 +66,16 @@ def clip(
     if jnp.ndim(low) == jnp.ndim(high) == 0:
         return lax.clamp(_full(low, (), x.dtype), x, _full(high, (), x.dtype))
     return elementwise(lax.clamp, low, x, high)
+
+
+def rounded_product(x: Float[Array, "..."], y: Float[Array, "..."] | float) -> Float[Array, "..."]:
+    """``x · y``, rounded whatever is added to it: no compiler makes a fused multiply-add of both,
+    which an eager call does not, so that a value is the same in every program.
+
+    >>> float(rounded_product(jnp.float32(2.0), 3.0))
+    6.0
+    """
+    return jnp.where(jnp.isnan(x), x, x * y)
 
 
 def spread(x: jax.Array, shape: Sequence[int]) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,6 +45,8 @@ def calibration_report(
     rules: Sequence[Rule] | None = None,
     weight_bits: Bits | None = None,
     activation_bits: Bits | None = None,
+    gradient_bits: Bits | None = None,
+    output_bits: Bits | None = None,
     on_rule: Callable[[int], None] | None = None,
 ) -> CalibrationReport:
     """Every rule's range for every operand, the share of values that it clips, and its SQNR.
@@ -57,8 +59,8 @@ def calibration_report(
       plan, state, params: as for ``qj.calibrate``.
       rules: range rules, and fits, which serve the weights; default: all of
         ``quantjax.calibration.RULES``.
-      weight_bits, activation_bits: as for ``qj.calibrate``, with known values; operands of width 0
-        are left out.
+      weight_bits, activation_bits, gradient_bits, output_bits: as for ``qj.calibrate``, with known
+        values; operands of width 0 are left out.
       on_rule: called with 1 after each rule; compiling them takes a second or more each.
 
     Raises:
@@ -68,12 +70,19 @@ def calibration_report(
       DataError: weights or observed activations that are not finite, a rule that finds no range.
       As ``qj.calibrate`` for widths and parameters.
 
-    Sharp edges: live ranges are left out, because they are no result of calibration. Steps narrower
+    Sharp edges: live ranges are left out, because they are no result of calibration, and so are
+    biases, whose rule is their quantizer's own. Steps narrower
     than a bin of the histogram, above some 10 bits, are measured as if values were spread evenly
     within a bin.
     """
-    chosen = _checked(RULES.values() if rules is None else rules)
-    seen = list(_seen(plan, state, params, weight_bits, activation_bits))
+    chosen = check_rules(RULES.values() if rules is None else rules)
+    widths = {
+        Role.WEIGHT: weight_bits,
+        Role.ACTIVATION: activation_bits,
+        Role.GRADIENT: gradient_bits,
+        Role.OUTPUT: output_bits,
+    }
+    seen = list(_seen(plan, state, params, widths))
     if not seen:
         raise errors.CalibrationError(
             "no operand has a fixed range to report on",
@@ -127,7 +136,8 @@ class _Applied(NamedTuple):
     qparams: QParams
 
 
-def _checked(rules: Any) -> tuple[Rule, ...]:
+def check_rules(rules: Any) -> tuple[Rule, ...]:
+    """Raise ``PolicyError`` for no rules, the same twice, or something else than a rule."""
     chosen = tuple(rules)
     names = [getattr(rule, "name", repr(rule)) for rule in chosen]
     wrong = [
@@ -147,25 +157,21 @@ def _checked(rules: Any) -> tuple[Rule, ...]:
 
 
 def _seen(
-    plan: Plan,
-    state: State,
-    params: Any,
-    weight_bits: Bits | None,
-    activation_bits: Bits | None,
+    plan: Plan, state: State, params: Any, widths: Mapping[Role, Bits | None]
 ) -> Iterator[_Seen]:
     """All operands with a fixed range and a width."""
     plan.check_params(params)
-    check_used(plan, weight_bits, Role.WEIGHT)
-    check_used(plan, activation_bits, Role.ACTIVATION)
+    for role, bits in widths.items():
+        check_used(plan, bits, role)
     leaves = leaves_by_path(params)
     for entry in plan.quantized:
         for operand in entry.quantized:
             quantizer = operand.quantizer
             assert quantizer is not None
-            if quantizer.range is RangeMode.LIVE:
+            role = operand.operand.role
+            if quantizer.range is RangeMode.LIVE or role not in widths:
                 continue
-            given = weight_bits if operand.is_weight else activation_bits
-            bits, theta = width_of(entry, operand, given)
+            bits, theta = width_of(entry, operand, widths[role])
             known = concrete(bits)
             if known is not None and not known.any():
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ import tyro
 from quantjax import errors
 from quantjax.calibration.collect import ROWS, batched, collect, is_array
 from quantjax.calibration.files import write_pictures, write_ranges
-from quantjax.calibration.report import calibration_report
+from quantjax.calibration.report import calibration_report, check_rules
 from quantjax.calibration.rules import FITS, RULES, FitName, RuleName
 from quantjax.cli.named import ARRAYS, find_data, find_model
 from quantjax.cli.progress import RichProgress
@@ -71,6 +71,7 @@ def calibrate(options: CalibrateOptions) -> int:
         )
     rules: list[RangeRule | FitRule] = [RULES[name] for name in options.rules]
     rules += [FITS[name] for name in options.fits]
+    _check(options, rules)
     progress = RichProgress()
     with progress:
         progress.note(f"loading {options.model} and {options.data}")
@@ -99,6 +100,26 @@ def calibrate(options: CalibrateOptions) -> int:
     print(f"ranges      {table}")
     print(f"histograms  {folder} ({len(pictures)} pictures)")
     return 0
+
+
+def _check(options: CalibrateOptions, rules: Sequence[RangeRule | FitRule]) -> None:
+    """Raise for what would fail after all the work: rules, and a folder that cannot be written."""
+    check_rules(rules)
+    if not options.rules and not options.weight_bits:
+        raise errors.PolicyError(
+            "fits serve weights, which are left out",
+            where="--weight-bits 0, no --rules",
+            fix="--rules mse, or a width for the weights",
+        )
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.DataError(
+            f"no folder can be made of {options.output}",
+            where="--output",
+            why=str(error),
+            fix="--output outputs/calibrate",
+        ) from error
 
 
 def _expected(data: Any, rows: int | None, most: int) -> int:

@@ -2,49 +2,64 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.scipy.special import erfc
 
-from quantjax.formats import divide_by_scale, power_of_two
-from quantjax.ranges.base import Range, RangeRule, Target
+from quantjax.formats import divide_by_scale
+from quantjax.lean import rounded_product
+from quantjax.ranges.base import Range, RangeRule, Target, within_seen
 from quantjax.statistics import Statistics
 
-_HALVINGS = 40
-_LARGEST = 32.0  # more than the clipping of 24 bits
+_HALVINGS = 60
+_LARGEST = 64.0  # more than the clipping of all widths
+_WIDTHS = 26  # up to 24 bits, and one bit more for data on one side
 
 
-def _root(function: Callable[[jax.Array], jax.Array], shape: jax.Array) -> jax.Array:
+def _root(function: Callable[[float], float]) -> float:
     """Where a function that is positive below it and negative above changes sign, by bisection."""
-
-    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = ends
+    low, high = 0.0, _LARGEST
+    for _ in range(_HALVINGS):
         middle = 0.5 * (low + high)
-        right = function(middle) > 0.0
-        return jnp.where(right, middle, low), jnp.where(right, high, middle)
-
-    start = jnp.zeros_like(shape), jnp.full_like(shape, _LARGEST)
-    low, high = lax.fori_loop(0, _HALVINGS, halve, start)
+        low, high = (middle, high) if function(middle) > 0.0 else (low, middle)
     return 0.5 * (low + high)
 
 
-def _noise_slope(bits: jax.Array) -> jax.Array:
+def _noise_slope(bits: int) -> float:
     """``2 / (3 · 4^b)``: the derivative of ``α² / (3 · 4^b)`` by ``α``, over ``α``."""
-    return (2.0 / 3.0) * power_of_two(-2 * bits.astype(jnp.int32))
+    return 2.0 / 3.0 * 4.0**-bits
+
+
+def _laplacian_slope(bits: int, a: float) -> float:
+    return 2.0 * math.exp(-a) - _noise_slope(bits) * a
+
+
+def _gaussian_slope(bits: int, a: float) -> float:
+    density = math.exp(-0.5 * a * a) / math.sqrt(2.0 * math.pi)
+    tail = 0.5 * math.erfc(a / math.sqrt(2.0))
+    return 4.0 * (density - a * tail) - _noise_slope(bits) * a
+
+
+@functools.cache
+def _table(slope: Callable[[int, float], float]) -> tuple[float, ...]:
+    """By width, in float64; arithmetic on it would round otherwise from program to program."""
+    return tuple(_root(functools.partial(slope, bits)) for bits in range(_WIDTHS))
+
+
+def _at(table: tuple[float, ...], bits: jax.Array) -> jax.Array:
+    return jnp.asarray(table, jnp.float32)[jnp.clip(bits.astype(jnp.int32), 0, _WIDTHS - 1)]
 
 
 def laplacian_clip(bits: jax.Array) -> jax.Array:
-    """``α / b`` with ``(2/3) 4^-bits α/b = 2 exp(-α/b)``.
+    """``α / b`` with ``(2/3) 4^-bits α/b = 2 exp(-α/b)``, of a whole width.
 
     >>> [round(float(laplacian_clip(jnp.float32(bits))), 3) for bits in (2, 3, 4)]
     [2.831, 3.897, 5.029]
     """
-    slope = _noise_slope(bits)
-    return _root(lambda a: 2.0 * jnp.exp(-a) - slope * a, bits)
+    return _at(_table(_laplacian_slope), bits)
 
 
 def gaussian_clip(bits: jax.Array) -> jax.Array:
@@ -53,20 +68,7 @@ def gaussian_clip(bits: jax.Array) -> jax.Array:
     >>> [round(float(gaussian_clip(jnp.float32(bits))), 3) for bits in (2, 3, 4)]
     [1.711, 2.152, 2.559]
     """
-    slope = _noise_slope(bits)
-
-    def derivative(a: jax.Array) -> jax.Array:
-        density = jnp.exp(-0.5 * a * a) / math.sqrt(2.0 * math.pi)
-        tail = 0.5 * erfc(a / math.sqrt(2.0))
-        return 4.0 * (density - a * tail) - slope * a
-
-    return _root(derivative, bits)
-
-
-def _clipped(statistics: Statistics, center: jax.Array, reach: jax.Array) -> Range:
-    least, most = statistics.extremes
-    low, high = jnp.maximum(center - reach, least), jnp.minimum(center + reach, most)
-    return Range(jnp.minimum(low, most), jnp.maximum(high, least), statistics.batches > 0)
+    return _at(_table(_gaussian_slope), bits)
 
 
 def _one_sided(statistics: Statistics) -> jax.Array:
@@ -89,7 +91,7 @@ def _range_of(clip: Callable[[jax.Array], jax.Array], half: float) -> Callable[.
         center = jnp.where(one_sided, 0.0, statistics.moments.mean)
         center = jnp.zeros_like(center) if target.symmetric else center
         width = jnp.where(one_sided, half * _ratio(statistics), width)
-        return _clipped(statistics, center, clip(levels) * width)
+        return within_seen(statistics, center, rounded_product(clip(levels), width))
 
     return range_of
 

@@ -71,6 +71,23 @@ class Target(NamedTuple):
         return apply(x, qparams, arithmetic), is_clipped(x, qparams, arithmetic)
 
 
+def within_seen(statistics: Statistics, center: jax.Array, reach: jax.Array) -> Range:
+    """``[center - reach, center + reach]``, and no more than what was seen; all of that where the
+    moments of very small or large values have vanished or overflown.
+
+    >>> from quantjax import statistics
+    >>> seen = statistics.of_tensor(jnp.array([1e-30, 3e-30]), (1,), with_values=False)
+    >>> [float(b[0]) > 0 for b in within_seen(seen, seen.moments.mean, jnp.zeros(1))[:2]]
+    [True, True]
+    """
+    least, most = statistics.extremes
+    known = (reach > 0.0) & jnp.isfinite(reach) & jnp.isfinite(center)
+    low = jnp.where(known, jnp.maximum(center - reach, least), least)
+    high = jnp.where(known, jnp.minimum(center + reach, most), most)
+    # Rounding may put the mean of equal values just outside of them.
+    return Range(jnp.minimum(low, most), jnp.maximum(high, least), statistics.batches > 0)
+
+
 class RangeRule(NamedTuple):
     """A pure function from statistics to a range, the same under any trace.
 

@@ -158,7 +158,20 @@ def _range(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target
             why=f"it returned {type(found).__name__}",
             fix="qj.ranges.Range(low, high, statistics.batches > 0)",
         )
-    return Range(*map(jnp.asarray, found))
+    found = Range(*map(jnp.asarray, found))
+    needed = statistics.scale_shape
+    for bound in found[:2]:
+        # Scalars, and sizes of 1, hold for all.
+        sizes = zip(bound.shape, needed[len(needed) - bound.ndim :], strict=False)
+        if bound.ndim > len(needed) or any(size not in (1, full) for size, full in sizes):
+            raise errors.PolicyError(
+                f"the rule {rule.name} returned a bound of shape {bound.shape}",
+                why=f"it was asked for one range each of {needed}"
+                + (": it is called for one group at a time" if not needed else ""),
+                fix="bounds of the shape of statistics.extremes.low",
+            )
+    low, high = (jnp.broadcast_to(bound, needed) for bound in found[:2])
+    return Range(low, high, found.calibrated)
 
 
 def _at_once(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target) -> Range:

@@ -15,10 +15,12 @@ def _range(statistics: Statistics, target: Target) -> Range:
     root = jnp.sqrt(jnp.maximum(q_max, 1.0))
     scale = divide_by_scale(2.0 * statistics.moments.magnitude, root)
     span = scale * format.steps(bits, symmetric=target.symmetric, theta=theta)
+    low, high = statistics.extremes
+    # The mean of values near the largest number overflows.
+    span = jnp.where(jnp.isfinite(span), span, jnp.maximum(jnp.abs(low), jnp.abs(high)))
     if target.symmetric:
         return Range(-span, span, statistics.batches > 0)
     # All of the span on the side where the data are, else half of it on either side.
-    low, high = statistics.extremes
     below = jnp.where(low >= 0.0, 0.0, jnp.where(high <= 0.0, -span, -0.5 * span))
     return Range(below, below + span, statistics.batches > 0)
 

@@ -38,8 +38,9 @@ MSE = RangeRule("mse", _square, reads_distribution=True)
 
 At most 64 symmetric ranges are tried, or 136 asymmetric ones, :data:`MIN_MAX` among them, on the
 tensor itself or on 2048 points that stand for a histogram. Weights get an error that is never above
-that of :data:`MIN_MAX`; activations up to how well the points stand for the values, which is a
-fraction of a percent.
+that of :data:`MIN_MAX`; activations up to how well the points stand for the values, a percent.
+Against a search on the values themselves the error is a fraction of a percent higher at few bits,
+and 4 (ReLU) to 9 percent (Laplacian) at 8, where a step is as wide as some bins.
 
 Sharp edges: it takes tens of passes over the sample. Under a width above 10 bits a histogram's
 bins are wider than the steps, and the search is decided by the clipped share alone.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from quantjax.lean import rounded_product
 from quantjax.ranges.base import Range, RangeRule, Target
 from quantjax.statistics import Statistics
 
@@ -24,16 +26,20 @@ def coefficients(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
     >>> [round(float(c), 3) for c in coefficients(jnp.float32(4))]
     [12.68, -12.8]
     """
-    widths = jnp.array(list(COEFFICIENTS), jnp.float32)
-    first, second = jnp.array(list(COEFFICIENTS.values()), jnp.float32).T
-    return jnp.interp(bits, widths, first), jnp.interp(bits, widths, second)
+    # A table, since arithmetic on the width would round otherwise from program to program.
+    widths = np.arange(2, 9)
+    known, pairs = list(COEFFICIENTS), np.array(list(COEFFICIENTS.values()))
+    table = np.stack([np.interp(widths, known, column) for column in pairs.T])
+    first, second = jnp.asarray(table, jnp.float32)[:, jnp.clip(bits.astype(jnp.int32) - 2, 0, 6)]
+    return first, second
 
 
 def _range(statistics: Statistics, target: Target) -> Range:
     c1, c2 = coefficients(target.bits)
     low, high = statistics.extremes
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    reach = c1 * jnp.sqrt(statistics.moments.square) + c2 * statistics.moments.magnitude
+    reach = rounded_product(jnp.sqrt(statistics.moments.square), c1)
+    reach += rounded_product(statistics.moments.magnitude, c2)
     fitted = (reach > 0.0) & jnp.isfinite(reach) & (target.bits >= 2.0) & (target.bits <= 8.0)
     reach = jnp.where(fitted, reach, largest)
     if target.symmetric:

@@ -68,7 +68,9 @@ class _Shrinking(NamedTuple):
     goes_on: jax.Array
 
 
-def search(statistics: Statistics, target: Target, loss: Loss, *, is_sum: bool = True) -> Range:
+def search(
+    statistics: Statistics, target: Target, loss: Loss, *, is_sum: bool = True, margin: float = 0.0
+) -> Range:
     """The range of one group with the smallest loss among those that were tried.
 
     The whole range, with zero, is tried first, and another one replaces it only if it is better, so
@@ -84,6 +86,10 @@ def search(statistics: Statistics, target: Target, loss: Loss, *, is_sum: bool =
         range does: under a smaller factor more are clipped, and further. A zero point that is
         rounded the other way moves a range by a step, which is taken off their errors. With scales
         that are no real numbers it moves by more, and all factors are tried.
+      margin: by which share of its loss a range has to be better than a wider one. Where a range of
+        another size may have the same codes and the same loss, rounding would choose otherwise.
+
+    A range that is zero alone is no candidate: its scale would be arbitrary.
     """
     values, weights = statistics.sample
     low, high = statistics.extremes
@@ -101,10 +107,10 @@ def search(statistics: Statistics, target: Target, loss: Loss, *, is_sum: bool =
         some = max(TRIED_AT_ONCE // values.size, 1)
         one = lambda ends: loss(outcome(*ends))  # noqa: E731
         losses = lax.map(one, (low, high), batch_size=min(some, low.size))
-        losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
-        first = jnp.argmin(losses)
+        losses = jnp.where(jnp.isnan(losses) | ((low == 0.0) & (high == 0.0)), jnp.inf, losses)
+        first = jnp.argmax(losses <= jnp.min(losses) * (1.0 + margin))
         found = _Best(losses[first], low[first], high[first])
-        better = found.loss < best.loss
+        better = found.loss < best.loss * (1.0 - margin)
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
 
     def shrunk(state: _Shrinking, some: int) -> _Shrinking:
@@ -147,7 +153,7 @@ class _Ends(enum.Enum):
 def _along(start: _Best, moving: _Ends, limits: _Pair) -> _Pair:
     """One end at equal distances from zero to what was seen, the other as in the best."""
     least, most = limits
-    share = jnp.arange(PLACES, dtype=jnp.float32) * (1.0 / PLACES)
+    share = jnp.arange(PLACES - 1, -1, -1, dtype=jnp.float32) * (1.0 / PLACES)  # the widest first
     if moving is _Ends.LOW:
         return share * least, jnp.full(PLACES, start.high)
     return jnp.full(PLACES, start.low), share * most
@@ -156,7 +162,7 @@ def _along(start: _Best, moving: _Ends, limits: _Pair) -> _Pair:
 def _around(start: _Best, reach: float, moving: _Ends, limits: _Pair) -> _Pair:
     """Ends ``1/reach`` to ``reach`` times those of the best, never beyond what was seen."""
     least, most = limits
-    places = 2.0 * jnp.arange(FINE, dtype=jnp.float32) + 1.0
+    places = 2.0 * jnp.arange(FINE - 1, -1, -1, dtype=jnp.float32) + 1.0  # the widest first
     share = divide_by_scale(places, jnp.float32(FINE)) - 1.0
     factor = jnp.exp2(share * jnp.log2(jnp.float32(reach)))
     still = jnp.ones(FINE, jnp.float32)

@@ -6,22 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax.ranges.base import Range, RangeRule, Target, known_number, rule_of
+from quantjax.ranges.base import Range, RangeRule, Target, known_number, rule_of, within_seen
 from quantjax.statistics import Statistics
 
 
 def _range(statistics: Statistics, target: Target, factor: jax.Array) -> Range:
     del target
     reach = jnp.asarray(factor, jnp.float32) * jnp.sqrt(statistics.moments.variance)
-    least, most = statistics.extremes
+    low, high, calibrated = within_seen(statistics, statistics.moments.mean, reach)
     valid = jnp.asarray(factor, jnp.float32) > 0.0
-    low = jnp.maximum(statistics.moments.mean - reach, least)
-    high = jnp.minimum(statistics.moments.mean + reach, most)
-    # Rounding may put the mean of equal values just outside of them.
-    low, high = jnp.minimum(low, most), jnp.maximum(high, least)
-    return Range(
-        jnp.where(valid, low, jnp.nan), jnp.where(valid, high, jnp.nan), statistics.batches > 0
-    )
+    return Range(jnp.where(valid, low, jnp.nan), jnp.where(valid, high, jnp.nan), calibrated)
 
 
 def sigma(factor: float | jax.Array = 3.0) -> RangeRule:
@@ -33,8 +27,9 @@ def sigma(factor: float | jax.Array = 3.0) -> RangeRule:
     Raises:
       QuantizerError: a factor that is not positive. A traced one gives NaN.
 
-    Sharp edges: after a ReLU the distribution is half of one, and zero lies within the range all
-    the same; the upper bound is then lower than a Gaussian's would be.
+    Sharp edges: where the variance vanishes or overflows (values below 1e-19 or above 1e19) the
+    range is what was seen. After a ReLU the distribution is half of one, and zero lies within the
+    range all the same; the upper bound is then lower than a Gaussian's would be.
 
     >>> from quantjax import integer, statistics
     >>> seen = statistics.of_tensor(jnp.array([-10.0] + 9999 * [1.0]), (1,), with_values=False)

@@ -60,35 +60,37 @@ SQNR = sqnr()
 
 
 _SAME = 1e-12  # sin² of an angle of 1e-6
+_MARGIN = 1e-3  # ranges of which one is a multiple of the other may have the same codes
 
 
 def _cosine(statistics: Statistics, target: Target) -> Range:
     unit = per_unit(statistics)
 
     def loss(outcome: Outcome) -> jax.Array:
-        x, error = outcome.x * unit, outcome.error * unit
-        along = outcome._replace(weights=outcome.weights * x)
-        xx, xe, ee = along.total(x), along.total(error), outcome.total(error * error)
-        some = jnp.where(xx > 0.0, xx, 1.0)
-        # sin² of the angle between x and Q(x), from the error: 1 - cos has no digits left.
-        across = ee - xe * divide_by_scale(xe, some)
-        length = xx + 2.0 * xe + ee
-        sine = divide_by_scale(across, jnp.where(length > 0.0, length, 1.0))
+        x = outcome.x * unit
+        q = x + outcome.error * unit
+        xx, xq, length = outcome.total(x * x), outcome.total(x * q), outcome.total(q * q)
+        some = jnp.where(length > 0.0, length, 1.0)
+        # sin² of the angle between x and Q(x), from what is left of x beside its projection:
+        # 1 - cos has no digits left, and a difference of sums has few where the range is narrow.
+        beside = x - divide_by_scale(xq, some) * q
+        sine = divide_by_scale(outcome.total(beside * beside), jnp.where(xx > 0.0, xx, 1.0))
         # What float32 cannot tell from the same direction is that direction, and the first range,
         # the widest, keeps it: one value has the cosine 1 whatever becomes of it.
         sine = jnp.maximum(sine, _SAME)
         # A tensor that becomes all zeros has no direction.
         return jnp.where((length > 0.0) | (xx == 0.0), sine, 2.0)
 
-    return search(statistics, target, loss, is_sum=False)
+    return search(statistics, target, loss, is_sum=False, margin=_MARGIN)
 
 
 COSINE = RangeRule("cosine", _cosine, reads_distribution=True)
 """``argmax ⟨x, Q(x)⟩ / (‖x‖ ‖Q(x)‖)`` over ranges, by search as :data:`MSE`.
 
 A common factor does not count, so ranges come out narrower than by squared error at few bits: what
-the next layer makes of the lost length is left to it. One value that outweighs all others has the
-direction nearly to itself, and may be clipped far.
+the next layer makes of the lost length is left to it. Of ranges whose cosines agree to a thousandth
+of their distance from 1 the widest is taken, since all that clip every value alike are equal. One
+value that outweighs all others has the direction nearly to itself, and may be clipped far.
 
 Source: Wu et al., EasyQuant: post-training quantization via scale optimization, 2020, section 3.
 """

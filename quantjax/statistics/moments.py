@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from quantjax.formats import divide_by_scale
 from quantjax.granularity import expand, reduce_to
+from quantjax.lean import rounded_product
 from quantjax.statistics.devices import AxisName, over_devices
 
 
@@ -30,7 +31,7 @@ class Moments(NamedTuple):
     @property
     def square(self) -> Float[Array, "..."]:
         """``E x²``, the second absolute moment."""
-        return self.variance + self.mean * self.mean
+        return self.variance + rounded_product(self.mean, self.mean)
 
 
 def init(scale_shape: Sequence[int]) -> Moments:

@@ -34,7 +34,7 @@ def init(scale_shape: Sequence[int], constant: float | jax.Array) -> MovingExtre
     return MovingExtremes(
         jnp.full(shape, jnp.inf, jnp.float32),
         jnp.full(shape, -jnp.inf, jnp.float32),
-        jnp.asarray(constant, jnp.float32),
+        jnp.array(constant, jnp.float32),  # a copy: a shared one could not be donated
     )
 
 
@@ -48,7 +48,8 @@ def update(moving: MovingExtremes, batch: Extremes) -> MovingExtremes:
     empty = ~seen(batch)
 
     def step(average: jax.Array, value: jax.Array) -> jax.Array:
-        moved = average + moving.constant * (value - average)
+        before = jnp.where(first | empty, 0.0, average)  # infinite; its difference would be NaN
+        moved = before + moving.constant * (jnp.where(empty, 0.0, value) - before)
         return jnp.where(empty, average, jnp.where(first, value, moved))
 
     return moving._replace(low=step(moving.low, batch.low), high=step(moving.high, batch.high))

@@ -14,11 +14,13 @@ from quantjax.affine import Fault, QParams
 REASONS: Mapping[Fault, tuple[str, str]] = {
     Fault.NEVER_CALIBRATED: (
         "calibration was never run",
-        "run qj.observe on calibration data before qj.calibrate",
+        "run qj.observe on calibration data before qj.calibrate; a moving average does not outlive "
+        "qj.merge_states",
     ),
     Fault.NOT_FINITE: (
         "the range holds NaN or infinity, or nothing was seen of some channel",
-        "look for NaN in the calibration data and in the weights",
+        "look for NaN in the calibration data and in the weights; a rule's lower bound may also "
+        "lie above its upper one",
     ),
     Fault.BITS_OUTSIDE_FORMAT: (
         "the width is outside the format",

@@ -293,3 +293,32 @@ def test_tracers_are_refused(two_layers):
         jax.jit(traced)(collected.state)
     with pytest.raises(errors.CalibrationError, match="these are tracers"):
         jax.jit(lambda bits: report(two_layers, weight_bits=bits))(4.0)
+
+
+def test_each_role_has_its_own_width_and_biases_are_left_out():
+    def f(params, x):
+        return x @ params["a"] + params["b"][None, :]
+
+    params = {"a": jax.random.normal(jax.random.key(0), (4, 3)), "b": jnp.array([0.1, -0.2, 0.3])}
+    x = jax.random.normal(jax.random.key(1), (16, 4))
+    scheme = qj.Scheme(
+        weights=qj.weight_quantizer(bits=8),
+        activations=qj.activation_quantizer(bits=8),
+        outputs=qj.activation_quantizer(bits=8),
+        biases=qj.bias_quantizer(),
+    )
+    plan = qj.plan(qj.Policy([qj.rule(qj.weighted(), scheme)]), qj.sites(f, params, x))
+    _, state = qj.observe(f, plan)(qj.init(plan), params, x)
+    options = {"rules": [MIN_MAX], "activation_bits": 4}
+    shown = {o.operand: o for o in calibration_report(plan, state, params, **options)}
+    assert set(shown) == {"weight", "activation", "output"}
+    qstate = qj.calibrate(plan, state, params, activation_bits=4)["a"]
+    narrower = {
+        o.operand: o for o in calibration_report(plan, state, params, output_bits=4, **options)
+    }
+    assert "uint4" in str(shown["activation"])
+    assert "uint8" in str(shown["output"])
+    assert float(qstate["output"].bits) == 8.0
+    assert "uint4" in str(narrower["output"])
+    asleep = calibration_report(plan, state, params, rules=[MIN_MAX], activation_bits=0)
+    assert {o.operand for o in asleep} == {"weight", "output"}

@@ -259,3 +259,20 @@ def test_an_interrupt_says_that_nothing_is_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "collect", stop)
     assert run(tmp_path)[0] == 130
     assert "stopped; the same command starts anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rules", "min-max", "min-max"], "min_max is asked for twice"),
+        (["--weight-bits", "0", "--fits", "admm", "--rules"], "fits serve weights"),
+        (["--output", __file__], "no folder can be made"),
+    ],
+)
+def test_what_cannot_end_well_ends_before_the_work(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(command, "collect", None)  # calling it would be a TypeError
+    status = cli.main(["calibrate", MODEL, DATA, "--output", str(tmp_path), *arguments])
+    assert status != 0
+    assert message in capsys.readouterr().err

@@ -226,3 +226,30 @@ def test_a_signed_quantizer_with_one_sided_data_has_the_constant_of_its_own_widt
     target = SYMMETRIC._replace(format=integer(max_bits=8))
     high = derived(ACIQ_GAUSSIAN, observed(x), target, 4)[1]
     assert high == pytest.approx(gaussian_clip(jnp.float32(4)).item(), rel=0.03)
+
+
+@pytest.mark.parametrize("rule", cases.MOMENTS, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize("target", [SYMMETRIC, ASYMMETRIC], ids=["symmetric", "asymmetric"])
+def test_moments_that_vanish_or_overflow_leave_what_was_seen(rule, size, target):
+    x = np.float32(cases.drawn("gaussian") * size)
+    low, high = derived(rule, observed(x), target, 8)
+    assert np.isfinite([low, high]).all()
+    assert low < high
+    assert 0.1 * x.max() <= high <= 32.0 * x.max()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("target", [SYMMETRIC, ASYMMETRIC], ids=["symmetric", "asymmetric"])
+def test_eager_compiled_and_mapped_ranges_are_the_same_bits(bits, target):
+    seen = observed(*cases.drawn("shifted", 2).reshape(4, -1))
+    for rule in cases.MOMENTS:
+        at = lambda bits, rule=rule: ranges.derive(rule, seen, target._replace(bits=bits))  # noqa: E731
+        eager, width = at(jnp.float32(bits)), jnp.float32(bits)
+        compiled = jax.jit(lambda s, b, rule=rule: ranges.derive(rule, s, target._replace(bits=b)))
+        for found in (
+            compiled(seen, width),
+            jax.tree.map(lambda a: a[0], jax.lax.map(at, width[None])),
+        ):
+            np.testing.assert_array_equal(found.low, eager.low)
+            np.testing.assert_array_equal(found.high, eager.high)

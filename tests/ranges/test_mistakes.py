@@ -196,3 +196,22 @@ def test_counts_keep_their_type_in_double_precision():
         seen, _ = jax.lax.scan(step, start, x)
         assert int(statistics.as_integer(seen.number)[0]) == 32
         assert seen.number.low.dtype == jnp.uint32
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 1), (1, 1, 1)])
+def test_a_rule_that_returns_bounds_of_another_shape_is_named(shape):
+    rule = RangeRule("mine", lambda s, t: Range(-jnp.ones(shape), jnp.ones(shape), s.batches > 0))
+    seen = statistics_of_channels()
+    with refused(errors.PolicyError, "the rule mine", f"shape {shape}", "(1, 2)"):
+        derive(rule, seen, SYMMETRIC)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (1, 1), (1, 2)])
+def test_bounds_that_hold_for_all_or_for_each_are_ranges(shape):
+    rule = RangeRule("mine", lambda s, t: Range(-jnp.ones(shape), jnp.ones(shape), s.batches > 0))
+    found = derive(rule, statistics_of_channels(), SYMMETRIC)
+    assert float(jnp.max(found.high)) == 1.0
+
+
+def statistics_of_channels():
+    return statistics.of_tensor(jnp.ones((4, 2)), (1, 2), with_values=False)

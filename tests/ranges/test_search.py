@@ -193,11 +193,20 @@ def test_factors_that_are_left_could_not_have_been_better(format, symmetric, rul
     samples.append(at_hand(np.zeros(1024, np.float32)))
     many = jax.tree.map(lambda *leaves: jnp.stack(leaves), *samples)
 
-    def found() -> tuple[jax.Array, jax.Array]:
+    def cost(place, low, high) -> float:
+        """What a range costs in float64."""
+        kind, width = place[:2]
+        x, target = many.sample.values[kind].ravel(), Target(format, symmetric, widths[width])
+        q, clipped = target.quantize(x, low[place], high[place])
+        error = np.abs(np.float64(q) - np.float64(x))
+        weight = np.where(np.asarray(clipped) & (rule == SQNR), 3.0, 1.0)
+        return (weight * error ** (2.4 if rule.name.startswith("l_p") else 2.0)).sum()
+
+    def found() -> tuple[jax.Array, ...]:
         def one(seen, bits):
             target = Target(format, symmetric, bits)
-            qparams = target.qparams(*ranges.derive(rule, seen, target)[:2])
-            return qparams.scale, qparams.zero_point
+            low, high, _ = ranges.derive(rule, seen, target)
+            return *target.qparams(low, high)[:2], low, high
 
         return jax.vmap(lambda seen: jax.lax.map(lambda bits: one(seen, bits), widths))(many)
 
@@ -207,8 +216,13 @@ def test_factors_that_are_left_could_not_have_been_better(format, symmetric, rul
         place = importlib.import_module(f"quantjax.ranges.{module}")
         monkeypatch.setattr(place, "search", lambda *args, **_: all_of_them(*args))
     jax.clear_caches()
-    for got, want in zip(left, found(), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-6)  # factors are computed a few at a time
+    everything = found()
+    alike = [np.isclose(got, want, rtol=1e-6) for got, want in zip(left, everything, strict=True)]
+    # Factors are computed a few at a time, so that of two as good as each other either may be best.
+    others = np.argwhere(~(alike[0] & alike[1]))
+    assert len(others) <= 2
+    for place in map(tuple, others):
+        assert cost(place, *left[2:]) == pytest.approx(cost(place, *everything[2:]), rel=1e-6)
     jax.clear_caches()
 
 
@@ -227,3 +241,43 @@ def test_a_scale_that_stays_while_the_zero_point_moves_covers_more_under_a_small
 def test_an_end_that_is_zero_stays(sign):
     low, high = derived(MSE, observed(sign * np.abs(drawn("laplacian", 9))), ASYMMETRIC, 3)
     assert (low == 0.0 < high) if sign > 0 else (low < 0.0 == high)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@TARGETS
+def test_whole_numbers_have_a_range_of_their_own(target, bits):
+    """The range that is zero alone has an arbitrary scale, 1, which is exact for whole numbers."""
+    x = np.float32(np.random.default_rng(0).integers(0, 17, 2048))
+    for rule in (MSE, SQNR, ranges.l_p(2.4), COSINE):
+        low, high = derived(rule, at_hand(x), target, bits)
+        assert high > low
+        half = derived(rule, at_hand(x * np.float32(0.5)), target, bits)
+        assert np.float32(half) == pytest.approx(np.float32((low, high)) / 2)
+    assert derived(MSE, at_hand(np.zeros(64, np.float32)), target, bits) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_cosine_that_all_ranges_share_keeps_the_widest(bits):
+    """What saturates has the same codes under any narrower range."""
+    x = np.tanh(20.0 * drawn("gaussian"))
+    low, high = derived(COSINE, at_hand(np.sign(x)), ASYMMETRIC, bits)
+    assert (low, high) == (-1.0, 1.0)
+    low, high = derived(COSINE, at_hand(x), ASYMMETRIC, bits)
+    assert min(-low, high) > 0.25
+
+
+@TARGETS
+@pytest.mark.parametrize("kind", ["gaussian", "relu", "student"])
+def test_the_cosine_decides_alike_in_every_program(target, kind):
+    """Its range moves by no step where sums are taken in another order."""
+    x = drawn(kind, 3, 2048)
+    widths = jnp.arange(2.0, 9.0)
+    at = lambda bits: ranges.derive(COSINE, at_hand(x), target._replace(bits=bits))  # noqa: E731
+    mapped = jax.jit(lambda widths: jax.lax.map(at, widths))(widths)
+    for index, bits in enumerate(widths):
+        for other in (
+            at(bits),
+            ranges.derive(COSINE, at_hand(x[::-1]), target._replace(bits=bits)),
+        ):
+            assert np.asarray(mapped.low)[index] == pytest.approx(np.asarray(other.low), rel=1e-5)
+            assert np.asarray(mapped.high)[index] == pytest.approx(np.asarray(other.high), rel=1e-5)

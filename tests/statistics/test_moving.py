@@ -149,3 +149,22 @@ def test_merging_without_order_drops_the_average_alone():
     # It starts anew: the next batch counts whole.
     again = statistics.update(merged, jnp.asarray(X[0]))
     assert_array_equal(again.moving.low, group_extremes(X[0], GROUPS)[0])
+
+
+def test_a_constant_that_is_an_array_is_not_shared():
+    """Buffers of two sites that are one could not be donated."""
+    constant = jnp.float32(0.25)
+    first, second = (
+        statistics.init(GROUPS, averaging_constant=constant, histogram_bins=None) for _ in range(2)
+    )
+    update = jax.jit(lambda states, x: [statistics.update(s, x) for s in states], donate_argnums=0)
+    once = update([first, second], jnp.asarray(X[0]))
+    assert float(once[0].moving.constant) == float(constant) == 0.25
+
+
+def test_the_first_batch_makes_no_nan_on_the_way():
+    with jax.debug_nans(True):
+        state, update = statistics.init(GROUPS, histogram_bins=None), jax.jit(statistics.update)
+        for x in X[:2]:
+            state = update(state, jnp.asarray(x))
+        assert np.isfinite(state.moving.low).all()

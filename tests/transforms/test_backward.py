@@ -1,5 +1,7 @@
 """Quantized gradients: ``qj.fake_quantize(jax.grad(f), plan)`` sees the backward products."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,21 +265,20 @@ def test_quantized_gradients_have_the_right_mean_at_both_ends(bits):
         return jnp.sum(cotangent * (x @ params["w"]))
 
     params, x = {"w": jnp.zeros((2, 3))}, jnp.eye(2)[:1]
+    scheme = qj.Scheme(gradients=qj.gradient_quantizer(bits=bits))
+    policy, g = qj.Policy([qj.rule(qj.backward(), scheme)]), jax.grad(f)
+    plan = qj.plan(policy, qj.sites(g, params, x, jnp.ones((1, 3))))
+    qstate = qj.calibrate(plan, qj.init(plan), params)
+    quantized = qj.fake_quantize(g, plan)
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, None))
+    def draw(key, cotangent):
+        return quantized(qstate, params, x, cotangent, key=key)["w"][0]
+
+    keys, step = jax.random.split(jax.random.key(0), 4000), 1.0 / (2 ** (bits - 1) - 1)
     for cotangent in ([[1.0, 0.3, -0.25]], [[-1.0, 0.3, 0.25]]):
         cotangent = jnp.asarray(cotangent)
-        g = jax.grad(lambda p, x, c: f(p, x, c))
-        quantizer = qj.gradient_quantizer(bits=bits)
-        scheme = qj.Scheme(gradients=quantizer)
-        plan = qj.plan(
-            qj.Policy([qj.rule(qj.backward(), scheme)]), qj.sites(g, params, x, cotangent)
-        )
-        qstate = qj.calibrate(plan, qj.init(plan), params)
-        draw = jax.jit(
-            jax.vmap(
-                lambda key: qj.fake_quantize(g, plan)(qstate, params, x, cotangent, key=key)["w"][0]
-            )
-        )
-        found = draw(jax.random.split(jax.random.key(0), 4000))
-        step = 1.0 / (2 ** (bits - 1) - 1)
+        found = draw(keys, cotangent)
         assert_allclose(found.mean(0), cotangent[0], atol=5 * 0.5 * step / np.sqrt(4000))
         assert_array_equal(found[:, 0], np.full(4000, cotangent[0, 0]))

@@ -145,6 +145,12 @@ def _check_shapes(student: jax.Array, teacher: jax.Array, labels: Any, where: An
             fix="logits of one shape, classes last",
         )
     examples = student.shape[:-1]
+    if where is not None and jnp.shape(where) != examples:
+        raise errors.DataError(
+            f"a mask of {shape_text(jnp.shape(where))}",
+            where=f"qj.kd_loss with logits of {shape_text(student.shape)}",
+            fix=f"a boolean for each example, of shape {examples}",
+        )
     if labels is not None:
         given = jnp.asarray(labels)
         if given.shape != examples or not jnp.issubdtype(given.dtype, jnp.integer):
@@ -153,20 +159,16 @@ def _check_shapes(student: jax.Array, teacher: jax.Array, labels: Any, where: An
                 where=f"qj.kd_loss with logits of {shape_text(student.shape)}",
                 fix=f"class numbers, integers of shape {examples}",
             )
-        known, counted = concrete(given), True if where is None else concrete(where)
-        outside = [] if known is None else (known < 0) | (known >= student.shape[-1])
-        if counted is not None and np.any(bad := np.logical_and(outside, counted)):
+        known, counted = concrete(given), np.True_ if where is None else concrete(where)
+        if known is None or counted is None:
+            return
+        bad = ((known < 0) | (known >= student.shape[-1])) & counted
+        if bad.any():
             raise errors.DataError(
                 f"a label of {known[bad][0]}",
                 where=f"qj.kd_loss with {student.shape[-1]} classes",
                 fix="class numbers from 0; where= leaves out padding",
             )
-    if where is not None and jnp.shape(where) != examples:
-        raise errors.DataError(
-            f"a mask of {shape_text(jnp.shape(where))}",
-            where=f"qj.kd_loss with logits of {shape_text(student.shape)}",
-            fix=f"a boolean for each example, of shape {examples}",
-        )
 
 
 def _check_numbers(temperature: Any, alpha: Any) -> None:

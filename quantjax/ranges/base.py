@@ -16,6 +16,7 @@ from quantjax.affine import RECIPROCAL, QParams, qparams_from_range
 from quantjax.arithmetic import Arithmetic
 from quantjax.formats import Format, Theta
 from quantjax.simulation import apply, is_clipped
+from quantjax.statistics import Statistics
 
 
 class Range(NamedTuple):

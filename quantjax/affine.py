@@ -47,6 +47,7 @@ class Fault(enum.IntEnum):
     NEVER_CALIBRATED = 1
     NOT_FINITE = 2
     BITS_OUTSIDE_FORMAT = 3
+    ZERO_POINT = 4
 
 
 class Scaling(NamedTuple):

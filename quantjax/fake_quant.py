@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import DIVIDED, QParams, Scaling
+from quantjax.arguments import expect
 from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator
 from quantjax.formats import Format, Theta, integer
@@ -87,6 +88,14 @@ def fake_quant(
             where="qj.fake_quant",
             fix="format=qj.integer(signed=..., narrow=...)",
         )
+    for name, value, kind in (
+        ("format", format or integer(), Format),
+        ("rounding", rounding, Rounding),
+        ("estimator", estimator, Estimator),
+        ("scaling", scaling, Scaling),
+    ):
+        example = "qj.integer(), qj.rounding.HALF_EVEN, qj.estimators.LSQ, qj.affine.DIVIDED"
+        expect(value, kind, argument=name, where="qj.fake_quant", fix=f"one as in {example}")
     container = format or integer(max_bits=16, signed=signed, narrow=narrow)
     x = jnp.asarray(x)
     check_floating(x, "qj.fake_quant")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jex_core
 
 from quantjax import errors
 from quantjax.granularity import group_size, repeat_groups
@@ -53,10 +54,21 @@ def moves_of(origin: Origin) -> list[Move]:
             path.append(Move(STEP, {}, (node.loops[-1].length or 0,), ()))
         else:
             assert node.eqn is not None
-            before, after = eqn_shapes(node.eqn)
-            path.append(Move(node.eqn.primitive.name, node.eqn.params, before, after))
+            path += reversed(_of_equation(node.eqn))
         node = node.operands[0]
     return path[::-1]
+
+
+def _of_equation(eqn: jex_core.JaxprEqn) -> list[Move]:
+    """One move, or two: a reshape may take the axes in another order first."""
+    (before, after), order = eqn_shapes(eqn), eqn.params.get("dimensions")
+    if eqn.primitive.name != "reshape" or order is None:
+        return [Move(eqn.primitive.name, eqn.params, before, after)]
+    turned = tuple(before[axis] for axis in order)
+    return [
+        Move("transpose", {"permutation": tuple(order)}, before, turned),
+        Move("reshape", {}, turned, after),
+    ]
 
 
 def casts(path: Sequence[Move]) -> list[Any]:

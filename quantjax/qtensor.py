@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import DIVIDED, QParams, Scaling
+from quantjax.arguments import expect
 from quantjax.arithmetic import Arithmetic
 from quantjax.fake_quant import check_floating
 from quantjax.formats import Format, Theta
@@ -165,6 +166,9 @@ def encode(
     >>> encode(jnp.array([1.2, 3.5, -127.5, 129.0, -1300.0]), p, integer()).codes.tolist()
     [1, 4, -128, 127, -128]
     """
+    expect(qparams, QParams, argument="qparams", where="qj.encode", fix="qj.QParams(scale, 0, 8)")
+    expect(format, Format, argument="format", where="qj.encode", fix="qj.integer()")
+    expect(rounding, Rounding, argument="rounding", where="qj.encode", fix="qj.rounding.FLOOR")
     _check_bits(x, qparams, format)
     known = concrete(x)
     if known is not None and np.any(np.isnan(known)):

@@ -27,6 +27,8 @@ from quantjax.ranges import (
     Range,
     RangeRule,
     Target,
+    apply_fit,
+    check_symmetry,
     checked_rule,
     derive,
 )
@@ -121,6 +123,8 @@ class Quantizer:
                 why="a quantizer is static, and the index an array",
                 fix="qj.calibrate(..., rule=stack[i])",
             )
+        if isinstance(self.rule, FitRule):
+            check_symmetry(self.rule, symmetric=self.symmetric)
         numbers = self.rule.parameters if isinstance(self.rule, RangeRule) else ()
         if any(isinstance(number, jax.Array | np.ndarray) for number in numbers):
             raise errors.QuantizerError(
@@ -198,6 +202,7 @@ class Quantizer:
 
         Raises:
           CalibrationError: the format's parameters are given, and the rule would find its own.
+          QuantizerError: the rule finds a zero point, and the quantizer is symmetric.
         """
         chosen = self.rule if rule is None else rule
         if isinstance(chosen, IndexedRule) and chosen.fits:
@@ -214,7 +219,8 @@ class Quantizer:
             )
         x = jnp.asarray(tensor, jnp.float32)
         finite = reduce_to(jnp.isfinite(x), scale_shape, jnp.all)
-        qparams = chosen.fit(jnp.where(jnp.isfinite(x), x, 0.0), scale_shape, self.format, bits)
+        x = jnp.where(jnp.isfinite(x), x, 0.0)
+        qparams = apply_fit(chosen, x, scale_shape, self.format, bits, symmetric=self.symmetric)
         return self._marked(qparams, finite=finite)
 
     def width(self, bits: jax.Array, theta: Theta = ()) -> QParams:
@@ -359,7 +365,7 @@ def gradient_quantizer(
 
     >>> from quantjax.formats import E5M2
     >>> str(gradient_quantizer()), str(gradient_quantizer(format=E5M2))
-    ('int8/tensor/live', 'e5m2/tensor/live')
+    ('int-narrow8/tensor/live', 'e5m2/tensor/live')
 
     Source: Gupta et al., Deep learning with limited numerical precision, 2015, section 3;
     Micikevicius et al., FP8 formats for deep learning, 2022, section 3 (E5M2 for gradients).

@@ -104,6 +104,8 @@ def _moved(numbers: np.ndarray, eqn: jex_core.JaxprEqn) -> np.ndarray | None:
         return np.flip(numbers, eqn.params["dimensions"])
     if int(np.prod(shape)) != numbers.size:
         return None  # broadcast, or a part of it
+    if name == "reshape" and eqn.params["dimensions"] is not None:
+        numbers = numbers.transpose(eqn.params["dimensions"])
     return numbers.reshape(shape)
 
 

@@ -40,6 +40,11 @@ def _slice(x: Array, params: Params) -> Array:
     return x[tuple(slice(*bound) for bound in bounds)]
 
 
+def _reshape(x: Array, params: Params) -> Array:
+    order = params["dimensions"]
+    return (x if order is None else x.transpose(order)).reshape(params["new_sizes"])
+
+
 UNARY: Mapping[str, Callable[[Array, Params], Array]] = {
     "abs": lambda x, _: np.abs(x),
     "broadcast_in_dim": _broadcast,
@@ -47,7 +52,7 @@ UNARY: Mapping[str, Callable[[Array, Params], Array]] = {
     "integer_pow": _integer_pow,
     "log": lambda x, _: np.log(x),
     "neg": lambda x, _: -x,
-    "reshape": lambda x, params: x.reshape(params["new_sizes"]),
+    "reshape": _reshape,
     "rev": lambda x, params: np.flip(x, params["dimensions"]),
     "rsqrt": lambda x, _: 1.0 / np.sqrt(x),
     "slice": _slice,

@@ -152,11 +152,9 @@ class PerGroup(Granularity):
     remainder: Remainder = Remainder.REFUSE
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, numbers.Integral) or self.size < 1:
+        if not isinstance(self.size, numbers.Integral):
             raise errors.GranularityError(
-                f"groups of {self.size!r} entries",
-                where="qj.PerGroup",
-                fix="qj.PerGroup(32), or qj.PerChannel() for one group",
+                f"groups of {self.size!r} entries", where="qj.PerGroup", fix="qj.PerGroup(32)"
             )
 
     @property

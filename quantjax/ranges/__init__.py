@@ -5,6 +5,7 @@ from quantjax.ranges.admm import ADMM, admm
 from quantjax.ranges.base import FitRule, Range, RangeRule, Target
 from quantjax.ranges.constant import constant
 from quantjax.ranges.derive import derive, derive_many
+from quantjax.ranges.fits import apply_fit, check_symmetry
 from quantjax.ranges.hqo import HQO_SCALE, HQO_ZERO_POINT, Solved, hqo
 from quantjax.ranges.k_means import K_MEANS, k_means
 from quantjax.ranges.kl_onnxruntime import KL_ONNXRUNTIME, kl_onnxruntime
@@ -52,6 +53,8 @@ __all__ = [
     "Target",
     "Variant",
     "admm",
+    "apply_fit",
+    "check_symmetry",
     "checked_rule",
     "constant",
     "derive",

@@ -147,7 +147,9 @@ class FitRule(NamedTuple):
         its rank, ``bits`` a scalar that may be traced. Scales follow the format's scale rule
         where that has any meaning; a width of 0, a tensor that is not finite, and widths beyond the
         container are dealt with by the caller.
+      needs_zero_point: whether it fits a zero point as well, which symmetric quantizers lack.
     """
 
     name: str
     fit: Callable[[jax.Array, tuple[int, ...], Format, jax.Array], QParams]
+    needs_zero_point: bool = False

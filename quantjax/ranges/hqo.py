@@ -128,7 +128,8 @@ def _rule(constants: _Constants) -> FitRule:
     name = f"hqo-{solved.value}"
     if numbers != [POWER, BETA, KAPPA, ITERATIONS]:
         name += "({:g},{:g},{:g},{})".format(*numbers)
-    return FitRule(name, functools.partial(_fit, constants=constants))
+    needs = solved is Solved.ZERO_POINT
+    return FitRule(name, functools.partial(_fit, constants=constants), needs_zero_point=needs)
 
 
 def hqo(

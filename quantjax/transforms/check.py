@@ -22,6 +22,10 @@ REASONS: Mapping[Fault, tuple[str, str]] = {
         "look for NaN in the calibration data and in the weights; a rule's lower bound may also "
         "lie above its upper one",
     ),
+    Fault.ZERO_POINT: (
+        "a rule found a zero point for a symmetric quantizer",
+        "symmetric=False, or a rule that fits the scale alone",
+    ),
     Fault.BITS_OUTSIDE_FORMAT: (
         "the width is outside the format",
         "a width that the format has (quantjax.contract.widths), or qj.integer(max_bits=16)",

@@ -212,7 +212,8 @@ def _site_report(
     reference = jnp.where(ran, reference, 0).astype(jnp.float32)
     quantized = jnp.where(ran, quantized, 0).astype(jnp.float32)
     norms = jnp.sqrt(jnp.sum(reference**2)) * jnp.sqrt(jnp.sum(quantized**2))
-    cosine = jnp.where(norms > 0, jnp.sum(reference * quantized) / norms, 1.0)
+    some = jnp.where(norms == 0, 1.0, norms)  # NaN is no zero, and stays
+    cosine = jnp.where(norms == 0, 1.0, jnp.sum(reference * quantized) / some)
     sqnr = _sqnr(jnp.sum(reference**2), jnp.sum((reference - quantized) ** 2))
     never = ~jnp.any(ran)
     sqnr, cosine = (jnp.where(never, jnp.nan, number) for number in (sqnr, cosine))
@@ -220,7 +221,8 @@ def _site_report(
 
 
 def _operand_report(sums: _OperandSums) -> OperandReport:
-    signal, noise, clipped, size = (jnp.nansum(each) for each in sums)
+    ran = ~jnp.isnan(sums.size)  # what is NaN beside it is NaN in the quantized tensor
+    signal, noise, clipped, size = (jnp.sum(jnp.where(ran, each, 0.0)) for each in sums)
     return OperandReport(
         jnp.where(size > 0, _sqnr(signal, noise), jnp.nan),
         jnp.where(size > 0, clipped / jnp.maximum(size, 1.0), jnp.nan),
@@ -228,7 +230,7 @@ def _operand_report(sums: _OperandSums) -> OperandReport:
 
 
 def _sqnr(signal: jax.Array, noise: jax.Array) -> jax.Array:
-    return jnp.where(noise > 0, 10.0 * jnp.log10(signal / noise), jnp.inf)
+    return jnp.where(noise == 0, jnp.inf, 10.0 * jnp.log10(signal / noise))
 
 
 def _after_sums(

@@ -316,3 +316,26 @@ def test_what_is_found_is_a_value():
     assert norms.foldable == norms
     assert norms[:1] == norms
     assert norms[0] is norms.rows[0]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_kernel_that_a_reshape_turns(turned):
+    """Column by column: the channels of the product lie elsewhere in the parameter."""
+
+    def f(p, x):
+        w = p["w"]
+        kernel = jax.lax.reshape(w, (4, 6), dimensions=(1, 0)) if turned else w.reshape(4, 6)
+        z = (x @ kernel - p["mean"][None]) * jax.lax.rsqrt(p["var"] + 1e-5)[None]
+        return jax.nn.relu(z * p["scale"][None] + p["offset"][None])
+
+    p = {
+        "w": models.normal(0, 6, 4),
+        "mean": models.normal(1, 6),
+        "var": 1.0 + models.normal(2, 6) ** 2,
+        "scale": models.normal(3, 6),
+        "offset": models.normal(4, 6),
+    }
+    x = models.normal(5, 3, 4)
+    folded = qj.fold_batch_norm(p, qj.batch_norms(f, p, x))
+    assert float(jnp.abs(folded["scale"] - 1.0).max()) < 1e-4
+    np.testing.assert_allclose(f(folded, x), f(p, x), rtol=1e-4, atol=1e-5)

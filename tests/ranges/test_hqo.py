@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -167,15 +168,6 @@ def test_formats_without_a_zero_point_are_refused(format):
         HQO_ZERO_POINT.fit(jnp.ones((2, 2)), (1, 1), format, jnp.float32(format.max_bits))
 
 
-def test_a_symmetric_quantizer_with_zero_points_is_refused_where_codes_are_made():
-    case = models.dense()
-    weights = qj.weight_quantizer(bits=3, rule=HQO_ZERO_POINT)
-    plan = models.planned(case, qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=weights))]))
-    qstate = qj.calibrate(plan, {}, case.params)
-    with pytest.raises(errors.QuantjaxError, match="zero point"):
-        qj.freeze(plan, qstate, case.params)
-
-
 def test_live_ranges_take_it():
     case = models.dense()
     live = qj.activation_quantizer(bits=4, rule=HQO_ZERO_POINT, range=qj.RangeMode.LIVE)
@@ -192,3 +184,60 @@ def test_ternary_codes_have_a_scale_of_their_own():
         loss(hqo(solved=Solved.SCALE, iterations=n), x, 2, (12, 1), TERNARY, P) for n in (20, 0)
     )
     assert got.sum() < 0.9 * start.sum()
+
+
+def test_a_symmetric_quantizer_has_no_zero_point_to_find():
+    with refused(errors.QuantizerError, "hqo-zero_point finds zero points", "symmetric=False"):
+        qj.weight_quantizer(bits=3, rule=HQO_ZERO_POINT)
+    case = models.dense()
+    plan = models.planned(case, qj.uniform_policy(weight_bits=3, activation_bits=None))
+    derive = lambda params: qj.calibrate(plan, {}, params, weight_rule=HQO_ZERO_POINT)  # noqa: E731
+    for call in (derive, jax.jit(derive)):
+        with refused(errors.QuantizerError, "the quantizer is symmetric"):
+            call(case.params)
+
+
+def own_fit(scale=0.5, zero_point=1.0):
+    return qj.FitRule(
+        "own",
+        lambda x, shape, format, bits: qj.QParams(
+            jnp.full(shape, scale), jnp.full(shape, zero_point), bits
+        ),
+    )
+
+
+def test_zero_points_of_an_own_fit_are_refused_or_marked():
+    case = models.dense()
+    plan = models.planned(case, qj.uniform_policy(weight_bits=4, activation_bits=None))
+    with refused(errors.QuantizerError, "the rule own finds zero points"):
+        qj.calibrate(plan, {}, case.params, weight_rule=own_fit())
+    weights = qj.weight_quantizer(bits=4, rule=own_fit(), granularity=qj.PerTensor())
+    everywhere = qj.Policy([qj.rule(qj.everything(), qj.Scheme(weights=weights))])
+    with refused(errors.QuantizerError, "the rule own finds zero points"):
+        qj.quantize_params(case.params, everywhere)
+
+    @jax.jit
+    def traced(zero_point):
+        rule = own_fit(zero_point=zero_point)
+        return qj.calibrate(plan, {}, case.params, weight_rule=rule)
+
+    assert qj.check(traced(0.0)) == []
+    (problem,) = qj.check(traced(1.0))
+    assert "a zero point for a symmetric quantizer" in problem.what
+
+
+@pytest.mark.parametrize(
+    ("fit", "fragments"),
+    [
+        (lambda x, shape, format, bits: jnp.ones(shape), ("returned no QParams", "ArrayImpl")),
+        (
+            lambda x, shape, format, bits: qj.QParams(jnp.ones((3, 3)), jnp.zeros(()), bits),
+            ("shape (3, 3)", "(1, 5)"),
+        ),
+    ],
+)
+def test_what_an_own_fit_returns_is_checked(fit, fragments):
+    case = models.dense()
+    plan = models.planned(case, qj.uniform_policy(weight_bits=4, activation_bits=None))
+    with refused(errors.PolicyError, "the rule own", *fragments):
+        qj.calibrate(plan, {}, case.params, weight_rule=qj.FitRule("own", fit))

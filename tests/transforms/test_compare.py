@@ -126,3 +126,32 @@ def test_live_ranges_are_those_of_each_row():
     assert float(jnp.max(jnp.abs(y - exact))) < 0.05 * float(jnp.max(jnp.abs(exact)))
     assert_same_bits(y.shape, exact.shape)
     assert quantized(prepared.qstate, case.params, normal(8, 9, 6)).shape == (9, 5)
+
+
+def test_what_is_nan_is_not_perfect():
+    """In a sweep that looks for the best ratio, a broken cell must not win."""
+    case = dense()
+    plan = qj.plan(qj.uniform_policy(activation_bits=None), qj.sites(case.f, case.params, case.x))
+
+    def of(bits):
+        qstate = qj.calibrate(plan, {}, case.params, weight_bits=bits)
+        return qj.compare(case.f, plan)(qstate, case.params, case.x)
+
+    swept = jax.jit(jax.vmap(of))(jnp.array([4.0, 9.0]))["w"]  # the container holds 8
+    for figure in (swept.sqnr, swept.cosine, swept.operands["weight"].sqnr):
+        assert np.isfinite(figure[0])
+        assert np.isnan(figure[1])
+    qstate = qj.calibrate(plan, {}, case.params)
+    weight = qstate["w"]["weight"]
+    broken = {"w": {"weight": weight._replace(scale=weight.scale.at[0, 0].set(jnp.nan))}}
+    found = qj.compare(case.f, plan)(broken, case.params, case.x)["w"]
+    assert np.isnan([found.sqnr, found.cosine, found.operands["weight"].sqnr]).all()
+
+
+def test_zeros_have_no_direction_and_no_noise():
+    case = dense()
+    nothing = jax.tree.map(jnp.zeros_like, case.params)
+    plan = qj.plan(qj.uniform_policy(activation_bits=None), qj.sites(case.f, nothing, case.x))
+    found = qj.compare(case.f, plan)(qj.calibrate(plan, {}, nothing), nothing, case.x)["w"]
+    assert float(found.cosine) == 1.0
+    assert np.isposinf(float(found.sqnr))

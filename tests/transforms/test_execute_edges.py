@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -288,3 +289,53 @@ def test_the_identity_plan_executes_the_model():
     plan = qj.plan(qj.Policy([]), qj.sites(case.f, case.params, case.x))
     assert_same_bits(qj.freeze(plan, {}, case.params), case.params)
     assert_same_bits(qj.execute(case.f, plan)({}, case.params, case.x), case.f(case.params, case.x))
+
+
+def _column_major(params, x):
+    return x @ jnp.reshape(params["w"], (4, 6), order="F")
+
+
+def _turned_and_split(params, x):
+    kernel = jax.lax.reshape(params["w"], (4, 6), dimensions=(1, 0))
+    return x @ kernel
+
+
+def _members(params, x):
+    """Kernels of an ensemble: JAX maps a convolution by turning and merging their axes."""
+    conv = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return jax.vmap(conv, (None, 0))(x, params["w"])
+
+
+@pytest.mark.parametrize(
+    ("f", "kernel", "x"),
+    [
+        (_column_major, (6, 4), (3, 4)),
+        (_turned_and_split, (6, 4), (3, 4)),
+        (_members, (2, 3, 3, 4, 2), (1, 4, 4, 4)),
+    ],
+    ids=["column-major", "turned", "members"],
+)
+@pytest.mark.parametrize(
+    "granularity", [qj.PerTensor(), qj.PerChannel(), qj.PerGroup(2)], ids=lambda g: g.name
+)
+def test_reshapes_that_turn_axes_first(f, kernel, x, granularity):
+    params, x = {"w": normal(0, *kernel)}, normal(1, *x)
+    policy = qj.uniform_policy(weight_granularity=granularity)
+    plan = qj.plan(policy, qj.sites(f, params, x))
+    _, state = qj.observe(f, plan)(qj.init(plan), params, x)
+    qstate = qj.calibrate(plan, state, params)
+    frozen = qj.freeze(plan, qstate, params)
+    simulated = jax.jit(qj.fake_quantize(f, plan))(qstate, params, x)
+    executed = jax.jit(qj.execute(f, plan))(qstate, frozen, x)
+    np.testing.assert_allclose(executed, simulated, rtol=1e-5, atol=1e-5)
+    weights = qj.plan(
+        qj.uniform_policy(weight_granularity=granularity, activation_bits=None),
+        qj.sites(f, params, x),
+    )
+    alone = qj.fake_quantize(f, weights)(qj.calibrate(weights, {}, params), params, x)
+    np.testing.assert_allclose(f(qj.dequantize_params(frozen), x), alone, rtol=1e-4, atol=1e-5)

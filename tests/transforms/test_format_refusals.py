@@ -120,7 +120,7 @@ def test_a_stack_with_a_rule_that_needs_the_tensor_serves_no_activations():
 
 
 def test_a_dtype_is_no_format():
-    with refused(errors.QuantizerError, "no number format"):
+    with refused(errors.ArgumentError, "the class float8_e4m3fn", "a Format is needed"):
         qj.weight_quantizer(format=jnp.float8_e4m3fn)
 
 

@@ -1,0 +1,82 @@
+"""Applying a fit, and checking what it returns."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantjax import errors
+from quantjax._compat import concrete
+from quantjax.affine import Fault, QParams
+from quantjax.formats import Format
+from quantjax.printing import shape_text
+from quantjax.ranges.base import FitRule
+
+
+def apply_fit(
+    rule: FitRule,
+    x: jax.Array,
+    scale_shape: tuple[int, ...],
+    format: Format,
+    bits: jax.Array,
+    *,
+    symmetric: bool,
+) -> QParams:
+    """The QParams that a rule finds for a tensor, checked.
+
+    Args:
+      symmetric: whether the zero point has to be 0. One that is traced and is not makes the scale
+        NaN, with :attr:`Fault.ZERO_POINT` for ``qj.check``.
+
+    Raises:
+      PolicyError: it returned something else than QParams of the scale's shape.
+      QuantizerError: a zero point for a symmetric quantizer.
+    """
+    check_symmetry(rule, symmetric=symmetric)
+    found = rule.fit(x, scale_shape, format, bits)
+    if not isinstance(found, QParams):
+        raise errors.PolicyError(
+            f"the rule {rule.name} returned no QParams",
+            where=f"{format.name}, tensor {shape_text(x.shape)}",
+            why=f"it returned {type(found).__name__}",
+            fix="qj.QParams(scale, zero_point, bits)",
+        )
+    for array in (found.scale, found.zero_point):
+        shape = jnp.shape(array)
+        sizes = zip(shape, scale_shape[len(scale_shape) - len(shape) :], strict=False)
+        if len(shape) > len(scale_shape) or any(n not in (1, full) for n, full in sizes):
+            raise errors.PolicyError(
+                f"the rule {rule.name} returned a scale or zero point of shape {shape}",
+                where=f"{format.name}, tensor {shape_text(x.shape)}",
+                why=f"scales have the shape {scale_shape}",
+                fix="jnp.broadcast_to(scale, scale_shape)",
+            )
+    return _without_zero_point(rule, found) if symmetric else found
+
+
+def check_symmetry(rule: FitRule, *, symmetric: bool) -> None:
+    """Raise ``QuantizerError`` where a rule finds zero points, and the quantizer has none."""
+    if symmetric and rule.needs_zero_point:
+        raise _refused(rule)
+
+
+def _without_zero_point(rule: FitRule, found: QParams) -> QParams:
+    known = concrete(found.zero_point)
+    if known is not None:
+        if np.any(known != 0):
+            raise _refused(rule)
+        return found
+    moved = (found.zero_point != 0.0) & ~jnp.isnan(found.scale)
+    return found._replace(
+        scale=jnp.where(moved, jnp.nan, found.scale),
+        zero_point=jnp.where(moved, float(Fault.ZERO_POINT), found.zero_point),
+    )
+
+
+def _refused(rule: FitRule) -> errors.QuantizerError:
+    return errors.QuantizerError(
+        f"the rule {rule.name} finds zero points, and the quantizer is symmetric",
+        why="its zero point is 0, and scales that were fitted with another do not go with it",
+        fix="symmetric=False, as in qj.weight_quantizer(symmetric=False, rule=...)",
+    )

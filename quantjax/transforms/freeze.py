@@ -205,6 +205,12 @@ def _encode(
 
 
 def _check_known(weight: StoredWeight, leaf: Any, qparams: QParams) -> None:
+    if not np.size(leaf):
+        raise errors.FreezeError(
+            "a weight without entries has no codes",
+            where=f"{weight.where}, shape {np.shape(leaf)}",
+            fix="leave the layers out that are none, or exempt the site: qj.Scheme()",
+        )
     widths, zeros = concrete(qparams.bits), concrete(qparams.zero_point)
     if widths is not None and not widths.all():
         raise errors.FreezeError(

@@ -229,3 +229,13 @@ def test_other_parameters_than_planned():
         qj.freeze(plan, qstate, {"w": jnp.ones((5, 5))})
     with refused(errors.CalibrationError, "no QParams"):
         qj.freeze(plan, {}, way.case.params)
+
+
+def test_a_stack_of_no_layers_is_refused():
+    def f(params, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0]
+
+    params, x = {"w": jnp.zeros((0, 4, 4))}, jnp.ones((2, 4))
+    plan = qj.plan(qj.uniform_policy(activation_bits=None), qj.sites(f, params, x))
+    with refused(errors.FreezeError, "without entries", "(0, 4, 4)"):
+        qj.freeze(plan, qj.calibrate(plan, {}, params), params)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from quantjax import errors
 from quantjax._compat import concrete
@@ -62,12 +61,13 @@ def check_symmetry(rule: FitRule, *, symmetric: bool) -> None:
 
 
 def _without_zero_point(rule: FitRule, found: QParams) -> QParams:
-    known = concrete(found.zero_point)
+    # Where the scale is NaN, the zero point says which fault it has.
+    moved = (found.zero_point != 0.0) & ~jnp.isnan(found.scale)
+    known = concrete(moved)
     if known is not None:
-        if np.any(known != 0):
+        if known.any():
             raise _refused(rule)
         return found
-    moved = (found.zero_point != 0.0) & ~jnp.isnan(found.scale)
     return found._replace(
         scale=jnp.where(moved, jnp.nan, found.scale),
         zero_point=jnp.where(moved, float(Fault.ZERO_POINT), found.zero_point),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from quantjax.formats import Format, Span, Theta, divide_by_scale
-from quantjax.lean import select
+from quantjax.lean import rounded_product, select
 
 SMALLEST_SCALE = float(jnp.finfo(jnp.float32).smallest_normal)
 LARGEST_SCALE = float(jnp.finfo(jnp.float32).max)
@@ -70,9 +70,8 @@ def _times_reciprocal(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _times_reciprocal_rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
-    # A select between product and sum: else compilers make a fused multiply-add of the two, which
-    # rounds once and moves ties. A barrier does not stop the one for CPU.
-    return jnp.where(jnp.isnan(x), x, _times_reciprocal(x, scale))
+    # Fused with the sum of the zero point it would round once, which moves ties.
+    return rounded_product(x, divide_by_scale(jnp.ones_like(scale), scale))
 
 
 DIVIDED = Scaling("divided", divide_by_scale)

@@ -75,6 +75,7 @@ def rounded_product(x: Float[Array, "..."], y: Float[Array, "..."] | float) -> F
     >>> float(rounded_product(jnp.float32(2.0), 3.0))
     6.0
     """
+    # A select between product and sum. A barrier does not stop the compiler for CPUs.
     return jnp.where(jnp.isnan(x), x, x * y)
 
 

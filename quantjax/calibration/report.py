@@ -71,9 +71,8 @@ def calibration_report(
       As ``qj.calibrate`` for widths and parameters.
 
     Sharp edges: live ranges are left out, because they are no result of calibration, and so are
-    biases, whose rule is their quantizer's own. Steps narrower
-    than a bin of the histogram, above some 10 bits, are measured as if values were spread evenly
-    within a bin.
+    biases, whose rule is their quantizer's own. Steps narrower than a bin of the histogram, above
+    some 10 bits, are measured as if values were spread evenly within a bin.
     """
     chosen = check_rules(RULES.values() if rules is None else rules)
     widths = {

@@ -52,8 +52,7 @@ def kd_loss(
         outside [0, 1]. Traced ones give NaN.
 
     Sharp edges: traced labels outside of the classes give NaN where they count. The value is exact
-    up to ``T = 1e30``. A student at ``-inf`` where the
-    teacher has mass makes the loss infinite.
+    up to ``T = 1e30``. A student at ``-inf`` where the teacher has mass makes the loss infinite.
 
     >>> student, teacher = jnp.array([[2.0, 0.0, -2.0]]), jnp.array([[1.0, 1.0, -2.0]])
     >>> round(float(kd_loss(student, teacher, jnp.array([0]), temperature=2.0)), 4)

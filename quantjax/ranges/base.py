@@ -72,6 +72,16 @@ class Target(NamedTuple):
         return apply(x, qparams, arithmetic), is_clipped(x, qparams, arithmetic)
 
 
+def holds_for(shape: tuple[int, ...], groups: tuple[int, ...]) -> bool:
+    """Whether what a rule returned says something of each group: sizes of 1 hold for all.
+
+    >>> holds_for((), (1, 3)), holds_for((1, 3), (1, 3)), holds_for((3, 1), (1, 3))
+    (True, True, False)
+    """
+    sizes = zip(shape, groups[len(groups) - len(shape) :], strict=False)
+    return len(shape) <= len(groups) and all(n in (1, full) for n, full in sizes)
+
+
 def within_seen(statistics: Statistics, center: jax.Array, reach: jax.Array) -> Range:
     """``[center - reach, center + reach]``, and no more than what was seen; all of that where the
     moments of very small or large values have vanished or overflown.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from quantjax import errors
-from quantjax.ranges.base import Range, RangeRule, Target
+from quantjax.ranges.base import Range, RangeRule, Target, holds_for
 from quantjax.ranges.stack import IndexedRule
 from quantjax.statistics import Histogram, Sample, Statistics
 
@@ -161,9 +161,7 @@ def _range(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target
     found = Range(*map(jnp.asarray, found))
     needed = statistics.scale_shape
     for bound in found[:2]:
-        # Scalars, and sizes of 1, hold for all.
-        sizes = zip(bound.shape, needed[len(needed) - bound.ndim :], strict=False)
-        if bound.ndim > len(needed) or any(size not in (1, full) for size, full in sizes):
+        if not holds_for(bound.shape, needed):
             raise errors.PolicyError(
                 f"the rule {rule.name} returned a bound of shape {bound.shape}",
                 why=f"it was asked for one range each of {needed}"

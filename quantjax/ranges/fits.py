@@ -10,7 +10,7 @@ from quantjax._compat import concrete
 from quantjax.affine import Fault, QParams
 from quantjax.formats import Format
 from quantjax.printing import shape_text
-from quantjax.ranges.base import FitRule
+from quantjax.ranges.base import FitRule, holds_for
 
 
 def apply_fit(
@@ -42,11 +42,9 @@ def apply_fit(
             fix="qj.QParams(scale, zero_point, bits)",
         )
     for array in (found.scale, found.zero_point):
-        shape = jnp.shape(array)
-        sizes = zip(shape, scale_shape[len(scale_shape) - len(shape) :], strict=False)
-        if len(shape) > len(scale_shape) or any(n not in (1, full) for n, full in sizes):
+        if not holds_for(jnp.shape(array), scale_shape):
             raise errors.PolicyError(
-                f"the rule {rule.name} returned a scale or zero point of shape {shape}",
+                f"the rule {rule.name} returned a scale or zero point of shape {jnp.shape(array)}",
                 where=f"{format.name}, tensor {shape_text(x.shape)}",
                 why=f"scales have the shape {scale_shape}",
                 fix="jnp.broadcast_to(scale, scale_shape)",

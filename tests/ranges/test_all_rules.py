@@ -23,9 +23,8 @@ ANY_RULE = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 WIDTHS = jnp.float32([2, 3, 4, 8])
 
 
-def close(rule: RangeRule, got: Range, want: Range) -> None:
+def close(got: Range, want: Range) -> None:
     """Up to last places, which another fusion may leave; they decide between no two ranges."""
-    del rule
     assert_allclose(got.low, want.low, rtol=1e-6, atol=1e-7)
     assert_allclose(got.high, want.high, rtol=1e-6, atol=1e-7)
     assert_array_equal(*np.broadcast_arrays(got.calibrated, want.calibrated))
@@ -44,8 +43,8 @@ def test_traced_widths_are_static_widths(rule):
     for index, bits in ((1, 3), (3, 8)):
         static = jax.jit(lambda b=bits: at(jnp.float32(b)))()
         for many in (together, mapped):
-            close(rule, jax.tree.map(lambda leaf, i=index: leaf[i], many), static)
-        close(rule, at(WIDTHS[index]), static)
+            close(jax.tree.map(lambda leaf, i=index: leaf[i], many), static)
+        close(at(WIDTHS[index]), static)
 
 
 def test_all_rules_and_widths_are_one_program():
@@ -73,7 +72,7 @@ def test_all_rules_and_widths_are_one_program():
     for place in range(0, len(indices), 3):
         rule, bits = RULES[int(indices[place])], float(widths[place])
         want = derive(rule, seen, ASYMMETRIC._replace(bits=jnp.float32(bits)))
-        close(rule, jax.tree.map(lambda leaf, i=place: leaf[i], found), want)
+        close(jax.tree.map(lambda leaf, i=place: leaf[i], found), want)
 
 
 @ANY_RULE
@@ -89,7 +88,7 @@ def test_many_operands_together_are_each_alone(rule):
     found = derive_many(rule, jobs)
     for got, (seen, target) in zip(found, jobs, strict=True):
         assert got.low.shape == seen.scale_shape
-        close(rule, got, derive(rule, seen, target))
+        close(got, derive(rule, seen, target))
 
 
 @ANY_RULE
@@ -103,7 +102,7 @@ def test_layers_of_a_scan_are_each_alone(rule):
     assert found.low.shape == (2, 1)
     for index, layer in enumerate(layers):
         want = derive(rule, layer, ASYMMETRIC._replace(bits=widths[index, 0]))
-        close(rule, jax.tree.map(lambda leaf, i=index: leaf[i], found), want)
+        close(jax.tree.map(lambda leaf, i=index: leaf[i], found), want)
 
 
 def test_a_rule_of_ones_own_is_ten_lines():

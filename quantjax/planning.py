@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from quantjax import errors
 from quantjax.arguments import expect
 from quantjax.interpreter import Origin, Role, Site, SiteStatus, leaves_by_path
 from quantjax.policy import Policy, Rule, Scheme
-from quantjax.printing import amount, columns, shape_text
+from quantjax.printing import amount, columns, shape_text, wrapped
 from quantjax.site_plan import PlanStatus, SitePlan, plan_site
 from quantjax.table import SiteTable, distinct, frame, site_row, weight_bytes
 
@@ -61,6 +62,7 @@ class Plan:
     def __str__(self) -> str:
         """At most 120 columns; ``bytes`` are those of the weight with its scales."""
         rows = []
+        shared = self._shared_reasons()
         for entry in self.sites:
             texts = {o.key: str(o.quantizer) if o.quantizer else "float" for o in entry.operands}
             first = texts.get("weight", texts.get("lhs", ""))
@@ -70,7 +72,10 @@ class Plan:
             size = amount(entry.bytes) if entry.site.weight is not None else ""
             notes = [*(f"{o.key} {o.quantizer}" for o in entry.after)]
             notes += [f"bias {entry.bias}"] if entry.bias is not None else []
-            status = "; ".join([*notes, entry.reason or entry.status.value])
+            reason = entry.reason or entry.status.value
+            if entry.reason in shared:
+                reason = f"{entry.status.value} ({1 + shared.index(entry.reason)})"
+            status = "; ".join([*notes, reason])
             rows.append([entry.site.name, first, second, size, sums, executed, status])
         head = [
             "site",
@@ -82,7 +87,14 @@ class Plan:
             "status",
         ]
         table = columns(head, rows)
-        return f"{table}\n{self._total()}" if len(rows) > 1 else table
+        reasons = (f"({number}) {reason}" for number, reason in enumerate(shared, 1))
+        notes = [line for text in reasons for line in wrapped(text)]
+        return "\n".join([table, *notes, self._total()]) if len(rows) > 1 else table
+
+    def _shared_reasons(self) -> list[str]:
+        """Of two or more quantized sites: the text says each once, under a number."""
+        counts = collections.Counter(entry.reason for entry in self.quantized if entry.reason)
+        return [reason for reason, count in counts.items() if count > 1]
 
     @property
     def bytes(self) -> int:

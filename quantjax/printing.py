@@ -30,6 +30,11 @@ def amount(number: int) -> str:
     raise AssertionError(number)
 
 
+def wrapped(text: str) -> list[str]:
+    """Lines of at most 120 columns."""
+    return textwrap.wrap(text, WIDTH)
+
+
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns under a head; the last column wraps, and a name that leaves it no room has a
     line of its own.

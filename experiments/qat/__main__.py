@@ -30,6 +30,7 @@ class Options:
       output: results.csv, tables.md, and checkpoints of the float networks.
       report: also write the tables there.
       seeds: the float networks, and the batches of each training.
+      more_seeds: of LSQ and the range rules alone, whose differences spread most over seeds.
       widths: of weights and activations together.
       methods: parts of the names of methods; all of them without.
       float_steps: of the float networks.
@@ -41,6 +42,7 @@ class Options:
     output: Path = Path("outputs/qat")
     report: Path | None = None
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (0, 1, 2, 3, 4)
+    more_seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (5, 6, 7, 8, 9)
     widths: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (4, 3, 2)
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     float_steps: int = 1404
@@ -60,6 +62,7 @@ def setting_of(options: Options) -> Setting:
         recipe=Recipe(steps=options.steps),
         float_steps=options.float_steps,
         seeds=options.seeds,
+        more_seeds=[seed for seed in options.more_seeds if seed not in options.seeds],
         widths=options.widths,
         methods=chosen,
     )
@@ -77,7 +80,7 @@ def write(options: Options, note: Note = print) -> str:
         f"{options.float_steps} in float. Made by\n\n"
         "```sh\npython -m experiments.qat --report experiments/qat/README.md\n```"
     )
-    text = page(results.rows, options.widths, head)
+    text = page(results.rows, options.widths, options.seeds, head)
     for path in (options.output / "tables.md", options.report):
         if path is not None:
             path.write_text(text, encoding="utf-8")

@@ -54,7 +54,7 @@ METHODS: tuple[Method, ...] = (
 """At one width for all: ``theta`` and scales are learned, widths are not."""
 
 WHOLE: tuple[Method, ...] = tuple(method for method in METHODS if method.name == "LSQ")
-"""Those that are also trained with the first and the last layer at the same width."""
+"""Also trained with the first and the last layer at the same width, and from more seeds."""
 
 LEARNED_WIDTHS: tuple[Method, ...] = (
     Method("differentiable quantization", presets.differentiable_quantization, ("clip",), True),

@@ -54,6 +54,7 @@ class Setting(NamedTuple):
     recipe: Recipe
     float_steps: int
     seeds: Sequence[int]
+    more_seeds: Sequence[int]  # of LSQ and the range rules alone
     widths: Sequence[int]
     methods: Sequence[Method]
 
@@ -78,15 +79,17 @@ class Setting(NamedTuple):
 
 def run(setting: Setting, results: Results, folder: Path | None, note: Note) -> None:
     """Compute every cell that the results do not have."""
-    floats = {seed: _float(setting, results, folder, seed, note) for seed in setting.seeds}
-    _calibrated(setting, results, floats, PTQ, note)
-    _calibrated(setting, results, floats, PTQ_WHOLE, note)
+    more = setting._replace(seeds=(*setting.seeds, *setting.more_seeds))
+    floats = {seed: _float(setting, results, folder, seed, note) for seed in more.seeds}
+    _calibrated(more, results, floats, PTQ, note)
+    _calibrated(more, results, floats, PTQ_WHOLE, note)
     each = [(QAT, method, setting.widths) for method in setting.methods]
     each += [(QAT_WHOLE, method, setting.widths) for method in setting.methods if method in WHOLE]
     each += [(LEARNED, method, (4,)) for method in LEARNED_WIDTHS]
     each += [(SIGNS, method, (1,)) for method in BINARY]
     for table, method, widths in each:
-        _trained(setting, results, floats, (table, method, widths), note)
+        compared = method in WHOLE and table in (QAT, QAT_WHOLE)
+        _trained(more if compared else setting, results, floats, (table, method, widths), note)
     _taught(setting, results, floats, note)
 
 

@@ -151,6 +151,7 @@ def small(tmp_path_factory, data) -> tuple[study.Setting, Results, Path]:
         recipe=RECIPE,
         float_steps=60,
         seeds=(0, 1),
+        more_seeds=(),
         widths=(2,),
         methods=methods.METHODS[1:3],
     )
@@ -161,6 +162,34 @@ def small(tmp_path_factory, data) -> tuple[study.Setting, Results, Path]:
     for method in setting.methods:
         study._trained(setting, results, floats, (study.QAT, method, (2,)), lambda text: None)
     return setting, results, folder
+
+
+def test_further_seeds_are_of_lsq_and_the_rules_alone(small, monkeypatch):
+    setting, results, _ = small
+    setting = setting._replace(more_seeds=(7, 8), methods=methods.METHODS[2:4])
+    asked = []
+    monkeypatch.setattr(study, "_float", lambda setting, results, folder, seed, note: seed)
+    monkeypatch.setattr(study, "_taught", lambda setting, *_: asked.append(("kd", setting.seeds)))
+    monkeypatch.setattr(
+        study,
+        "_calibrated",
+        lambda setting, results, floats, table, note: asked.append((table, setting.seeds)),
+    )
+    monkeypatch.setattr(
+        study,
+        "_trained",
+        lambda setting, results, floats, job, note: asked.append(
+            (job[0], job[1].name, setting.seeds)
+        ),
+    )
+    study.run(setting, results, None, lambda text: None)
+    few, many = (0, 1), (0, 1, 7, 8)
+    assert {entry[:-1] for entry in asked if entry[-1] == many} == {
+        (study.PTQ,), (study.PTQ_WHOLE,), (study.QAT, "LSQ"), (study.QAT_WHOLE, "LSQ"),
+    }  # fmt: skip
+    assert {entry[-1] for entry in asked} == {few, many}
+    assert (study.QAT, "LSQ+", few) in asked
+    assert ("kd", few) in asked
 
 
 def test_a_second_run_computes_nothing(small, monkeypatch):
@@ -244,7 +273,7 @@ def rows_of(study_name: str = "s") -> list[Row]:
 
 
 def test_the_page_says_what_the_rows_say():
-    text = report.page(rows_of(), (4, 2), "# head")
+    text = report.page(rows_of(), (4, 2), (0, 1, 2), "# head")
     assert text.startswith("# head\n\nFloat: 90.10 % over 3 seeds.")
     assert "| best range rule, not trained | 88.10 (good rule) | −2.00 ± 0.00" in text
     assert "| LSQ | 91.10 | +1.00 ± 0.00 | 89.10 | −1.00 ± 0.00 |" in text
@@ -254,6 +283,21 @@ def test_the_page_says_what_the_rows_say():
     assert "| rounded width | 3.50 | 88.10 | −2.00 ± 0.00 |" in text
     assert "| small network | 60.10 | 65.20 | +5.10 ± 0.25 |" in text
     assert "| 80 % pruned, W4A4 | 80.00 | 81.00 | +1.00 ± 0.00 |" in text
+    assert "further seeds" not in text
+
+
+def test_further_seeds_have_a_part_of_their_own():
+    text = report.page(rows_of(), (4, 2), (0,), "# head")
+    assert "Float: 90.00 % over 1 seeds." in text
+    assert "| best range rule, not trained | 88.00 (good rule) |" in text
+    assert "## LSQ against the range rules from 3 seeds" in text
+    assert "With 2 seeds more" in text
+    all_seeds, alone = (
+        "| W2A2 | 30.10 (good rule) | 85.10 |",
+        "| W2A2 | 30.15 (good rule) | 85.15 |",
+    )
+    assert text.index("same width, all seeds") < text.index(all_seeds) < text.index(alone)
+    assert "| W2A2 | 84.10 (good rule) | 89.10 | −1.00 ± 0.00 | +5.00 ± 0.00 |" in text
 
 
 def test_options_make_the_setting():
@@ -261,6 +305,8 @@ def test_options_make_the_setting():
     assert [m.name for m in setting.methods] == ["LSQ", "LSQ+", "PACT + SAWB", "PACT + DoReFa"]
     assert setting.recipe.steps == 7
     assert setting.model.strides == (1, 2, 2)
+    assert setting.more_seeds == [5, 6, 7, 8, 9]
+    assert setting_of(Options(data="digits", seeds=(5, 7))).more_seeds == [6, 8, 9]
 
 
 def test_the_command_writes_the_page(tmp_path, monkeypatch):

@@ -45,6 +45,19 @@ def test_the_plan_prints():
     ]
 
 
+def test_a_reason_of_several_sites_is_said_once_under_the_table():
+    two = planned(mlp(), qj.presets.fp8())
+    lines = str(two).splitlines()
+    assert [line.split("  ")[-1].strip() for line in lines[1:3]] == ["quantized (1)"] * 2
+    assert lines[3:4] == ["(1) the levels of e4m3fn are no integers"]
+    assert lines[4].startswith("total:")
+    first = qj.Policy([qj.rule(qj.path("*Dense_0*"), qj.presets.fp8().rules[0].scheme)])
+    alone = str(planned(mlp(), first))
+    assert "quantized (1)" not in alone
+    assert "the levels of e4m3fn are no" in alone
+    assert {entry.reason for entry in two.quantized} == {"the levels of e4m3fn are no integers"}
+
+
 @pytest.mark.parametrize("depth", [1, 12])
 def test_nothing_prints_beyond_120_columns(depth):
     params: dict = {"w": normal(0, 6, 6)}

@@ -23,71 +23,20 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 import quantjax as qj
-from experiments.models.cnn import PooledCNN
-from experiments.models.resnet import resnet20
+from experiments.steps import CASES, Case, train_step
 from experiments.timing import interleaved
 from quantjax.interpreter import Carried, Outcome, ProgramCache, Visit, evaluate
 
 STUDENT_T = {40: 2.0227}  # 97.5 % of 39 degrees of freedom
 COMPILE_ROUNDS = 11
 TURNS = 3
-
-
-class Layer(nn.Module):
-    """Attention and a two-layer network, normalized before each."""
-
-    heads: int = 4
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``(batch, tokens, width)`` to the same."""
-        width = x.shape[-1]
-        y = nn.LayerNorm()(x)
-        q, k, v = (
-            nn.DenseGeneral((self.heads, width // self.heads), name=name)(y) for name in "qkv"
-        )
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(width // self.heads)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
-        x = x + nn.DenseGeneral(width, axis=(-2, -1), name="out")(mixed)
-        y = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
-        return x + nn.Dense(width)(y)
-
-
-class Transformer(nn.Module):
-    """Four layers of width 128 over embedded tokens; the mean goes to the classes."""
-
-    layers: int = 4
-    width: int = 128
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits of ``(batch, tokens, width)``."""
-        for _ in range(self.layers):
-            x = Layer()(x)
-        return nn.Dense(10)(nn.LayerNorm()(x).mean(axis=1))
-
-
-class Case(NamedTuple):
-    """A model and the shape of a batch."""
-
-    model: nn.Module
-    shape: tuple[int, ...]
-    fenced: bool = False
-
-
-CASES = {
-    "cnn": Case(PooledCNN(), (128, 28, 28, 1)),
-    "transformer": Case(Transformer(), (16, 128, 128)),
-    "resnet20": Case(resnet20(), (64, 32, 32, 3), fenced=True),
-}
 
 
 def fenced(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,23 +54,6 @@ def fenced(f: Callable[..., Any]) -> Callable[..., Any]:
         return evaluate(program, handler, names, Carried({}, {}), variables, x).result
 
     return run
-
-
-def train_step(apply: Callable[..., Any], optimizer: optax.GradientTransformation) -> Any:
-    """``(variables, moments, qstate, x, labels) -> (variables, moments)``; scales are static."""
-
-    def step(variables: Any, moments: Any, qstate: Any, x: jax.Array, labels: jax.Array) -> Any:
-        def loss(params: Any) -> Any:
-            logits, stats = apply(qstate, {**variables, "params": params}, x)
-            cost = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            return cost, stats
-
-        gradient, stats = jax.grad(loss, has_aux=True)(variables["params"])
-        updates, moments = optimizer.update(gradient, moments, variables["params"])
-        params = optax.apply_updates(variables["params"], updates)
-        return {**variables, "params": params, **stats}, moments
-
-    return jax.jit(step)
 
 
 def measured(case: Case, rounds: int) -> dict[str, Any]:

@@ -30,10 +30,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark_qat import Transformer  # type: ignore[import-not-found]  # the script beside this
 
 import quantjax as qj
 from experiments.models.cnn import PooledCNN
+from experiments.steps import Transformer
 from experiments.timing import interleaved
 from quantjax.formats import divide_by_scale
 from quantjax.integers import lowering

@@ -151,7 +151,7 @@ def _quantize(name: str, leaf: Any, quantizer: Quantizer, key: PRNGKeyArray | No
             fix=f"look for NaN or infinity, or exempt it: qj.rule(qj.path('{name}'), qj.Scheme())",
         )
     if quantizer.symmetric:  # one for all
-        qparams = qparams._replace(zero_point=jnp.zeros((1,) * leaf.ndim))
+        qparams = qparams._replace(zero_point=jnp.zeros((1,) * leaf.ndim, jnp.float32))
     format, rounding, scaling = quantizer.format, quantizer.rounding, quantizer.scaling
     estimator, dtype = quantizer.estimator, leaf.dtype
     leaf, qparams = prepare(leaf, quantizer.started(qparams), quantizer.arithmetic)

@@ -79,8 +79,10 @@ def quantized_cache(
 def _empty(shape: tuple[int, ...], *, bits: jax.Array, format: Format) -> QTensor:
     per_head = (*shape[:-1], 1)
     # Symmetric codes have one zero point, which is 0, for all positions.
-    qparams = QParams(jnp.ones(per_head), jnp.zeros((1,) * len(shape)), bits)
-    return _coded(jnp.zeros(shape), qparams, format)
+    qparams = QParams(
+        jnp.ones(per_head, jnp.float32), jnp.zeros((1,) * len(shape), jnp.float32), bits
+    )
+    return _coded(jnp.zeros(shape, jnp.float32), qparams, format)
 
 
 def _write(store: QTensor, values: jax.Array, position: jax.Array) -> QTensor:

@@ -16,7 +16,7 @@ from quantjax.interpreter import leaves_by_path
 from quantjax.planning import Plan
 from quantjax.site_plan import OperandPlan
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.fake_quantize import check_qstate
+from quantjax.transforms.qstate import checked_qstate
 
 
 def renamed(qstate: QState, plan: Plan, other: Plan) -> QState:
@@ -34,7 +34,7 @@ def renamed(qstate: QState, plan: Plan, other: Plan) -> QState:
         quantizers.
       CalibrationError: a planned operand without QParams.
     """
-    check_qstate(plan, qstate)
+    qstate = checked_qstate(plan, qstate)
     pairs = list(zip(plan.quantized, other.quantized, strict=False))
     different = [
         f"{old.site.name} and {new.site.name}"
@@ -79,7 +79,7 @@ def refolded(
       CalibrationError: a planned operand without QParams.
     """
     where = "qj.training.refolded"
-    check_qstate(plan, qstate)
+    qstate = checked_qstate(plan, qstate)
     rows = {norm.site: norm for norm in foldable(norms, where)}
     leaves = [leaves_by_path(tree) for tree in (before, after)]
     for each in leaves:

@@ -23,6 +23,9 @@ from quantjax.rounding import Rounding
 
 MAX_CONTAINER_BITS = 16
 
+WIDTHS_IN_THETA = frozenset({"exponent_bits"})
+"""Entries of ``theta`` that are whole numbers, as widths are."""
+
 
 class Overflow(enum.Enum):
     """What becomes of values that round to more than the highest finite number."""

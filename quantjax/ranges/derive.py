@@ -82,7 +82,7 @@ def _mixed(rule: IndexedRule, jobs: Sequence[tuple[Statistics, Target]]) -> list
 def _nothing(statistics: Statistics, target: Target) -> Range:
     """The place of a rule that another pass runs."""
     del target
-    zero = jnp.zeros(statistics.scale_shape)
+    zero = jnp.zeros(statistics.scale_shape, jnp.float32)
     return Range(zero, zero, jnp.asarray(False))
 
 

@@ -20,7 +20,7 @@ def magnitude_counts(statistics: Statistics, bins: int) -> jax.Array:
     edges = largest * _fractions(bins)
     above, below = _tails(distribution, edges[1:-1])
     total = jnp.sum(as_float(distribution.counts))[None]
-    beyond = jnp.concatenate([total, above + below, jnp.zeros(1)])
+    beyond = jnp.concatenate([total, above + below, jnp.zeros(1, jnp.float32)])
     return beyond[:-1] - beyond[1:]
 
 
@@ -42,7 +42,7 @@ def symmetric_counts(statistics: Statistics, bins: int) -> jax.Array:
     )
     above, below = _tails(distribution, ends)
     total = jnp.sum(as_float(distribution.counts))[None]
-    zero = jnp.zeros(1)
+    zero = jnp.zeros(1, jnp.float32)
     right = above - jnp.concatenate([above[1:], zero])
     left = below - jnp.concatenate([below[1:], zero])
     return jnp.concatenate([left[::-1], total - above[:1] - below[:1], right])
@@ -74,7 +74,7 @@ def _tails(histogram: Histogram, places: jax.Array) -> tuple[jax.Array, jax.Arra
     """
     counts = as_float(histogram.counts)
     bins = histogram.bins
-    zero = jnp.zeros(1)
+    zero = jnp.zeros(1, jnp.float32)
     under = jnp.concatenate([zero, jnp.cumsum(counts)])
     over = jnp.concatenate([jnp.cumsum(counts[::-1])[::-1], zero])
 

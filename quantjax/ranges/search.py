@@ -155,8 +155,8 @@ def _along(start: _Best, moving: _Ends, limits: _Pair) -> _Pair:
     least, most = limits
     share = jnp.arange(PLACES - 1, -1, -1, dtype=jnp.float32) * (1.0 / PLACES)  # the widest first
     if moving is _Ends.LOW:
-        return share * least, jnp.full(PLACES, start.high)
-    return jnp.full(PLACES, start.low), share * most
+        return share * least, jnp.full(PLACES, start.high, jnp.float32)
+    return jnp.full(PLACES, start.low, jnp.float32), share * most
 
 
 def _around(start: _Best, reach: float, moving: _Ends, limits: _Pair) -> _Pair:

@@ -19,9 +19,9 @@ from quantjax.rounding import HALF_EVEN
 from quantjax.simulation import centered_codes, prepare
 from quantjax.site_plan import OperandPlan
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.fake_quantize import check_qstate
 from quantjax.transforms.live import live_qparams
 from quantjax.transforms.operands import weight_at_hand
+from quantjax.transforms.qstate import checked_qstate
 from quantjax.transforms.steps import over_steps
 
 
@@ -57,7 +57,7 @@ def dampening_loss(plan: Plan, qstate: QState, params: PyTree) -> Float[Array, "
     Source: Nagel et al., Overcoming oscillations in quantization-aware training, 2022, section 4.2.
     """
     plan.check_params(params)
-    check_qstate(plan, qstate)
+    qstate = checked_qstate(plan, qstate)
     leaves = leaves_by_path(params)
     total = jnp.zeros((), jnp.float32)
     for entry in plan.quantized:

@@ -24,7 +24,7 @@ from quantjax.simulation import centered_codes
 from quantjax.training.dampening import nearest
 from quantjax.training.followed import followed_weights, places_in
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.fake_quantize import check_qstate
+from quantjax.transforms.qstate import checked_qstate
 from quantjax.transforms.stored import StoredWeight, parameter_qparams
 
 Threshold = float | Float[Array, ""] | Callable[[Int[Array, ""]], Any]
@@ -147,7 +147,7 @@ def freeze_oscillations(
                 why="codes are those of the parameters under the qstate",
                 fix="optimizer.update(gradient, state, params, qstate=qstate)",
             )
-        check_qstate(plan, qstate)
+        qstate = checked_qstate(plan, qstate)
         limit = threshold(state.step) if callable(threshold) else threshold
         numbers = jnp.asarray(limit, jnp.float32), jnp.asarray(momentum, jnp.float32)
         leaves, values = leaves_by_path(updates), leaves_by_path(params)
@@ -177,7 +177,9 @@ def frozen_share(state: OscillationState) -> Float[Array, ""]:
 
 def _start(weight: StoredWeight, value: jax.Array) -> Followed:
     steps, rank = weight.entry.site.steps, len(weight.operand.operand.shape)
-    bits = scale_in_parameter(jnp.full((*steps, *(1,) * rank), jnp.nan), weight.moves, len(steps))
+    bits = scale_in_parameter(
+        jnp.full((*steps, *(1,) * rank), jnp.nan, jnp.float32), weight.moves, len(steps)
+    )
     zeros = lambda dtype: jnp.zeros(jnp.shape(value), dtype)  # noqa: E731
     return Followed(
         zeros(jnp.float32),

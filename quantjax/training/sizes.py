@@ -13,7 +13,7 @@ from quantjax import estimators
 from quantjax.affine import is_bypassed
 from quantjax.planning import Plan
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.fake_quantize import check_qstate
+from quantjax.transforms.qstate import checked_qstate
 from quantjax.transforms.steps import over_steps
 
 
@@ -38,7 +38,7 @@ def learned_bits(plan: Plan, qstate: QState) -> dict[str, dict[str, Float[Array,
     Source: Uhlich et al., Mixed precision DNNs: all you need is a good parametrization, 2020,
     section 2.
     """
-    check_qstate(plan, qstate)
+    qstate = checked_qstate(plan, qstate)
     found: dict[str, dict[str, jax.Array]] = {}
     for entry in plan.quantized:
         widths: dict[str, jax.Array] = {}

@@ -16,8 +16,8 @@ from quantjax.planning import Plan
 from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.fake_quantize import check_qstate
 from quantjax.transforms.operands import Bits, check_used, width_of
+from quantjax.transforms.qstate import checked_qstate
 from quantjax.transforms.steps import over_steps
 
 
@@ -78,7 +78,7 @@ def with_bits(
     >>> float(qstate["w"]["weight"].bits), float(qstate["w"]["weight"].scale[0, 0])
     (2.0, 0.5)
     """
-    check_qstate(plan, qstate)
+    qstate = checked_qstate(plan, qstate)
     asked = {
         Role.WEIGHT: weight_bits,
         Role.ACTIVATION: activation_bits,

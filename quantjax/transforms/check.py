@@ -43,6 +43,13 @@ LEARNED = (
 )
 
 
+MOVED_WIDTH = (
+    "a width was moved off the whole number that is used in its place",
+    "leave widths out of weight decay and averages: quantjax.training.by_part",
+)
+"""By more than a hundredth: a step of weight decay moves it by millionths."""
+
+
 class Problem(NamedTuple):
     """One operand whose parameters cannot be used.
 
@@ -109,6 +116,9 @@ def _problems(site: str, operand: str, qparams: QParams) -> list[Problem]:
     learned = _learned_faults(qparams, batch) & ~np.any(faults > 0, axis=axes)
     if learned.any():
         found.append(Problem(site, operand, _lanes(learned, batch), *LEARNED))
+    moved = np.abs(bits - np.rint(bits)) > 0.01
+    if moved.any():
+        found.append(Problem(site, operand, _lanes(moved, batch), *MOVED_WIDTH))
     return found
 
 

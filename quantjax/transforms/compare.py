@@ -21,9 +21,10 @@ from quantjax.simulation import is_clipped
 from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.transforms.after import added, additions_of, of_one_group
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.fake_quantize import check_qstate, quantized_product, site_values
+from quantjax.transforms.fake_quantize import quantized_product, site_values
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
+from quantjax.transforms.qstate import checked_qstate
 from quantjax.transforms.sites import check_arguments, check_program
 from quantjax.transforms.steps import layers_first, over_steps
 
@@ -137,7 +138,7 @@ def compare(f: Function, plan: Plan) -> Callable[..., Report]:
 
     def comparing(qstate: QState, params: Any, *inputs: Any, key: Key | None = None) -> Report:
         plan.check_params(params)
-        check_qstate(plan, qstate)
+        qstate = checked_qstate(plan, qstate)
         keys = site_keys(plan, key)
         program = programs(params, *inputs)
         check_program(plan, program)
@@ -265,5 +266,5 @@ def _operand_sums(
         jnp.sum(x**2),
         jnp.sum((x - quantized) ** 2),
         jnp.where(is_bypassed(qparams.bits), 0.0, clipped),
-        jnp.full((), float(x.size)),
+        jnp.float32(x.size),
     )

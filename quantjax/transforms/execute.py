@@ -46,9 +46,9 @@ from quantjax.simulation import centered_codes, prepare
 from quantjax.site_plan import OperandPlan, SitePlan, resized
 from quantjax.transforms.after import Sums, added, additions_of, bits_of, finish, sums_of
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.fake_quantize import check_qstate
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
+from quantjax.transforms.qstate import checked_qstate, whole_widths
 from quantjax.transforms.sites import check_arguments, check_program
 from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import StoredWeight, frozen_leaves, stored_weights, with_frozen
@@ -105,8 +105,8 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
         params = dequantize_params(qparams)
         plan.check_params(params)
         frozen = frozen_leaves(qparams)
-        qstate = with_frozen(plan, stored, qstate, frozen)
-        check_qstate(plan, qstate)
+        qstate = with_frozen(plan, stored, whole_widths(qstate), frozen)
+        qstate = checked_qstate(plan, qstate)
         _check_widths(plan, qstate)
         program = programs(params, *inputs)
         check_program(plan, program)

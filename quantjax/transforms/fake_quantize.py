@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,10 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from quantjax import errors
 from quantjax.affine import QParams
-from quantjax.arguments import expect
-from quantjax.granularity import check_scale_shape
 from quantjax.interpreter import (
     Addition,
     Carried,
@@ -27,7 +24,6 @@ from quantjax.interpreter import (
 )
 from quantjax.interpreter.trace import Function
 from quantjax.planning import Plan
-from quantjax.printing import shape_text
 from quantjax.products import Coded, coded, in_float, multiply, quantized_rows
 from quantjax.site_plan import OperandPlan, SitePlan, resized
 from quantjax.statistics import AxisName, Statistics
@@ -51,6 +47,7 @@ from quantjax.transforms.observe import (
     updated,
     with_output,
 )
+from quantjax.transforms.qstate import checked_qstate
 from quantjax.transforms.sites import check_arguments, check_program
 from quantjax.transforms.steps import over_steps
 
@@ -95,7 +92,7 @@ def fake_quantize(
 
     def prepared(qstate: QState, params: Any, inputs: Any, key: Key | None) -> _Prepared:
         plan.check_params(params)
-        check_qstate(plan, qstate)
+        qstate = checked_qstate(plan, qstate)
         keys = site_keys(plan, key)
         program = programs(params, *inputs)
         check_program(plan, program)
@@ -240,56 +237,3 @@ def _looked_up(entry: SitePlan, visit: Visit, key: Key | None) -> jax.Array:
 def _coded(operand: OperandPlan, x: jax.Array, qparams: QParams, key: Key | None) -> Coded:
     assert operand.quantizer is not None
     return coded(x, live_qparams(operand, x, qparams), operand.quantizer.arithmetic, key)
-
-
-def _check_fits(scale_shape: Sequence[int], shape: Sequence[int], steps: tuple[int, ...]) -> None:
-    if tuple(shape[: len(steps)]) != steps:
-        raise errors.GranularityError("layers are missing", fix="calibrate with this plan")
-    check_scale_shape(scale_shape, shape[len(steps) :])
-
-
-def check_qstate(plan: Plan, qstate: Mapping[str, Mapping[str, QParams]]) -> None:
-    """Raise ``CalibrationError`` unless every planned operand has QParams of its granularity."""
-    for entry in plan.quantized:
-        steps = entry.site.steps
-        for operand in entry.quantized:
-            name, key = entry.site.name, operand.key
-            where = f"site {name} ({entry.site.op.value}), {key}"
-            where += f" {shape_text(operand.operand.shape)}"
-            qparams = qstate.get(name, {}).get(key)
-            if qparams is None:
-                raise errors.CalibrationError(
-                    "the qstate has no QParams for a planned operand",
-                    where=where,
-                    why="it was not derived with this plan",
-                    fix="qstate = qj.calibrate(plan, state, params)",
-                )
-            expect(
-                qparams,
-                QParams,
-                argument="an entry of the qstate",
-                where=where,
-                fix="qstate = qj.calibrate(plan, state, params)",
-            )
-            if jnp.shape(qparams.bits) != steps:
-                needed = f"one for each of {steps} layers" if steps else "a scalar"
-                raise errors.CalibrationError(
-                    f"a width of shape {jnp.shape(qparams.bits)} where {needed} is needed",
-                    where=where,
-                    why="a leading axis is a batch of cells",
-                    fix="map over the cells with jax.vmap or jax.lax.map",
-                )
-            if operand.scale_shape is None:
-                continue
-            expected = (*steps, *operand.scale_shape)
-            try:
-                for shape in (qparams.scale.shape, qparams.zero_point.shape):
-                    _check_fits(operand.scale_shape, shape, steps)
-            except errors.GranularityError:
-                raise errors.CalibrationError(
-                    f"a scale of shape {tuple(qparams.scale.shape)} does not fit",
-                    where=where,
-                    why=f"the plan has scales of shape {expected}; one more leading axis is a "
-                    "batch of cells",
-                    fix="map over the cells with jax.vmap or jax.lax.map",
-                ) from None

@@ -20,8 +20,8 @@ from quantjax.qtensor import QTensor, packed
 from quantjax.simulation import transformed
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.encoding import Encoding, codes_by_parts, encoded_codes
-from quantjax.transforms.fake_quantize import check_qstate
 from quantjax.transforms.keys import Key, split_keys
+from quantjax.transforms.qstate import checked_qstate
 from quantjax.transforms.sites import check_plan
 from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import (
@@ -72,7 +72,7 @@ def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -
     """
     check_plan(plan, verb="freeze")
     plan.check_params(params)
-    check_qstate(plan, qstate)
+    qstate = checked_qstate(plan, qstate)
     uses: dict[str, list[StoredWeight]] = {}
     for weight in stored_weights(plan):
         uses.setdefault(weight.path, []).append(weight)
@@ -199,7 +199,7 @@ def _encode(
         )
     zero_point = qparams.zero_point
     if quantizer.symmetric and layered:
-        zero_point = jnp.zeros((*leaf.shape[:stacked], *(1,) * (leaf.ndim - stacked)))
+        zero_point = jnp.zeros((*leaf.shape[:stacked], *(1,) * (leaf.ndim - stacked)), jnp.float32)
     kept = qparams._replace(scale=scale, zero_point=zero_point, bits=bits)
     return packed(codes, kept, format, dtype)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from quantjax.folding.chains import Chain, Root
 from quantjax.folding.channels import kernel_place
-from quantjax.folding.flow import Found, follow
+from quantjax.folding.flow import RETURNED, Found, follow
 from quantjax.folding.match import Norm, norm_in
 from quantjax.folding.norms import BatchNorm, BatchNorms, FoldStatus, Place
 from quantjax.folding.roles import Part, Played
@@ -40,7 +40,7 @@ def batch_norms(f: Function, params: Any, *inputs: Any) -> BatchNorms:
 
     Sharp edges: a scale and shift without a variance, as of a frozen batch norm that was folded
     into two vectors, is no batch norm here. ``f`` may return its statistics as they are; what else
-    it does with a parameter of a batch norm forbids folding.
+    it does with a parameter of a batch norm, or with its kernel, forbids folding.
 
     >>> import jax.numpy as jnp
     >>> def f(p, x):
@@ -152,7 +152,8 @@ def _checked(model: _Model, row: BatchNorm, chain: Chain, norm: Norm) -> BatchNo
     row = dataclasses.replace(row, kernel=place)
     used = {step.location for step in chain.steps[: norm.length]}
     for other in row.places[1:]:
-        if sinks[other.path] - used:
+        is_statistic = other in (row.mean, row.variance)
+        if sinks[other.path] - used - ({RETURNED} if is_statistic else set()):
             reason = f"{other.path} is read elsewhere as well"
             return _refused(row, FoldStatus.NORM_SHARED, reason)
         if len(set(other.entries)) < int(np.prod(model.shapes[other.path])):

@@ -36,6 +36,8 @@ STEPS: Mapping[str, tuple[StepOp, StepOp | None]] = {
     "div": (StepOp.DIVIDE, None),
 }
 """By primitive: what a chain's value is to it on the left, and on the right."""
+RETURNED: Location = (-1,)
+"""Where a parameter flows that the function returns as it is."""
 INLINED = (ContainerKind.JIT, ContainerKind.REMAT, ContainerKind.INLINED)
 
 
@@ -64,8 +66,8 @@ def follow(program: Program, param_paths: Sequence[str]) -> Found:
     inputs += [Flow()] * (len(jaxpr.jaxpr.invars) - len(inputs))
     outputs = _Walk(program, found).run(jaxpr, inputs, ())
     for output in outputs:
-        if isinstance(output, Origin) and output.kind is OriginKind.FUNCTION:
-            _sink(found, [output], ())
+        if isinstance(output, Origin):
+            _sink(found, [output], RETURNED if output.kind is OriginKind.LEAF else ())
     return found
 
 

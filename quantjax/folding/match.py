@@ -12,6 +12,8 @@ from quantjax.folding.roles import (
     Part,
     Played,
     Trial,
+    as_folded,
+    at_any_size,
     check_form,
     entries_of,
     made_up,
@@ -103,7 +105,9 @@ def _told(shapes: Shapes, chain: Chain, length: int) -> _Told | None:
                 part, epsilon = told
                 parts[path] = Played(part, entries_of(trial, path, part, epsilon, ()), epsilon)
         for seed in () if fault else (5, 11):
-            check_form(_trial(shapes, chain, length, seed), parts)
+            again = _trial(shapes, chain, length, seed)
+            for each in (again, at_any_size(again, parts, seed), as_folded(again, parts)):
+                check_form(each, parts)
     except OtherFormError as error:
         fault = str(error)
     except (NotPerChannelError, UnreadableError):

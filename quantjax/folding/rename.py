@@ -92,7 +92,8 @@ def refolded(
         for operand in entry.quantized if norm is not None else ():
             if operand.is_weight and norm is not None:
                 old, new = (factor(norm, each) for each in leaves)
-                ratio = jnp.where(old == 0.0, 1.0, jnp.abs(new / old))
+                # A channel that is 0 before or after has codes of 0 under any scale.
+                ratio = jnp.where((old == 0.0) | (new == 0.0), 1.0, jnp.abs(new / old))
                 qparams = moved[entry.site.name][operand.key]
                 moved[entry.site.name][operand.key] = _rescaled(qparams, ratio, operand, norm)
     return moved

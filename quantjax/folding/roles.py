@@ -184,5 +184,28 @@ def check_form(trial: Trial, parts: Mapping[str, Played]) -> None:
         raise OtherFormError("it is not γ (z + b - μ) / sqrt(σ² + ε) + β")
 
 
+def at_any_size(trial: Trial, parts: Mapping[str, Played], seed: int) -> Trial:
+    """With parameters of both signs over five decades; variances are positive."""
+    draw, leaves = np.random.default_rng(seed), dict(trial.leaves)
+    for path, played in parts.items():
+        shape = leaves[path].shape
+        sizes = 10.0 ** draw.uniform(-3.0, 2.0, shape)
+        if played.part is not Part.VARIANCE:
+            sizes *= draw.choice([-1.0, 1.0], shape)
+        leaves[path] = sizes
+    return trial._replace(leaves=leaves)
+
+
+def as_folded(trial: Trial, parts: Mapping[str, Played]) -> Trial:
+    """With the parameters that folding leaves behind."""
+    left = {Part.SCALE: 1.0, Part.MEAN: 0.0}
+    leaves = dict(trial.leaves)
+    for path, played in parts.items():
+        value = 1.0 - played.epsilon if played.part is Part.VARIANCE else left.get(played.part)
+        if value is not None:
+            leaves[path] = np.full(leaves[path].shape, value)
+    return trial._replace(leaves=leaves)
+
+
 def _close(left: np.ndarray, right: np.ndarray, tolerance: float = 1e-9) -> bool:
     return bool(np.allclose(left, right, rtol=tolerance, atol=tolerance))

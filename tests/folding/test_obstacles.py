@@ -92,6 +92,23 @@ def kernel_penalized(p, x):
     return norm(p, x @ p["w"]), jnp.sum(p["w"] ** 2)
 
 
+def kernel_returned(p, x):
+    return norm(p, x @ p["w"]), p["w"].T
+
+
+def scale_returned(p, x):
+    return norm(p, x @ p["w"]), p["norm"]["scale"]
+
+
+def with_part(name, change):
+    """A batch norm of ``change(parameter)`` in place of one parameter."""
+
+    def f(p, x):
+        return norm({"norm": p["norm"] | {name: change(p["norm"][name])}}, x @ p["w"])
+
+    return f
+
+
 def kernel_normalized(p, x):
     return norm(p, x @ (p["w"] / jnp.linalg.norm(p["w"])))
 
@@ -146,6 +163,8 @@ CASES = {
     output_used_outside_of_the_jit: (FoldStatus.OUTPUT_USED, "used elsewhere"),
     output_used_inside_of_the_jit: (FoldStatus.OUTPUT_USED, "used elsewhere"),
     kernel_shared: (FoldStatus.KERNEL_SHARED, "its kernel is that of w#1 too"),
+    kernel_returned: (FoldStatus.KERNEL_SHARED, "w is read elsewhere"),
+    scale_returned: (FoldStatus.NORM_SHARED, "norm/scale is read elsewhere"),
     kernel_penalized: (FoldStatus.KERNEL_SHARED, "w is read elsewhere"),
     kernel_normalized: (FoldStatus.KERNEL_COMPUTED, "not one parameter"),
     kernel_sliced: (FoldStatus.KERNEL_COMPUTED, "not one parameter"),
@@ -164,6 +183,46 @@ def test_reasons(f):
     assert (row.status, reason in row.reason) == (status, True), row
     assert not row.foldable
     assert reason.split()[-1] in repr(qj.folding.BatchNorms((row,))).replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("scale", jnp.abs),
+        ("scale", nn.relu),
+        ("scale", lambda g: jnp.sqrt(g * g)),
+        ("scale", lambda g: jnp.minimum(g, 2.0)),
+        ("mean", jnp.abs),
+        ("offset", nn.relu),
+        ("offset", lambda b: jnp.maximum(b, -2.0)),
+    ],
+    ids=["|γ|", "relu γ", "√γ²", "γ below 2", "|μ|", "relu β", "β above -2"],
+)
+def test_a_function_of_a_parameter_that_is_the_same_for_some_values_is_seen(name, change):
+    """Trial values of one sign and size are what such a function leaves alone."""
+    row = one(with_part(name, change))
+    assert not row.foldable
+    assert row.status in (FoldStatus.OTHER_FORM, FoldStatus.NO_SHIFT)
+
+
+@pytest.mark.parametrize("change", [jnp.abs, nn.relu, lambda v: jnp.maximum(v, 1e-9)])
+def test_what_leaves_variances_alone_folds(change):
+    f = with_part("var", change)
+    params = {"w": W, "norm": NORM | {"scale": jnp.float32([1.0, -2.0, 0.5, -0.1])}}
+    rows = cases.found(models.Case(f, params, X))
+    assert [row.reason for row in rows] == [""]
+    after = qj.fold_batch_norm(params, rows)
+    np.testing.assert_allclose(f(after, X), f(params, X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_variance_that_folding_would_leave_below_a_floor():
+    """σ² becomes 1 - ε, which is negative here."""
+
+    def f(p, x):
+        m, v, g, b = (p["norm"][name][None] for name in ("mean", "var", "scale", "offset"))
+        return (x @ p["w"] - m) / jnp.sqrt(nn.relu(v) + 2.0) * g + b
+
+    assert one(f).status is FoldStatus.OTHER_FORM
 
 
 @pytest.mark.parametrize("f", [two_norms_of_one_product, norm_shared])
@@ -302,7 +361,7 @@ def test_returned_statistics_do_not_count_as_another_use():
     """As of an evaluation step that hands its state on."""
 
     def f(p, x):
-        return norm(p, x @ p["w"]), p["norm"]
+        return norm(p, x @ p["w"]), {name: p["norm"][name] for name in ("mean", "var")}
 
     params = {"w": W, "norm": NORM}
     rows = cases.found(models.Case(f, params, X))

@@ -283,6 +283,25 @@ def test_a_scale_that_channels_share_cannot_follow():
     models.assert_same_bits(refolded(qstate, plan, NORMS, CASE.params, CASE.params), qstate)
 
 
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_a_channel_whose_scale_is_zero_keeps_a_usable_range(which):
+    plan = models.planned(CASE, models.policy(qj.weight_quantizer(bits=4)))
+    trees = {"before": CASE.params, "after": CASE.params}
+    scale = CASE.params["params"]["BatchNorm_0"]["scale"].at[1].set(0.0)
+    norm = {**CASE.params["params"]["BatchNorm_0"], "scale": scale}
+    trees[which] = {**CASE.params, "params": {**CASE.params["params"], "BatchNorm_0": norm}}
+    folded = [fold_batch_norm(tree, NORMS) for tree in trees.values()]
+    qstate = qj.calibrate(plan, {}, folded[0])
+    moved = refolded(qstate, plan, NORMS, *trees.values())
+    assert qj.check(moved) == []
+    kernel = qj.freeze(plan, moved, folded[1])["params"]["Conv_0"]["kernel"]
+    assert np.isfinite(kernel.dequantize()).all()
+    zero = np.asarray(folded[1]["params"]["Conv_0"]["kernel"])[..., 1]
+    if which == "after":
+        assert not zero.any()
+        assert not np.asarray(kernel.codes)[..., 1].any()
+
+
 def test_the_same_codes_in_training_and_when_deployed():
     """The same QParams, and W times the same factor: each product is what the other one is, over
     the factor."""

@@ -19,7 +19,7 @@ class Cell(NamedTuple):
 
 
 FLOAT_CELL = Cell(0, 0, "float")
-"""The float baseline: every site at bypass width, in the same program as all other cells."""
+"""The float baseline: every operand at bypass width, in the same program as all other cells."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

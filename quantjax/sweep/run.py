@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,8 @@ import orbax.checkpoint as ocp
 
 from quantjax import errors
 from quantjax.planning import Plan, plan
-from quantjax.policy import Rule
-from quantjax.quantizer import Quantizer
 from quantjax.ranges import RangeRule, stack
+from quantjax.sweep.checks import check_labels, check_study
 from quantjax.sweep.grid import FLOAT_CELL, Cell, Grid
 from quantjax.sweep.progress import Progress, Silent
 from quantjax.sweep.runner import CellProgram, Execution, compile_cells
@@ -60,10 +59,12 @@ def run_sweep(
     models trained that ``output/checkpoints`` has; an interrupted sweep goes on where it stopped.
 
     Raises:
-      SweepError: an inconsistent grid, an unreadable result file, or too small a budget.
-      BitsError: widths beyond the policy's containers, before anything is computed.
+      SweepError: an inconsistent grid, random roundings, an unreadable result file or checkpoint,
+        labels that are not one for each row of logits, too small a budget; logits that are not
+        finite, behind all cells, of which the others are filed.
+      BitsError: widths that the policy's formats do not have, before anything is computed.
     """
-    _check_widths(study, grid)
+    check_study(study, grid)
     progress = progress or Silent()
     store = ResultStore(output / "results.csv")
     fingerprint = study.fingerprint()
@@ -75,7 +76,7 @@ def run_sweep(
     }
     todo = {seed: cells for seed, cells in missing.items() if cells}
     checkpoints = output.absolute() / "checkpoints" / fingerprint
-    trained = 0
+    trained, broken = 0, list[str]()
     program: CellProgram | None = None
     if todo:
         inputs, labels = study.test()
@@ -87,6 +88,7 @@ def run_sweep(
             params = _trained(study, seed, checkpoints / f"seed_{seed}", progress)
             planned = plan(study.policy, sites(study.apply, params, batches[0]))
             state = _observed(study, planned, params, batches, progress)
+            check_labels(study, jax.eval_shape(study.apply, params, inputs), labels)
             shared = (state, params, inputs, labels)
             values = _values(todo[seed], grid.rules)
             if program is None:
@@ -104,9 +106,19 @@ def run_sweep(
                 done = 0
                 for counts in program.calls(values, *shared):
                     cells = todo[seed][done : done + len(counts)]
-                    store.add(_rows(study, fingerprint, seed, cells, counts, len(labels)))
+                    found = dict(zip(cells, counts.tolist(), strict=True))
+                    finite = {cell: count for cell, count in found.items() if count >= 0}
+                    store.add(_rows(study, fingerprint, seed, finite, int(np.size(labels))))
+                    broken += [_at(seed, cell) for cell in found.keys() - finite.keys()]
                     done += len(counts)
                     advance(len(counts))
+    if broken:
+        raise errors.SweepError(
+            f"the logits of {len(broken)} cells are not finite",
+            where=f"{study.name}, {'; '.join(sorted(broken)[:6])}",
+            why="all other cells are computed and filed",
+            fix="calibrate one of them outside the sweep and print qj.check(qstate)",
+        )
     rows = {seed: store.known(fingerprint, seed) for seed in grid.seeds}
     return SweepResult(
         [rows[seed][cell] for seed in grid.seeds for cell in wanted],
@@ -120,7 +132,7 @@ def _trained(study: Study, seed: int, folder: Path, progress: Progress) -> Any:
     """The model of one seed, from its checkpoint where there is one."""
     with ocp.StandardCheckpointer() as checkpointer:
         if folder.exists():
-            return checkpointer.restore(folder)
+            return _restored(checkpointer, folder)
         with progress.task(f"training seed {seed}", study.train_steps) as advance:
             params = study.train(seed, advance)
         checkpointer.save(folder, params)
@@ -135,6 +147,18 @@ def _trained(study: Study, seed: int, folder: Path, progress: Progress) -> Any:
             fix="return such a tree from train; flax.serialization.to_state_dict makes one",
         )
     return restored
+
+
+def _restored(checkpointer: ocp.StandardCheckpointer, folder: Path) -> Any:
+    try:
+        return checkpointer.restore(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise errors.SweepError(
+            "a checkpoint cannot be read",
+            where=f"{folder.parent.name}/{folder.name}",
+            why=f"{type(error).__name__}: {error}"[:200],
+            fix="delete the folder; the sweep trains that seed again",
+        ) from error
 
 
 def _observed(
@@ -167,6 +191,12 @@ def _cell(study: Study, planned: Plan, rules: Sequence[RangeRule]) -> Callable[.
             activation_bits=values["activation_bits"] if activations else None,
             rule=rule_stack[values["rule"]],
         )
+        # Outputs and biases have no axis in the grid; the float baseline has none of them.
+        bypassed = lambda bits: jnp.where(values["is_float"], 0.0, bits)  # noqa: E731
+        qstate = {
+            site: {key: q._replace(bits=bypassed(q.bits)) for key, q in operands_.items()}
+            for site, operands_ in qstate.items()
+        }
         logits = quantized(qstate, params, inputs)
         valid = jnp.all(jnp.isfinite(logits))
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
@@ -182,6 +212,7 @@ def _values(cells: Sequence[Cell], rules: Sequence[RangeRule]) -> dict[str, np.n
         "weight_bits": np.array([cell.weight_bits for cell in cells], np.float32),
         "activation_bits": np.array([cell.activation_bits for cell in cells], np.float32),
         "rule": np.array(index, np.int32),
+        "is_float": np.array([cell == FLOAT_CELL for cell in cells]),
     }
 
 
@@ -189,50 +220,14 @@ def _rows(
     study: Study,
     fingerprint: str,
     seed: int,
-    cells: Sequence[Cell],
-    counts: np.ndarray,
+    counts: Mapping[Cell, int],
     total: int,
 ) -> list[Row]:
-    rows = []
-    for cell, count in zip(cells, counts.tolist(), strict=True):
-        if count < 0:
-            raise errors.SweepError(
-                "the logits are not finite",
-                where=f"{study.name}, seed {seed}, W{cell.weight_bits} A{cell.activation_bits}, "
-                f"{cell.rule}",
-                fix="calibrate outside the sweep and print qj.check(qstate)",
-            )
-        rows.append(
-            Row(fingerprint, study.name, seed, *cell, count / total, correct=count, total=total)
-        )
-    return rows
+    return [
+        Row(fingerprint, study.name, seed, *cell, count / total, correct=count, total=total)
+        for cell, count in counts.items()
+    ]
 
 
-def _quantizer(rule: Rule, what: str) -> Quantizer | None:
-    return rule.scheme.weights if what == "weight" else rule.scheme.activations
-
-
-def _check_widths(study: Study, grid: Grid) -> None:
-    """Widths beyond the containers, before any work."""
-    for rule in study.policy.rules:
-        for what, widths in (
-            ("weight", grid.weight_bits),
-            ("activation", grid.activation_bits),
-        ):
-            quantizer = _quantizer(rule, what)
-            if quantizer is None:
-                if any(widths) and all(_quantizer(r, what) is None for r in study.policy.rules):
-                    raise errors.SweepError(
-                        f"the grid has {what} widths, and the policy quantizes no {what}s",
-                        where=f"study {study.name}, {what}_bits {list(widths)}",
-                        fix=f"{what}_bits=(0,), which is float, or a policy that quantizes them",
-                    )
-                continue
-            beyond = [bits for bits in widths if not 0 <= bits <= quantizer.format.max_bits]
-            if beyond:
-                raise errors.BitsError(
-                    f"{what} widths {beyond} are outside the format {quantizer.format.name}",
-                    where=f"study {study.name}, rule '{rule}'",
-                    why=f"its container holds 1 to {quantizer.format.max_bits} bits, 0 is float",
-                    fix=f"widths from 0 to {quantizer.format.max_bits}",
-                )
+def _at(seed: int, cell: Cell) -> str:
+    return f"seed {seed}, W{cell.weight_bits} A{cell.activation_bits}, {cell.rule}"

@@ -17,7 +17,8 @@ class Row(NamedTuple):
     """One evaluated cell.
 
     Attributes:
-      fingerprint: of everything that the number depends on beside the cell and the seed.
+      fingerprint: of everything that the number depends on beside the cell and the seed, as far
+        as :class:`Study` names it.
       study: the study's name.
       seed: of the trained model.
       weight_bits, activation_bits, rule: the cell.
@@ -55,7 +56,15 @@ class ResultStore:
         """
         if not self.path.exists():
             return []
-        text = self.path.read_text()
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise errors.SweepError(
+                "this is no text file",
+                where=self.path.name,
+                why=str(error),
+                fix="move the file away, or choose another output folder",
+            ) from None
         complete = text[: text.rfind("\n") + 1]
         lines = list(csv.reader(complete.splitlines()))
         if lines and tuple(lines[0]) != Row._fields:
@@ -80,7 +89,7 @@ class ResultStore:
         is_new = not self.path.exists() or self.path.stat().st_size == 0
         if not is_new and not self.path.read_bytes().endswith(b"\n"):
             self.rewrite(self.rows())
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             if is_new:
                 writer.writerow(Row._fields)
@@ -92,7 +101,12 @@ class ResultStore:
         """Replace the file by these rows, atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
-            "w", dir=self.path.parent, prefix=".results-", delete=False, newline=""
+            "w",
+            dir=self.path.parent,
+            prefix=".results-",
+            delete=False,
+            newline="",
+            encoding="utf-8",
         ) as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(Row._fields)

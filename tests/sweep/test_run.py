@@ -2,7 +2,10 @@
 
 import contextlib
 import csv
+import dataclasses
+import shutil
 
+import jax.numpy as jnp
 import pytest
 
 import quantjax as qj
@@ -132,6 +135,137 @@ def test_widths_beyond_the_container_raise_before_any_work(tmp_path):
         run_sweep(tiny_study(calls), grid, tmp_path)
     assert calls.trained == []
     assert not (tmp_path / "results.csv").exists()
+
+
+FORMAT = qj.weight_quantizer(bits=8, format=qj.formats.E4M3FN)
+RANDOM = qj.weight_quantizer(bits=8, rounding=qj.rounding.STOCHASTIC)
+
+
+@pytest.mark.parametrize(
+    ("weights", "grid", "error", "what"),
+    [
+        (FORMAT, {"weight_bits": (2, 8)}, errors.BitsError, r"weight widths \[2\]"),
+        (RANDOM, {}, errors.SweepError, "weights are rounded at random"),
+        (None, {"rules": (qj.ranges.RangeRule("float", None),)}, errors.SweepError, "baseline"),
+        (None, {"rules": (qj.ranges.MSE._replace(name="min_max"),)}, errors.SweepError, "library"),
+        (
+            None,
+            {"rules": (qj.ranges.MSE._replace(name="percentile(0.9)"),)},
+            errors.SweepError,
+            "family",
+        ),
+    ],
+    ids=["width", "random", "float", "named", "family"],
+)
+def test_what_cannot_be_swept_is_refused_before_any_work(tmp_path, weights, grid, error, what):
+    calls = Calls()
+    study = tiny_study(calls)
+    if weights is not None:
+        policy = qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=weights))])
+        study = dataclasses.replace(study, policy=policy)
+        grid = {"activation_bits": (0,), **grid}
+    axes = {"weight_bits": (8,), "activation_bits": (8,), "rules": RULES[:1], "seeds": (0,)}
+    with pytest.raises(error, match=what):
+        run_sweep(study, Grid(**{**axes, **grid}), tmp_path)
+    assert calls.trained == []
+
+
+def test_rules_of_a_family_are_themselves(tmp_path):
+    rules = (qj.ranges.percentile(0.99), qj.ranges.sigma(2.0), qj.ranges.constant(-1.0, 1.0))
+    grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=rules, seeds=(0,))
+    assert run_sweep(tiny_study(), grid, tmp_path).computed == 4
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [{"outputs": qj.activation_quantizer(bits=2)}, {"biases": qj.activation_quantizer(bits=1)}],
+    ids=["outputs", "biases"],
+)
+def test_the_float_cell_is_float_where_outputs_and_biases_are_quantized(tmp_path, behind):
+    study = tiny_study()
+    params = {**study.train(0, lambda steps: None), "b": jnp.linspace(-3.0, 3.0, 3)}
+
+    def apply(params, x):
+        return jnp.tanh(x @ params["first"]) @ params["second"] + params["b"][None]
+
+    inputs, _ = study.test()
+    scheme = qj.Scheme(
+        weights=qj.weight_quantizer(bits=8), activations=qj.activation_quantizer(bits=8), **behind
+    )
+    study = dataclasses.replace(
+        study,
+        apply=apply,
+        train=lambda seed, on_step: params,
+        test=lambda: (inputs, jnp.argmax(apply(params, inputs), axis=-1).astype(jnp.int32)),
+        policy=qj.Policy([qj.rule(qj.weighted(), scheme)]),
+    )
+    grid = Grid(weight_bits=(0, 8), activation_bits=(8,), rules=RULES[:1], seeds=(0,))
+    in_float, *others = run_sweep(study, grid, tmp_path).rows
+    assert (in_float.rule, in_float.accuracy) == ("float", 1.0)
+    assert min(row.accuracy for row in others) < 1.0
+
+
+@pytest.mark.parametrize("change", ["column", "one", "two", "floats"])
+def test_labels_that_are_not_one_for_each_row_are_refused(tmp_path, change):
+    study = tiny_study()
+    inputs, labels = study.test()
+    wrong = {
+        "column": labels[:, None],
+        "one": labels[:1],
+        "two": jnp.stack([labels, labels], 1),
+        "floats": labels.astype(jnp.float32),
+    }
+    study = dataclasses.replace(study, test=lambda: (inputs, wrong[change]))
+    grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=RULES[:1], seeds=(0,))
+    with pytest.raises(errors.SweepError, match="one integer label for each row"):
+        run_sweep(study, grid, tmp_path)
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_sequences_have_a_label_at_each_place(tmp_path):
+    study = tiny_study()
+    inputs, labels = study.test()
+    study = dataclasses.replace(
+        study,
+        apply=lambda params, x: study_of_rows(params, x),
+        calibration=lambda: [inputs[:16].reshape(4, 4, 6)],
+        test=lambda: (inputs.reshape(10, 4, 6), labels.reshape(10, 4)),
+    )
+    grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=RULES[:1], seeds=(0,))
+    first = run_sweep(study, grid, tmp_path).rows[0]
+    assert (first.correct, first.total, first.accuracy) == (40, 40, 1.0)
+
+
+def study_of_rows(params, x):
+    return jnp.tanh(x @ params["first"]) @ params["second"]
+
+
+def test_cells_that_are_not_finite_do_not_take_the_others_with_them(tmp_path):
+    def never(statistics, target):
+        del target
+        nan = jnp.full(statistics.scale_shape, jnp.nan, jnp.float32)
+        return qj.ranges.Range(nan, nan, statistics.batches > 0)
+
+    rules = (*RULES, qj.ranges.RangeRule("never", never, reads_distribution=False))
+    grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=rules, seeds=(0, 1))
+    with pytest.raises(errors.SweepError, match="logits of 2 cells are not finite") as caught:
+        run_sweep(tiny_study(), grid, tmp_path)
+    assert "seed 0, W8 A8, never; seed 1, W8 A8, never" in str(caught.value)
+    rows = ResultStore(tmp_path / "results.csv").rows()
+    assert len(rows) == 2 * (1 + len(RULES))
+    rest = dataclasses.replace(grid, rules=RULES)
+    assert run_sweep(tiny_study(), rest, tmp_path).computed == 0
+
+
+def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path):
+    grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=RULES[:1], seeds=(0,))
+    run_sweep(tiny_study(), grid, tmp_path)
+    (tmp_path / "results.csv").unlink()
+    (folder,) = (tmp_path / "checkpoints").glob("*/seed_0")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(errors.SweepError, match="a checkpoint cannot be read"):
+        run_sweep(tiny_study(), grid, tmp_path)
 
 
 def test_weights_with_nan_raise_and_file_nothing(tmp_path):

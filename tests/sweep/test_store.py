@@ -44,6 +44,13 @@ def test_a_line_cut_short_is_left_out_and_then_replaced(store):
     assert "min_m\n" not in store.path.read_text()
 
 
+def test_a_file_that_is_no_text_raises(store):
+    store.path.parent.mkdir()
+    store.path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(errors.SweepError, match="no text file"):
+        store.rows()
+
+
 def test_a_file_of_another_kind_raises(store):
     store.path.parent.mkdir()
     store.path.write_text("x,y\n1,2\n")

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from quantjax import errors
@@ -134,10 +135,11 @@ def decode_known(data: Json, known: Known, at: str) -> Any:
 def decode_dtype(name: Any, at: str) -> np.dtype[Any]:
     """The dtype of this name, those of ``ml_dtypes`` included."""
     try:
-        if isinstance(name, str):
-            return np.dtype(name)
+        dtype = np.dtype(name) if isinstance(name, str) else None
     except TypeError:
-        pass
+        dtype = None
+    if dtype is not None and (dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)):
+        return dtype
     raise errors.StorageError(
         f"no dtype is called {name!r}", where=at, fix='a name such as "bfloat16" or "int8"'
     )

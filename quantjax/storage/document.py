@@ -21,10 +21,23 @@ def write_document(path: Path, body: Mapping[str, Any], *, schema: str, version:
     Args:
       path: the file; missing folders above it are made.
       body: JSON data, without NaN and infinity.
+
+    Raises:
+      StorageError: a path that is a folder, or text that is no Unicode.
     """
+    if path.is_dir() or not path.name:
+        raise errors.StorageError(
+            "the path is a folder", where=path.name or ".", fix='a file: "quantization.json"'
+        )
     text = render({SCHEMA: schema, VERSION: version, **body}) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = beside(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise errors.StorageError(
+            "a name holds half a character", where=path.name, why=str(error), fix="another name"
+        ) from None
     try:
         with unfinished.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)

@@ -8,6 +8,7 @@ dictionary ``{"0": array, "1": array, ...}``.
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def save_params(path: str | os.PathLike[str], qparams: PyTree, *, overwrite: boo
             schema=PARAMS_SCHEMA,
             version=PARAMS_VERSION,
         )
-        _put_in_place(unfinished, path)
+        _put_in_place(unfinished, path, overwrite=overwrite)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -101,7 +102,7 @@ def load_params(path: str | os.PathLike[str], *, extra: Sequence[Any] = ()) -> P
             f"this is no folder that {save_params.__name__} wrote",
             where=path.name,
             why=f"it has no {DOCUMENT}" if path.is_dir() else "there is no such folder",
-            fix="check the path",
+            fix=_left_aside(path),
         )
     data = read_document(path / DOCUMENT, schema=PARAMS_SCHEMA, version=PARAMS_VERSION)
     check_keys(data, ("tree", "arrays"), f"{path.name}/{DOCUMENT}")
@@ -132,19 +133,35 @@ def _check_free(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def _put_in_place(unfinished: Path, path: Path) -> None:
-    """Give the folder its name; an older one of that name moves aside and is removed after."""
+def _put_in_place(unfinished: Path, path: Path, *, overwrite: bool) -> None:
+    """Give the folder its name; an older one of that name moves aside and is removed after.
+
+    Another writer may have come in the meantime: what may not be overwritten stays.
+    """
+    _check_free(path, overwrite=overwrite)
     if not path.exists():
-        os.rename(unfinished, path)
+        try:
+            os.rename(unfinished, path)  # fails on a folder that is not empty
+        except OSError:
+            _check_free(path, overwrite=False)
+            raise
         return
     aside = beside(path)
     os.rename(path, aside)
     try:
         os.rename(unfinished, path)
-    except OSError:
+    except BaseException:  # an interrupt, too
         os.rename(aside, path)
         raise
     shutil.rmtree(aside)
+
+
+def _left_aside(path: Path) -> str:
+    """The folder that a save left which was killed between two renames, or a path without one."""
+    left = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.tmp/{DOCUMENT}"))
+    if not left:
+        return "check the path"
+    return f"rename {left[-1].parent.name}, which a save that was killed left beside it"
 
 
 def _as_stored(array: np.ndarray) -> np.ndarray:
@@ -184,7 +201,15 @@ def _empty(spec: Json, at: str) -> np.ndarray:
             f"{shape!r:.40} is no shape", where=at, fix="save the parameters again"
         )
     one = np.zeros((), decode_dtype(spec["dtype"], f"{at}.dtype"))
-    return np.broadcast_to(one, shape)
+    try:
+        return np.broadcast_to(one, shape)
+    except ValueError as error:
+        raise errors.StorageError(
+            f"{shape!r:.80} is no shape",
+            where=at,
+            why=str(error),
+            fix="copy the folder again, or save the parameters again",
+        ) from None
 
 
 def _restore(folder: Path, wanted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -99,9 +99,15 @@ def decode_tree(data: Json, leaf: LoadLeaf, *, extra: Sequence[Any] = (), at: st
     if word == DICT and isinstance(body, dict):
         return {key: inner(part, f"{at}/{key}") for key, part in body.items()}
     if word == ITEMS and isinstance(body, list) and all(map(_is_item, body)):
+        _check_once([key for key, _ in body], at)
         return {key: inner(part, f"{at}/{key}") for key, part in body}
     if word == QPARAMS and isinstance(body, dict):
         check_keys(body, QParams._fields, at)
+        for name in ("scale", "zero_point", "bits"):
+            if body[name] is None:
+                raise errors.StorageError(
+                    f"there is no {name}", where=at, fix="write the file again"
+                )
         return QParams(**{name: inner(part, f"{at}.{name}") for name, part in body.items()})
     if word == QTENSOR and isinstance(body, dict):
         check_keys(body, ("format", "dtype", "packing", "stored", QPARAMS), at)
@@ -115,8 +121,10 @@ def decode_tree(data: Json, leaf: LoadLeaf, *, extra: Sequence[Any] = (), at: st
             raise errors.StorageError(
                 f"{packing!r:.80} is no packing", where=f"{at}.packing", fix="write the file again"
             )
+        stored = inner(body["stored"], f"{at}.stored")
+        _check_codes(stored, format, packing, at)
         return QTensor(
-            inner(body["stored"], f"{at}.stored"),
+            stored,
             inner({QPARAMS: body[QPARAMS]}, at),
             format,
             decode_dtype(body["dtype"], f"{at}.dtype"),
@@ -134,6 +142,30 @@ def check_keys(data: Any, names: Sequence[str], at: str) -> None:
             where=at,
             why=f"found {', '.join(sorted(found)) or 'none'}" if found is not None else "",
             fix="write the file again, or correct it where it was edited by hand",
+        )
+
+
+def _check_codes(stored: Any, format: Format, packing: Packing | None, at: str) -> None:
+    """Raise unless codes lie as this format's do: read otherwise, they are other numbers."""
+    own, found = np.dtype(format.storage_dtype), getattr(stored, "dtype", None)
+    if packing is None:
+        fits = found == own
+    else:
+        fits = (packing.bits, packing.dtype, found) == (format.code_bits, own, np.uint8)
+    if not fits:
+        raise errors.StorageError(
+            f"codes are stored as {packing or getattr(stored, 'dtype', type(stored).__name__)}",
+            where=at,
+            why=f"those of {format.name} have {format.code_bits} bits and are {own.name}",
+            fix="write the file again, or correct it where it was edited by hand",
+        )
+
+
+def _check_once(keys: Sequence[Any], at: str) -> None:
+    twice = [key for index, key in enumerate(keys) if key in keys[:index]]
+    if twice:
+        raise errors.StorageError(
+            f"the key {twice[0]!r:.40} stands there twice", where=at, fix="write the file again"
         )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -117,6 +118,20 @@ def test_an_interrupt_leaves_the_old_file(path, monkeypatch):
         write(path, {"new": True})
     assert read(path) == {"old": True}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    for place in (tmp_path, Path()):
+        with refused(errors.StorageError, "the path is a folder"):
+            write_document(place, {"a": 1}, schema="s", version=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_character_is_refused_and_leaves_the_old_file(path):
+    write_document(path, {"a": 1}, schema="s", version=1)
+    with refused(errors.StorageError, "half a character"):
+        write_document(path, {"a": "\ud800"}, schema="s", version=1)
+    assert read_document(path, schema="s", version=1) == {"a": 1}
 
 
 def test_a_new_file_replaces_the_old_one(path):

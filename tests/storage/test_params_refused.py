@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax.core import freeze
 
+import quantjax as qj
 from quantjax import errors
-from quantjax.storage import load_params, save_params
+from quantjax.storage import frozen, load_params, save_params
 from tests import models
 from tests.refused import refused
 from tests.storage import cases
@@ -119,6 +120,59 @@ def test_a_disk_that_fails_leaves_the_old_folder(path, monkeypatch, call):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_an_interrupt_leaves_the_old_folder(path, monkeypatch):
+    old = {"old": jnp.ones(3)}
+    save_params(path, old)
+    real, interrupted = os.rename, []
+
+    def interrupt(source, target):
+        if str(target) == str(path) and not interrupted:
+            interrupted.append(target)
+            raise KeyboardInterrupt
+        return real(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_params(path, {"new": jnp.ones(4)}, overwrite=True)
+    monkeypatch.undo()
+    assert interrupted
+    cases.assert_loaded(load_params(path), old)
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("whose", "overwrite"), [("another's", False), ("another's", True), ("ours", False)]
+)
+def test_what_appears_at_the_path_while_it_is_written_stays(path, monkeypatch, whose, overwrite):
+    real = frozen.write_document
+
+    def meanwhile(*args, **options):
+        real(*args, **options)
+        monkeypatch.undo()
+        if whose == "ours":
+            save_params(path, {"first": jnp.ones(3)})
+        else:
+            path.mkdir()
+            (path / "thesis.txt").write_text("x")
+
+    monkeypatch.setattr(frozen, "write_document", meanwhile)
+    with refused(errors.StorageError, "exists already"):
+        save_params(path, {"second": jnp.ones(4)}, overwrite=overwrite)
+    assert list(path.parent.iterdir()) == [path]
+    if whose == "ours":
+        cases.assert_loaded(load_params(path), {"first": jnp.ones(3)})
+    else:
+        assert (path / "thesis.txt").read_text() == "x"
+
+
+def test_a_save_that_was_killed_between_two_renames_is_found(path):
+    save_params(path, {"old": jnp.ones(3)})
+    aside = path.with_name(".params.0123456789ab.tmp")
+    path.rename(aside)
+    with refused(errors.StorageError, "no such folder", "rename .params.0123456789ab.tmp"):
+        load_params(path)
+
+
 # Refusals when reading
 
 
@@ -164,12 +218,57 @@ def saved(path):
         ('"max_bits": 8', '"max_bits": 80', "integer containers hold 1 to 16 bits"),
         ('"zero_point"', '"zero"', "keys scale, zero_point, bits, theta"),
         ('"stored"', '"store"', "keys format, dtype, packing, stored, qparams"),
+        ('"shape": [64, 8]', f'"shape": [{10**30}]', "is no shape"),
+        ('"shape": [64, 8]', f'"shape": [{2**62}, {2**62}]', "is no shape"),
+        ('"dtype": "float32"', '"dtype": "object"', "no dtype is called 'object'"),
+        ('"dtype": "float32"', '"dtype": "datetime64[s]"', "no dtype is called"),
+        ('"signed": true', '"signed": false', "those of uint have 8 bits and are uint8"),
+        ('"max_bits": 8', '"max_bits": 16', "those of int have 16 bits and are int16"),
     ],
 )
 def test_documents_with_a_mistake(saved, old, new, reason):
     cases.edited(saved / "quantjax.json", old, new)
     with refused(errors.StorageError, reason):
         load_params(saved)
+
+
+@pytest.mark.parametrize("field", ["scale", "zero_point", "bits"])
+def test_qparams_with_nothing_in_them(saved, field):
+    document = saved / "quantjax.json"
+    data = json.loads(document.read_text())
+    data["tree"]["dict"]["w"]["qtensor"]["qparams"][field] = None
+    document.write_text(json.dumps(data))
+    with refused(errors.StorageError, f"there is no {field}", "params/w"):
+        load_params(saved)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("signed", False), ("bits", 2), (None, None)], ids=["sign", "size", "none"]
+)
+def test_codes_that_would_be_read_as_others(path, field, value):
+    tensor = qj.encode(
+        models.normal(0, 4, 8),
+        qj.QParams(jnp.full((1, 8), 0.5), jnp.zeros((1, 8)), jnp.float32(4)),
+        qj.integer(max_bits=4),
+    )
+    save_params(path, {"w": tensor})
+    document = path / "quantjax.json"
+    data = json.loads(document.read_text())
+    body = data["tree"]["dict"]["w"]["qtensor"]
+    if field is None:
+        body["packing"] = None
+    else:
+        body["packing"][field] = value
+    document.write_text(json.dumps(data))
+    with refused(errors.StorageError, "codes are stored as", "4 bits and are int8"):
+        load_params(path)
+
+
+def test_keys_that_stand_there_twice(path):
+    save_params(path, {1: jnp.ones(2), 2: jnp.zeros(2)})
+    cases.edited(path / "quantjax.json", "[2, ", "[1, ")
+    with refused(errors.StorageError, "the key 1 stands there twice"):
+        load_params(path)
 
 
 def test_a_format_that_is_none(saved):

@@ -144,9 +144,10 @@ def _check_shapes(student: jax.Array, teacher: jax.Array, labels: Any, where: An
             fix="logits of one shape, classes last",
         )
     examples = student.shape[:-1]
-    if where is not None and jnp.shape(where) != examples:
+    boolean = where is None or jnp.asarray(where).dtype == jnp.bool_
+    if not boolean or (where is not None and jnp.shape(where) != examples):
         raise errors.DataError(
-            f"a mask of {shape_text(jnp.shape(where))}",
+            f"a mask of {shape_text(jnp.shape(where))}, {jnp.asarray(where).dtype}",
             where=f"qj.kd_loss with logits of {shape_text(student.shape)}",
             fix=f"a boolean for each example, of shape {examples}",
         )
@@ -171,6 +172,13 @@ def _check_shapes(student: jax.Array, teacher: jax.Array, labels: Any, where: An
 
 
 def _check_numbers(temperature: Any, alpha: Any) -> None:
+    for name, number in (("temperature", temperature), ("alpha", alpha)):
+        if jnp.ndim(number):
+            raise errors.DistillationError(
+                f"a {name} of shape {jnp.shape(number)}, where one number is needed",
+                where="qj.kd_loss",
+                fix=f"jax.vmap(lambda v: qj.kd_loss(student, teacher, {name}=v))({name}s)",
+            )
     t, a = concrete(temperature), concrete(alpha)
     if t is not None and not (np.all(t > 0) and np.all(np.isfinite(t))):
         raise errors.DistillationError(

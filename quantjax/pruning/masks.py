@@ -65,7 +65,8 @@ def prune_mask(
       PruningError: a concrete sparsity outside [0, 1] or that the structure cannot have; a global
         scope for a structure of groups; a selector that matches nothing; a tree without kernels.
 
-    Sharp edges: a traced sparsity is cut to [0, 1], and NaN keeps all. A bias of rank 2 under
+    Sharp edges: a traced sparsity is cut to [0, 1], and NaN keeps all; above 2^24 weights in one
+    ranking it is exact to float32's last place alone. A bias of rank 2 under
     another name, as the ``b`` of layers stacked by Haiku, is a kernel unless ``select`` leaves it
     out. Ranks are found by sorting, 0.2 s for a million weights on a CPU. Layers stacked in one
     leaf compete with each other.
@@ -103,14 +104,31 @@ def prune_mask(
         )
     named = leaves_by_path(params, is_leaf=is_quantized)
     kernels = _selected(named, select or everything())
-    scores = (criterion or magnitude()).scores(kernels)
-    share = jnp.asarray(sparsity, jnp.float32)
+    criterion = criterion or magnitude()
+    scores = criterion.scores(kernels)
+    _check_scores(scores, kernels, criterion)
+    share: Any = sparsity if known is not None else jnp.asarray(sparsity, jnp.float32)
     if scope is Scope.GLOBAL:
         masks = _together(scores, share)
     else:
         masks = {n: structure.mask(s, share, f"parameter {n}") for n, s in scores.items()}
     leaves = [masks.get(name, jnp.ones((), bool)) for name in named]
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), leaves)
+
+
+def _check_scores(scores: Any, kernels: dict[str, jax.Array], criterion: Criterion) -> None:
+    """Raise unless there is a score for each weight: a kernel without would not be pruned."""
+    found = {name: jnp.shape(score) for name, score in scores.items()}
+    wanted = {name: kernel.shape for name, kernel in kernels.items()}
+    if found == wanted:
+        return
+    odd = next(n for n in (*wanted, *found) if found.get(n) != wanted.get(n))
+    raise errors.PruningError(
+        f"scores of {shape_text(found[odd])}" if odd in found else "no scores",
+        where=f"parameter {odd}, criterion {criterion!r:.60}",
+        why=f"it is {shape_text(wanted[odd])}" if odd in wanted else "it is no kernel at hand",
+        fix="{name: score of the kernel's shape for name, kernel in kernels.items()}",
+    )
 
 
 def _selected(named: Any, select: Selector) -> dict[str, jax.Array]:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from quantjax import errors
@@ -22,7 +23,11 @@ class Scope(enum.Enum):
     GLOBAL = "global"
 
 
-def kept(scores: Float[Array, "... n"], sparsity: jax.Array) -> Bool[Array, "... n"]:
+EXACT = 1 << 24
+"""Counts up to here are float32 numbers."""
+
+
+def kept(scores: Float[Array, "... n"], sparsity: float | jax.Array) -> Bool[Array, "... n"]:
     """True for all but the ``round(sparsity · n)`` lowest along the last axis, by rank.
 
     Of equal scores the first ones go: a rank has no ties, so that the number is exact.
@@ -31,8 +36,17 @@ def kept(scores: Float[Array, "... n"], sparsity: jax.Array) -> Bool[Array, "...
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     order = jnp.argsort(scores, axis=-1, stable=True)
     ranks = jnp.argsort(order, axis=-1)
-    away = jnp.round(jnp.clip(sparsity, 0.0, 1.0) * number).astype(ranks.dtype)
-    return ranks >= away
+    return ranks >= jnp.asarray(_gone(sparsity, number), ranks.dtype)
+
+
+def _gone(sparsity: float | jax.Array, number: int) -> int | jax.Array:
+    """``round(sparsity · number)``; of a Python number by its own digits, not those of float32."""
+    known = concrete(sparsity)
+    if known is not None and (known.dtype == np.float64 or number > EXACT):
+        return round(min(max(float(known), 0.0), 1.0) * number)
+    share = jnp.clip(jnp.asarray(sparsity, jnp.float32), 0.0, 1.0)
+    away = jnp.round(share * number).astype(jnp.int32)
+    return jnp.where(share == 1.0, number, away)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +98,9 @@ class NOfM(Structure):
 
     Attributes:
       m: ``M``.
-      axis: along which neighbours are; -2 is the input axis of dense and convolution kernels.
+      axis: along which neighbours are, which hardware wants to be the summed one. -2 is the input
+        axis of Flax's dense and convolution kernels; Equinox's ``Linear`` has it at -1, kernels of
+        attention in Flax (``features x heads x width``) at 0: select those by name, one mask each.
 
     Source: Mishra et al., Accelerating sparse deep neural networks, 2021, section 3.
     """

@@ -149,6 +149,21 @@ def test_what_has_no_meaning_is_refused(arguments, options, kind, problem):
         qj.kd_loss(*map(jnp.zeros, arguments), **options)
 
 
+@pytest.mark.parametrize("name", ["temperature", "alpha"])
+def test_an_array_of_temperatures_or_shares_names_vmap(name):
+    logits = jnp.zeros((4, 3))
+    with refused(errors.DistillationError, f"a {name} of shape (3,)", "jax.vmap"):
+        qj.kd_loss(logits, logits, **{name: jnp.ones(3)})
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
+def test_a_mask_of_numbers_is_refused(dtype):
+    """A mask of twos would count its examples twice above the line, and once below."""
+    logits = jnp.zeros((4, 3))
+    with refused(errors.DataError, f"a mask of 4, {jnp.dtype(dtype)}", "a boolean"):
+        qj.kd_loss(logits, logits, where=jnp.ones(4, dtype))
+
+
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
 def test_what_does_not_count_does_not_reach_the_gradient(odd):
     student, teacher, labels = drawn(3, 4, 5)

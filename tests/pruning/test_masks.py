@@ -10,7 +10,7 @@ from numpy.testing import assert_array_equal
 
 import quantjax as qj
 from quantjax import errors, pruning
-from quantjax.pruning import MaskGradient, NOfM, Scope
+from quantjax.pruning import MaskGradient, NOfM, Scope, structures
 from tests import models
 from tests.refused import refused
 
@@ -188,6 +188,33 @@ def test_a_pruned_model_is_quantized_and_stays_sparse():
 def test_what_cannot_be_made_is_refused(options, problem):
     with refused(errors.PruningError, problem):
         qj.prune_mask(TREE, options.pop("sparsity"), **options)
+
+
+@pytest.mark.parametrize("number", [1 << 24, (1 << 24) + 1, 25_500_001])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.9, 1.0])
+def test_counts_are_those_of_the_decimal_however_many_weights(number, sparsity):
+    assert structures._gone(sparsity, number) == round(sparsity * number)
+    of_float32 = structures._gone(jnp.float32(sparsity), number)
+    assert abs(int(of_float32) - round(float(np.float32(sparsity)) * number)) <= 1
+    traced = int(jax.jit(structures._gone, static_argnums=1)(jnp.float32(sparsity), number))
+    assert abs(traced - round(sparsity * number)) <= 2
+    if sparsity in (0.0, 1.0):
+        assert traced == int(of_float32) == round(sparsity * number)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda s: {}, "no scores"),
+        (lambda s: {"w": s["w"][0]}, "scores of 4"),
+        (lambda s: {**s, "other": s["w"]}, "no kernel at hand"),
+    ],
+    ids=["missing", "shape", "more"],
+)
+def test_a_criterion_scores_every_kernel_and_nothing_else(change, problem):
+    own = pruning.Criterion("own", lambda kernels: change(jax.tree.map(jnp.abs, kernels)))
+    with refused(errors.PruningError, problem, "parameter"):
+        qj.prune_mask({"w": models.normal(0, 3, 4), "b": jnp.zeros(2)}, 0.5, criterion=own)
 
 
 def test_groups_of_one_and_trees_without_kernels_are_refused():

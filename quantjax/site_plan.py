@@ -100,6 +100,9 @@ def plan_site(site: Site, rule: Rule | None) -> SitePlan:
     if site.status is SiteStatus.OPAQUE:
         floats = tuple(OperandPlan(operand, None, None) for operand in site.operands)
         return SitePlan(site, floats, None, None, PlanStatus.OPAQUE, site.reason)
+    if any(o.shape[axis] == 0 for o in site.operands for axis in o.contracted):
+        floats = tuple(OperandPlan(operand, None, None) for operand in site.operands)
+        return SitePlan(site, floats, None, None, PlanStatus.FLOAT, "float: a sum of no terms")
     scheme = rule.scheme if rule is not None else None
     operands = []
     for operand in site.operands:

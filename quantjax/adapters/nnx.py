@@ -113,6 +113,24 @@ def restore(model: NnxFunction, params: Any, state: Any) -> Any:
     return model.f.merge(*jax.tree.map(_array, (params, state)))
 
 
+def as_state(model: NnxFunction, params: Any) -> Any:
+    """Arrays shaped as ``params``, gradients for instance, as the ``nnx.State`` that Flax has.
+
+    It is what ``nnx.grad`` would return, and what ``nnx.Optimizer.update(module, gradients)`` takes.
+
+    >>> from flax import nnx
+    >>> from quantjax.adapters import nnx as qnnx
+    >>> module = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    >>> model = qnnx.functional(module)
+    >>> loss = lambda params: model.f(params, model.state, jnp.ones((2, 8)))[0].sum()
+    >>> gradients = qnnx.as_state(model, jax.grad(loss)(model.params))
+    >>> gradients["kernel"].shape
+    (8, 4)
+    """
+    module = model.f.merge(*jax.tree.map(_array, (params, model.state)))
+    return nnx.state(module, model.f.wrt)
+
+
 def _call(module: Any, *inputs: Any) -> Any:
     return module(*inputs)
 

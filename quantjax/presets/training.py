@@ -97,7 +97,8 @@ def lsq(*, weight_bits: int = 4, activation_bits: int = 4) -> Scheme:
 def lsq_plus(*, weight_bits: int = 4, activation_bits: int = 4) -> Scheme:
     """Learned scales, and zero points of activations that may have any sign (Bhalgat et al., 2020).
 
-    Weights start from ``max(|μ - 3σ|, |μ + 3σ|)``, activations from the least squared error.
+    Weights start from ``max(|μ - 3σ|, |μ + 3σ|)``, or from the largest where that is less (weights
+    that were drawn uniformly), activations from the least squared error.
     """
     return Scheme(
         weights=_weights(weight_bits, LSQ, rule=ranges.sigma(3.0)),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from quantjax import errors
 from quantjax.affine import QParams
 from quantjax.interpreter import (
     Addition,
@@ -70,7 +71,11 @@ def fake_quantize(
       observe: return ``(y, state)``, and take ``state=`` and ``where=`` as ``qj.observe`` does: the
         statistics of what the operands are in the quantized model, for ranges that move during
         training. Without ``state=`` they start anew. No gradient flows through them.
-      axis_name: of ``observe``: the mesh axes that the batch is spread over.
+      axis_name: of ``observe``: the mesh axes that the batch is spread over. Live ranges are those
+        of each shard whatever it is.
+
+    Raises:
+      ArgumentError: an axis name without ``observe``.
 
     Raises (of the returned function):
       PlanMismatchError: other parameters or another program than those planned.
@@ -87,6 +92,13 @@ def fake_quantize(
     (3.5, 2.0)
     """
     check_arguments(f, plan, verb="fake_quantize")
+    if axis_name is not None and not observe:
+        raise errors.ArgumentError(
+            f"an axis name, {axis_name!r}, and nothing that is observed",
+            where="qj.fake_quantize",
+            why="statistics alone are taken across devices; a live range is that of its shard",
+            fix="observe=True, or axis_name=None",
+        )
     programs = ProgramCache(f)
     planned = {entry.site.name: entry for entry in plan.quantized}
 

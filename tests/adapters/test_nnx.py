@@ -14,6 +14,7 @@ from flax import nnx
 
 import quantjax as qj
 from quantjax.adapters import nnx as qnnx
+from quantjax.errors import AdapterError
 from tests.adapters.modules import (
     ALL,
     MLP,
@@ -203,6 +204,24 @@ def test_restore_gives_back_the_trained_module(make):
     assert_same(arrays(module), (params, state))
     assert_same(module(X), f(params, state, X)[0])
     assert_same(qnnx.functional(qnnx.restore(model, params, state))[1:], (params, state))
+
+
+def test_gradients_go_into_the_optimizer_of_nnx():
+    module = MLP()
+    module.eval()
+    model = qnnx.functional(module)
+    plan = qj.plan(qj.uniform_policy(), qj.sites(model.f, model.params, model.state, X))
+    observe, quantized = qj.observe(model.f, plan), qj.fake_quantize(model.f, plan)
+    _, seen = observe(qj.init(plan), model.params, model.state, X)
+    qstate = qj.calibrate(plan, seen, model.params)
+    grads = jax.grad(lambda p: (quantized(qstate, p, model.state, X)[0] ** 2).sum())(model.params)
+    updates, _ = optax.sgd(0.1).update(grads, optax.sgd(0.1).init(model.params), model.params)
+    expected = optax.apply_updates(model.params, updates)
+    optimizer = nnx.Optimizer(module, optax.sgd(0.1), wrt=nnx.Param)
+    optimizer.update(module, qnnx.as_state(model, grads))
+    assert_same(qnnx.functional(module).params, expected)
+    with pytest.raises(AdapterError):
+        qnnx.as_state(model, {"other": X})
 
 
 def test_importing_quantjax_or_the_room_loads_no_flax():

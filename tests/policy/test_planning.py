@@ -1,6 +1,7 @@
 """Plans: what is decided where, how it prints, and what does not fit."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import quantjax as qj
@@ -75,6 +76,22 @@ def test_nothing_prints_beyond_120_columns(depth):
     for text in (str(table), str(plan)):
         assert max(map(len, text.splitlines())) <= 120
     assert "scan×2" in str(table)
+
+
+@pytest.mark.parametrize("granularity", [qj.PerChannel(), qj.PerGroup(2)], ids=str)
+def test_a_sum_of_no_terms_stays_in_float(granularity):
+    def f(params, x):
+        return x @ params["w"] + 1.0
+
+    params, x = {"w": jnp.zeros((0, 5))}, jnp.zeros((3, 0))
+    live = qj.activation_quantizer(granularity=qj.PerToken(), range=qj.RangeMode.LIVE)
+    plan = qj.plan(policy(W(granularity=granularity), live), qj.sites(f, params, x))
+    (entry,) = plan.sites
+    assert (entry.status, entry.reason) == (PlanStatus.FLOAT, "float: a sum of no terms")
+    qstate = qj.calibrate(plan, qj.init(plan), params)
+    frozen = qj.freeze(plan, qstate, params)
+    for y in (qj.fake_quantize(f, plan)(qstate, params, x), qj.execute(f, plan)(qstate, frozen, x)):
+        assert (y == jnp.ones((3, 5))).all()
 
 
 def test_equal_plans_are_equal_and_serve_as_static_arguments():

@@ -116,7 +116,7 @@ def restore(model: NnxFunction, params: Any, state: Any) -> Any:
 def as_state(model: NnxFunction, params: Any) -> Any:
     """Arrays shaped as ``params``, gradients for instance, as the ``nnx.State`` that Flax has.
 
-    It is what ``nnx.grad`` would return, and what ``nnx.Optimizer.update(module, gradients)`` takes.
+    It is what ``nnx.grad`` returns, and what ``nnx.Optimizer.update(module, gradients)`` takes.
 
     >>> from flax import nnx
     >>> from quantjax.adapters import nnx as qnnx

@@ -116,7 +116,8 @@ def _problems(site: str, operand: str, qparams: QParams) -> list[Problem]:
     learned = _learned_faults(qparams, batch) & ~np.any(faults > 0, axis=axes)
     if learned.any():
         found.append(Problem(site, operand, _lanes(learned, batch), *LEARNED))
-    moved = np.abs(bits - np.rint(bits)) > 0.01
+    known = np.where(np.isfinite(bits), bits, 0.0)
+    moved = (np.abs(known - np.rint(known)) > 0.01) & ~np.any(faults > 0, axis=axes)
     if moved.any():
         found.append(Problem(site, operand, _lanes(moved, batch), *MOVED_WIDTH))
     return found

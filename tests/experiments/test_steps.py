@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import quantjax as qj
+from experiments.models.cnn import SmallCNN
 from experiments.steps import CASES, Case, Transformer, train_step
 from tests.models import normal
 
@@ -23,7 +24,7 @@ def test_every_case_has_ten_classes(name):
 def test_a_step_lowers_the_loss(quantized):
     case = Case(Transformer(layers=1, width=16), (8, 4, 16))
     x, labels = normal(0, *case.shape), jnp.arange(8) % 10
-    variables = dict(case.model.init(jax.random.key(0), x))
+    variables = dict(jax.jit(case.model.init)(jax.random.key(0), x))
 
     def f(variables, x):
         return case.model.apply(variables, x), {}
@@ -31,19 +32,21 @@ def test_a_step_lowers_the_loss(quantized):
     apply, qstate = lambda _, variables, x: f(variables, x), {}
     if quantized:
         plan = qj.plan(qj.uniform_policy(), qj.sites(f, variables, x))
-        _, state = qj.observe(f, plan)(qj.init(plan), variables, x)
-        apply, qstate = qj.fake_quantize(f, plan), qj.calibrate(plan, state, variables)
+        _, state = jax.jit(qj.observe(f, plan))(qj.init(plan), variables, x)
+        apply = qj.fake_quantize(f, plan)
+        qstate = jax.jit(lambda state: qj.calibrate(plan, state, variables))(state)
     optimizer = optax.sgd(0.3)
     step, moments = train_step(apply, optimizer), optimizer.init(variables["params"])
 
+    @jax.jit
     def loss(variables):
         logits, _ = apply(qstate, variables, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     trained = variables
-    for _ in range(5):
+    for _ in range(3):
         trained, moments = step(trained, moments, qstate, x, labels)
-    assert loss(trained) < 0.8 * loss(variables)
+    assert loss(trained) < 0.9 * loss(variables)
     before, after = (
         np.concatenate([np.ravel(a) for a in jax.tree.leaves(v)]) for v in (variables, trained)
     )
@@ -52,9 +55,9 @@ def test_a_step_lowers_the_loss(quantized):
 
 
 def test_statistics_of_batch_norm_go_through_a_step():
-    model = CASES["resnet20"].model
-    x, labels = normal(0, 2, 8, 8, 3), jnp.array([1, 2])
-    variables = dict(model.init(jax.random.key(0), x))
+    model = SmallCNN(channels=(2, 4), strides=(2, 2))
+    x, labels = normal(0, 2, 8, 8, 1), jnp.array([1, 2])
+    variables = dict(jax.jit(model.init)(jax.random.key(0), x))
 
     def f(_, variables, x):
         logits, new = model.apply(variables, x, train=True, mutable=["batch_stats"])

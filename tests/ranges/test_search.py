@@ -186,6 +186,7 @@ LEFT_EARLY = [
     ("format", "symmetric"), LEFT_EARLY, ids=lambda it: it.name if hasattr(it, "name") else str(it)
 )
 @pytest.mark.parametrize("rule", [MSE, ranges.l_p(2.4), SQNR], ids=lambda rule: rule.name)
+@pytest.mark.thinned(5)
 def test_factors_that_are_left_could_not_have_been_better(format, symmetric, rule, monkeypatch):
     """The range is the one of all factors, at all widths and for all kinds of data."""
     widths = jnp.float32([bits for bits in range(2, 9) if format.known_valid(bits)])

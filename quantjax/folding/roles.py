@@ -8,7 +8,8 @@ A chain is ``y = M z + C`` for each channel. At made-up parameters, in float64, 
 - a **variance** σ² where ``1 / M²`` is proportional to ``σ² + ε``, which also says what ε is.
 
 Setting it to 1, 2, 3, ... then tells which of its entries each channel has. All of it together is
-held against ``M = γ / sqrt(σ² + ε)`` and ``C = β + (b - μ) M``.
+held against ``M = γ / sqrt(σ² + ε)`` and ``C = β + (b - μ) M``, at parameters of both signs and of
+sizes over decades too, and at those that folding leaves: ``|γ|`` is γ where all are positive.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Trial(NamedTuple):
 
     Attributes:
       chain, length: the first steps of a chain.
-      leaves: a value for each parameter, all positive.
+      leaves: a value for each parameter.
       at: the step of each scan.
     """
 

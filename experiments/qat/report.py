@@ -163,7 +163,7 @@ def taught_table(rows: Sequence[Row]) -> str:
 
 def more_seeds(rows: Sequence[Row], widths: Sequence[int], seeds: Sequence[int]) -> list[str]:
     """LSQ against the range rules over all seeds there are; nothing where ``seeds`` are all."""
-    more = sorted({row.seed for row in rows} - set(seeds))
+    more = sorted({row.seed for row in rows if row.table == QAT} - set(seeds))
     if not more:
         return []
     apart = [row for row in rows if row.seed in more]

@@ -79,7 +79,8 @@ class Setting(NamedTuple):
 
 def run(setting: Setting, results: Results, folder: Path | None, note: Note) -> None:
     """Compute every cell that the results do not have."""
-    more = setting._replace(seeds=(*setting.seeds, *setting.more_seeds))
+    compares = any(method in WHOLE for method in setting.methods)
+    more = setting._replace(seeds=(*setting.seeds, *(setting.more_seeds if compares else ())))
     floats = {seed: _float(setting, results, folder, seed, note) for seed in more.seeds}
     _calibrated(more, results, floats, PTQ, note)
     _calibrated(more, results, floats, PTQ_WHOLE, note)

@@ -63,6 +63,7 @@ def kd_loss(
     Source: Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015, section 2.
     """
     student, teacher = (jnp.asarray(logits) for logits in (student_logits, teacher_logits))
+    where = None if where is None else jnp.asarray(where)
     _check_shapes(student, teacher, labels, where)
     _check_numbers(temperature, alpha)
     student = student.astype(jnp.float32)

@@ -66,7 +66,7 @@ def prune_mask(
         scope for a structure of groups; a selector that matches nothing; a tree without kernels.
 
     Sharp edges: a traced sparsity is cut to [0, 1], and NaN keeps all; above 2^24 weights in one
-    ranking it is exact to float32's last place alone. A bias of rank 2 under
+    ranking a traced one counts to float32's last place alone. A bias of rank 2 under
     another name, as the ``b`` of layers stacked by Haiku, is a kernel unless ``select`` leaves it
     out. Ranks are found by sorting, 0.2 s for a million weights on a CPU. Layers stacked in one
     leaf compete with each other.

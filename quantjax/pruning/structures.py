@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from quantjax import errors
@@ -40,9 +39,10 @@ def kept(scores: Float[Array, "... n"], sparsity: float | jax.Array) -> Bool[Arr
 
 
 def _gone(sparsity: float | jax.Array, number: int) -> int | jax.Array:
-    """``round(sparsity · number)``; of a Python number by its own digits, not those of float32."""
+    """``round(sparsity · number)`` in float32, the same eagerly and under ``jit``; of more weights
+    than float32 counts, in float64 where the sparsity is known."""
     known = concrete(sparsity)
-    if known is not None and (known.dtype == np.float64 or number > EXACT):
+    if known is not None and number > EXACT:
         return round(min(max(float(known), 0.0), 1.0) * number)
     share = jnp.clip(jnp.asarray(sparsity, jnp.float32), 0.0, 1.0)
     away = jnp.round(share * number).astype(jnp.int32)

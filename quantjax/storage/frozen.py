@@ -147,11 +147,14 @@ def _put_in_place(unfinished: Path, path: Path, *, overwrite: bool) -> None:
             raise
         return
     aside = beside(path)
-    os.rename(path, aside)
     try:
+        os.rename(path, aside)
         os.rename(unfinished, path)
-    except BaseException:  # an interrupt, too
-        os.rename(aside, path)
+    except BaseException:  # an interrupt too, which may come right behind either
+        if not path.exists():
+            os.rename(aside, path)
+        elif aside.exists():
+            shutil.rmtree(aside)
         raise
     shutil.rmtree(aside)
 

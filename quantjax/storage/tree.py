@@ -40,8 +40,10 @@ def encode_tree(tree: Any, leaf: SaveLeaf, *, at: str) -> Json:
     if tree is None:
         return None
     if isinstance(tree, QParams):
+        _check_there(tree._asdict(), at)
         return {QPARAMS: {name: encode_tree(x, leaf, at=f"{at}.{name}") for name, x in _of(tree)}}
     if isinstance(tree, QTensor):
+        _check_codes(tree.stored, tree.format, tree.packing, at)
         return {
             QTENSOR: {
                 "format": encode(tree.format, at=f"{at}.format"),
@@ -103,11 +105,7 @@ def decode_tree(data: Json, leaf: LoadLeaf, *, extra: Sequence[Any] = (), at: st
         return {key: inner(part, f"{at}/{key}") for key, part in body}
     if word == QPARAMS and isinstance(body, dict):
         check_keys(body, QParams._fields, at)
-        for name in ("scale", "zero_point", "bits"):
-            if body[name] is None:
-                raise errors.StorageError(
-                    f"there is no {name}", where=at, fix="write the file again"
-                )
+        _check_there(body, at)
         return QParams(**{name: inner(part, f"{at}.{name}") for name, part in body.items()})
     if word == QTENSOR and isinstance(body, dict):
         check_keys(body, ("format", "dtype", "packing", "stored", QPARAMS), at)
@@ -157,8 +155,16 @@ def _check_codes(stored: Any, format: Format, packing: Packing | None, at: str) 
             f"codes are stored as {packing or getattr(stored, 'dtype', type(stored).__name__)}",
             where=at,
             why=f"those of {format.name} have {format.code_bits} bits and are {own.name}",
-            fix="write the file again, or correct it where it was edited by hand",
+            fix="codes as qj.encode makes them; correct the file where it was edited by hand",
         )
+
+
+def _check_there(fields: Mapping[str, Any], at: str) -> None:
+    for name in ("scale", "zero_point", "bits"):
+        if fields[name] is None:
+            raise errors.StorageError(
+                f"there is no {name}", where=at, fix=f"an array; {name}=0.0 if it is none"
+            )
 
 
 def _check_once(keys: Sequence[Any], at: str) -> None:

@@ -1,4 +1,4 @@
-"""What a study and a grid have to be, said before anything is trained."""
+"""What a study and a grid have to be, said as early as it is known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from quantjax import errors
 from quantjax.formats import example_theta
@@ -40,7 +40,8 @@ def check_study(study: Study, grid: Grid) -> None:
 
 def _check_name(rule: RangeRule, study: Study) -> None:
     library = BUILT_IN.named.get(("range_rule", rule.name))
-    family = FAMILIES.get(rule.name.partition("(")[0])
+    word, bracket, _ = rule.name.partition("(")
+    family = FAMILIES.get(word) if bracket else None
     if rule.name == FLOAT_CELL.rule:
         what = "is the name of the float baseline"
     elif library is not None and library != rule:
@@ -59,7 +60,8 @@ def _check_name(rule: RangeRule, study: Study) -> None:
 
 def _is_of(family: Callable[..., RangeRule], rule: RangeRule) -> bool:
     try:
-        return family(*rule.parameters).range is rule.range
+        own = family(*rule.parameters)
+        return (own.name, own.range) == (rule.name, rule.range)
     except (TypeError, errors.QuantjaxError):
         return False
 
@@ -97,25 +99,47 @@ def _check_widths(study: Study, grid: Grid, rule: Rule) -> None:
             raise errors.BitsError(
                 f"{what} widths {beyond} are outside the format {format.name}",
                 where=f"study {study.name}, rule '{rule}'",
-                why=f"it has widths {', '.join(map(str, has))}, and 0 is float",
-                fix=f"widths from {min(has)} to {max(has)}, or 0",
+                why=f"it has widths {', '.join(map(str, has)) or 'none'}, and 0 is float",
+                fix=f"{what}_bits=({', '.join(map(str, [0, *has]))},), or some of them",
             )
 
 
-def check_labels(study: Study, logits: Any, labels: jax.Array) -> None:
-    """Raise unless there is an integer label for each row of logits.
+def known_labels(study: Study, labels: Any) -> jax.Array:
+    """The labels as an array of integers, ahead of any training.
+
+    Raises:
+      SweepError: they are none.
+    """
+    array = jnp.asarray(labels)
+    if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
+        raise errors.SweepError(
+            f"labels of {array.dtype}",
+            where=f"study {study.name}, test",
+            why="there is one integer label for each row of logits",
+            fix="labels.astype(jnp.int32)",
+        )
+    return array.astype(jnp.int32)
+
+
+def check_logits(study: Study, logits: Any, labels: jax.Array) -> None:
+    """Raise unless there is a label for each row of logits.
+
+    Args:
+      logits: what ``study.apply`` returns, of shapes alone.
 
     Raises:
       SweepError: as said.
     """
-    shape = tuple(np.shape(logits))
-    fits = shape[:-1] == np.shape(labels) and len(shape) > 0
-    if fits and np.issubdtype(np.asarray(labels).dtype, np.integer):
-        return
-    kind = np.asarray(labels).dtype
-    raise errors.SweepError(
-        f"labels {kind} of shape {np.shape(labels)} for logits of shape {shape}",
-        where=f"study {study.name}, test",
-        why="there is one integer label for each row of logits, whose last axis are the classes",
-        fix="labels of the logits' shape without its last axis, in jnp.int32",
-    )
+    if not isinstance(logits, jax.ShapeDtypeStruct):
+        raise errors.SweepError(
+            f"a {type(logits).__name__} for logits",
+            where=f"study {study.name}, apply",
+            fix="apply=lambda params, inputs: model.apply(params, inputs), which returns an array",
+        )
+    if not logits.shape or logits.shape[:-1] != labels.shape:
+        raise errors.SweepError(
+            f"labels of shape {labels.shape} for logits of shape {logits.shape}",
+            where=f"study {study.name}, test",
+            why="each row of logits, whose last axis are the classes, has one",
+            fix="labels of the logits' shape without its last axis",
+        )

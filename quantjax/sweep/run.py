@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from quantjax import errors
 from quantjax.planning import Plan, plan
 from quantjax.ranges import RangeRule, stack
-from quantjax.sweep.checks import check_labels, check_study
+from quantjax.sweep.checks import check_logits, check_study, known_labels
 from quantjax.sweep.grid import FLOAT_CELL, Cell, Grid
 from quantjax.sweep.progress import Progress, Silent
 from quantjax.sweep.runner import CellProgram, Execution, compile_cells
@@ -80,6 +80,7 @@ def run_sweep(
     program: CellProgram | None = None
     if todo:
         inputs, labels = study.test()
+        labels = known_labels(study, labels)
         batches = study.calibration()
     with progress:
         for seed in todo:
@@ -88,7 +89,7 @@ def run_sweep(
             params = _trained(study, seed, checkpoints / f"seed_{seed}", progress)
             planned = plan(study.policy, sites(study.apply, params, batches[0]))
             state = _observed(study, planned, params, batches, progress)
-            check_labels(study, jax.eval_shape(study.apply, params, inputs), labels)
+            check_logits(study, jax.eval_shape(study.apply, params, inputs), labels)
             shared = (state, params, inputs, labels)
             values = _values(todo[seed], grid.rules)
             if program is None:
@@ -108,7 +109,7 @@ def run_sweep(
                     cells = todo[seed][done : done + len(counts)]
                     found = dict(zip(cells, counts.tolist(), strict=True))
                     finite = {cell: count for cell, count in found.items() if count >= 0}
-                    store.add(_rows(study, fingerprint, seed, finite, int(np.size(labels))))
+                    store.add(_rows(study, fingerprint, seed, finite, labels.size))
                     broken += [_at(seed, cell) for cell in found.keys() - finite.keys()]
                     done += len(counts)
                     advance(len(counts))

@@ -15,6 +15,10 @@ from quantjax.policy import Policy
 
 OnStep = Callable[[int], None]
 
+MEANING = "2"
+"""Of a row: counts up where a cell comes to mean something else. 2: the float baseline is float
+behind quantized outputs and biases."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
@@ -45,6 +49,6 @@ class Study:
     def fingerprint(self) -> str:
         """Short digest of the identity, the policy, and the versions and backend that compute."""
         computed_by = [version("jax"), version("quantjax"), jax.default_backend()]
-        text = "\n".join([self.name, self.identity, repr(self.policy.rules), *computed_by])
+        text = "\n".join([MEANING, self.name, self.identity, repr(self.policy.rules), *computed_by])
         without_addresses = re.sub(r" at 0x[0-9a-f]+", "", text)
         return hashlib.sha256(without_addresses.encode()).hexdigest()[:12]

@@ -10,6 +10,7 @@ import numpy as np
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import Fault, QParams
+from quantjax.formats.minifloat import WIDTHS_IN_THETA
 
 REASONS: Mapping[Fault, tuple[str, str]] = {
     Fault.NEVER_CALIBRATED: (
@@ -116,11 +117,24 @@ def _problems(site: str, operand: str, qparams: QParams) -> list[Problem]:
     learned = _learned_faults(qparams, batch) & ~np.any(faults > 0, axis=axes)
     if learned.any():
         found.append(Problem(site, operand, _lanes(learned, batch), *LEARNED))
-    known = np.where(np.isfinite(bits), bits, 0.0)
-    moved = (np.abs(known - np.rint(known)) > 0.01) & ~np.any(faults > 0, axis=axes)
+    moved = _moved(qparams, batch) & ~np.any(faults > 0, axis=axes)
     if moved.any():
         found.append(Problem(site, operand, _lanes(moved, batch), *MOVED_WIDTH))
     return found
+
+
+def _moved(qparams: QParams, batch: int) -> np.ndarray:
+    """By lane: widths that are no whole numbers, those in ``theta`` too."""
+    theta = qparams.theta if isinstance(qparams.theta, Mapping) else {}
+    widths = [qparams.bits, *(theta[name] for name in sorted(WIDTHS_IN_THETA & set(theta)))]
+    hit = np.zeros(np.shape(qparams.bits), bool)
+    for values in map(concrete, widths):
+        if values is None or not np.issubdtype(values.dtype, np.number):
+            continue
+        known = np.where(np.isfinite(values), values, 0.0)
+        off = np.abs(known - np.rint(known)) > 0.01
+        hit = hit | np.any(off, axis=tuple(range(batch, off.ndim)))
+    return hit
 
 
 def _learned_faults(qparams: QParams, batch: int) -> np.ndarray:

@@ -128,8 +128,8 @@ def compare(f: Function, plan: Plan) -> Callable[..., Report]:
 
     Runs the float and the quantized model on the same inputs. Works under ``jit`` and ``vmap``.
     Layers stacked in a scan are reported each; time steps together; of a ``while``, the last
-    iteration; a branch that was not taken is NaN, and so is a site
-    without entries. A plan with random roundings needs ``key=``.
+    iteration; a branch that was not taken is NaN, and so is a site without entries. A plan with
+    random roundings needs ``key=``.
 
     Raises (of the returned function): as ``qj.fake_quantize``.
     """

@@ -19,7 +19,7 @@ from quantjax.transforms.calibrate import QState
 
 
 def whole_widths(qstate: Mapping[str, Mapping[str, QParams]]) -> QState:
-    """Each width as the nearest whole number.
+    """Each width as the nearest whole number, and 0 only where it is 0.
 
     Weight decay and averages over ``(params, qstate)`` move widths that have no gradient, by parts
     of a millionth to begin with; formats would take 3.9999995 bits for 3. ``qj.check`` reports
@@ -27,12 +27,14 @@ def whole_widths(qstate: Mapping[str, Mapping[str, QParams]]) -> QState:
     """
     return {
         site: {key: _whole(qparams) for key, qparams in operands.items()}
+        if isinstance(operands, Mapping)
+        else operands
         for site, operands in qstate.items()
     }
 
 
 def _whole(qparams: Any) -> Any:
-    if not isinstance(qparams, QParams):
+    if not isinstance(qparams, QParams) or qparams.bits is None:
         return qparams
     theta = qparams.theta
     if isinstance(theta, Mapping) and not WIDTHS_IN_THETA.isdisjoint(theta):
@@ -44,7 +46,9 @@ def _whole(qparams: Any) -> Any:
 
 
 def _nearest(bits: Any) -> Any:
-    return lax.round(jnp.asarray(bits, jnp.float32), lax.RoundingMethod.TO_NEAREST_EVEN)
+    bits = jnp.asarray(bits, jnp.float32)
+    whole = lax.round(bits, lax.RoundingMethod.TO_NEAREST_EVEN)
+    return lax.max(whole, lax.sign(bits))
 
 
 def checked_qstate(plan: Plan, qstate: Mapping[str, Mapping[str, QParams]]) -> QState:

@@ -190,6 +190,10 @@ def test_further_seeds_are_of_lsq_and_the_rules_alone(small, monkeypatch):
     assert {entry[-1] for entry in asked} == {few, many}
     assert (study.QAT, "LSQ+", few) in asked
     assert ("kd", few) in asked
+    asked.clear()
+    without = setting._replace(methods=methods.METHODS[3:4])
+    study.run(without, results, None, lambda text: None)
+    assert {entry[-1] for entry in asked} == {few}  # nothing to compare with
 
 
 def test_a_second_run_computes_nothing(small, monkeypatch):

@@ -190,16 +190,29 @@ def test_what_cannot_be_made_is_refused(options, problem):
         qj.prune_mask(TREE, options.pop("sparsity"), **options)
 
 
-@pytest.mark.parametrize("number", [1 << 24, (1 << 24) + 1, 25_500_001])
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.9, 1.0])
-def test_counts_are_those_of_the_decimal_however_many_weights(number, sparsity):
-    assert structures._gone(sparsity, number) == round(sparsity * number)
-    of_float32 = structures._gone(jnp.float32(sparsity), number)
-    assert abs(int(of_float32) - round(float(np.float32(sparsity)) * number)) <= 1
+@pytest.mark.parametrize(
+    ("number", "sparsity", "away"),
+    [
+        ((1 << 24) + 1, 1.0, (1 << 24) + 1),
+        ((1 << 24) + 1, 0.0, 0),
+        (25_502_912, 0.9, 22_952_621),
+        (100_000_001, 0.5, 50_000_000),
+    ],
+)
+def test_counts_are_exact_above_what_float32_counts(number, sparsity, away):
+    assert int(structures._gone(sparsity, number)) == away
     traced = int(jax.jit(structures._gone, static_argnums=1)(jnp.float32(sparsity), number))
-    assert abs(traced - round(sparsity * number)) <= 2
+    assert abs(traced - away) <= 2
     if sparsity in (0.0, 1.0):
-        assert traced == int(of_float32) == round(sparsity * number)
+        assert traced == away
+
+
+def test_counts_are_the_same_eagerly_and_under_jit():
+    sparsities = np.arange(0, 201) * 0.005
+    traced = jax.jit(jax.vmap(lambda s: structures._gone(s, 100)))(jnp.float32(sparsities))
+    for share, count in zip(sparsities.tolist(), traced.tolist(), strict=True):
+        assert int(structures._gone(share, 100)) == count
+        assert int(structures._gone(jnp.float32(share), 100)) == count
 
 
 @pytest.mark.parametrize(

@@ -120,24 +120,41 @@ def test_a_disk_that_fails_leaves_the_old_folder(path, monkeypatch, call):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_an_interrupt_leaves_the_old_folder(path, monkeypatch):
-    old = {"old": jnp.ones(3)}
+@pytest.mark.parametrize(
+    ("call", "is_done"), [(1, False), (1, True), (2, False), (2, True)], ids=str
+)
+def test_an_interrupt_leaves_one_of_both_folders(path, monkeypatch, call, is_done):
+    """Ahead of either rename, or when it returns: what a signal does."""
+    old, new = {"old": jnp.ones(3)}, {"new": jnp.ones(4)}
     save_params(path, old)
-    real, interrupted = os.rename, []
+    real, calls = os.rename, []
 
     def interrupt(source, target):
-        if str(target) == str(path) and not interrupted:
-            interrupted.append(target)
-            raise KeyboardInterrupt
-        return real(source, target)
+        if str(path) not in (str(source), str(target)):
+            return real(source, target)
+        calls.append(target)
+        if len(calls) != call:
+            return real(source, target)
+        if is_done:
+            real(source, target)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "rename", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        save_params(path, {"new": jnp.ones(4)}, overwrite=True)
+        save_params(path, new, overwrite=True)
     monkeypatch.undo()
-    assert interrupted
-    cases.assert_loaded(load_params(path), old)
+    cases.assert_loaded(load_params(path), new if (call, is_done) == (2, True) else old)
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_could_not_be_read_back_is_not_written(path):
+    qparams = qj.QParams(jnp.ones((1, 1)), jnp.zeros((1, 1)), jnp.float32(8))
+    codes = jnp.ones((2, 2), jnp.int32)
+    with refused(errors.StorageError, "codes are stored as int32", "params/w"):
+        save_params(path, {"w": qj.QTensor(codes, qparams, qj.integer(), jnp.dtype(jnp.float32))})
+    with refused(errors.StorageError, "there is no zero_point", "params/w"):
+        save_params(path, {"w": qparams._replace(zero_point=None)})
+    assert list(path.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize(

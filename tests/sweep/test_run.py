@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import quantjax as qj
@@ -154,8 +155,14 @@ RANDOM = qj.weight_quantizer(bits=8, rounding=qj.rounding.STOCHASTIC)
             errors.SweepError,
             "family",
         ),
+        (
+            None,
+            {"rules": (qj.ranges.percentile(0.99)._replace(name="percentile(0.9)"),)},
+            errors.SweepError,
+            "family",
+        ),
     ],
-    ids=["width", "random", "float", "named", "family"],
+    ids=["width", "random", "float", "named", "family", "number"],
 )
 def test_what_cannot_be_swept_is_refused_before_any_work(tmp_path, weights, grid, error, what):
     calls = Calls()
@@ -172,8 +179,9 @@ def test_what_cannot_be_swept_is_refused_before_any_work(tmp_path, weights, grid
 
 def test_rules_of_a_family_are_themselves(tmp_path):
     rules = (qj.ranges.percentile(0.99), qj.ranges.sigma(2.0), qj.ranges.constant(-1.0, 1.0))
+    rules = (*rules, qj.ranges.MSE._replace(name="sigma"))  # no name of the library's
     grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=rules, seeds=(0,))
-    assert run_sweep(tiny_study(), grid, tmp_path).computed == 4
+    assert run_sweep(tiny_study(), grid, tmp_path).computed == 5
 
 
 @pytest.mark.parametrize(
@@ -217,9 +225,38 @@ def test_labels_that_are_not_one_for_each_row_are_refused(tmp_path, change):
     }
     study = dataclasses.replace(study, test=lambda: (inputs, wrong[change]))
     grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=RULES[:1], seeds=(0,))
-    with pytest.raises(errors.SweepError, match="one integer label for each row"):
+    with pytest.raises(errors.SweepError, match="labels of"):
         run_sweep(study, grid, tmp_path)
     assert not (tmp_path / "results.csv").exists()
+
+
+def test_labels_of_another_kind_are_refused_before_any_work(tmp_path):
+    calls = Calls()
+    study = tiny_study(calls)
+    inputs, labels = study.test()
+    floats = dataclasses.replace(study, test=lambda: (inputs, labels.astype(jnp.float32)))
+    grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=RULES[:1], seeds=(0,))
+    with pytest.raises(errors.SweepError, match="labels of float32"):
+        run_sweep(floats, grid, tmp_path)
+    assert calls.trained == []
+
+
+@pytest.mark.parametrize("kind", [list, np.uint8, np.int64, jnp.int4])
+def test_labels_of_any_integers_are_taken(tmp_path, kind):
+    study = tiny_study()
+    inputs, labels = study.test()
+    other = np.asarray(labels).tolist() if kind is list else np.asarray(labels).astype(kind)
+    grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=RULES[:1], seeds=(0,))
+    rows = run_sweep(dataclasses.replace(study, test=lambda: (inputs, other)), grid, tmp_path).rows
+    assert rows[0].accuracy == 1.0
+
+
+def test_a_model_that_returns_more_than_logits_is_refused(tmp_path):
+    study = tiny_study()
+    both = dataclasses.replace(study, apply=lambda params, x: (study.apply(params, x),))
+    grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=RULES[:1], seeds=(0,))
+    with pytest.raises(errors.SweepError, match="a tuple for logits"):
+        run_sweep(both, grid, tmp_path)
 
 
 def test_sequences_have_a_label_at_each_place(tmp_path):

@@ -86,6 +86,30 @@ def test_what_moved_further_is_reported_by_lane():
     assert all("by_part" in p.fix for p in problems)
 
 
+def test_moved_exponent_widths_are_reported_too():
+    theta = {"exponent_bits": jnp.float32(3.5)}
+    q = qj.QParams(jnp.ones((1, 1)), jnp.zeros((1, 1)), jnp.float32(8.0), theta)
+    (problem,) = qj.check({"w": {"weight": q}})
+    assert "moved off the whole number" in problem.what
+    assert qj.check({"w": {"weight": q._replace(theta={"exponent_bits": jnp.float32(4.0)})}}) == []
+
+
+@pytest.mark.parametrize(
+    ("bits", "whole"), [(0.0, 0.0), (0.3, 1.0), (1.0, 1.0), (2.4, 2.0), (7.6, 8.0)]
+)
+def test_only_zero_bits_are_bypass(bits, whole):
+    q = qj.QParams(jnp.ones((1, 1)), jnp.zeros((1, 1)), jnp.float32(bits))
+    assert float(whole_widths({"w": {"weight": q}})["w"]["weight"].bits) == whole
+
+
+def test_what_no_plan_has_is_left_alone():
+    model, plan, qstate = mlp_case()
+    more = {**qstate, "other": None, "another": {"weight": None}}
+    want = qj.fake_quantize(model.f, plan)(qstate, model.params, model.x)
+    got = qj.fake_quantize(model.f, plan)(more, model.params, model.x)
+    np.testing.assert_array_equal(got, want)
+
+
 def mlp_case():
     model = mlp()
     plan = planned(model, qj.uniform_policy(weight_bits=4, activation_bits=8))

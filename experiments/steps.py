@@ -13,6 +13,7 @@ import optax
 
 from experiments.models.cnn import PooledCNN
 from experiments.models.resnet import resnet20
+from quantjax.interpreter import Carried, Outcome, ProgramCache, Visit, evaluate
 
 
 class Layer(nn.Module):
@@ -62,6 +63,23 @@ CASES = {
     "transformer": Case(Transformer(), (16, 128, 128)),
     "resnet20": Case(resnet20(), (64, 32, 32, 3), fenced=True),
 }
+
+
+def fenced(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f``, with both operands of each product behind an optimization barrier."""
+    programs = ProgramCache(f)
+
+    def run(variables: Any, x: jax.Array) -> Any:
+        program = programs(variables, x)
+
+        def handler(visit: Visit) -> Outcome:
+            lhs, rhs = (jax.lax.optimization_barrier(side) for side in (visit.lhs, visit.rhs))
+            return Outcome(visit.product.bind(lhs, rhs))
+
+        names = frozenset(site.name for site in program.sites.values())
+        return evaluate(program, handler, names, Carried({}, {}), variables, x).result
+
+    return run
 
 
 def train_step(apply: Callable[..., Any], optimizer: optax.GradientTransformation) -> Any:

@@ -20,7 +20,6 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,30 +29,12 @@ import jax.numpy as jnp
 import optax
 
 import quantjax as qj
-from experiments.steps import CASES, Case, train_step
+from experiments.steps import CASES, Case, fenced, train_step
 from experiments.timing import interleaved
-from quantjax.interpreter import Carried, Outcome, ProgramCache, Visit, evaluate
 
 STUDENT_T = {40: 2.0227}  # 97.5 % of 39 degrees of freedom
 COMPILE_ROUNDS = 11
 TURNS = 3
-
-
-def fenced(f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f``, with both operands of each product behind an optimization barrier."""
-    programs = ProgramCache(f)
-
-    def run(variables: Any, x: jax.Array) -> Any:
-        program = programs(variables, x)
-
-        def handler(visit: Visit) -> Outcome:
-            lhs, rhs = (jax.lax.optimization_barrier(side) for side in (visit.lhs, visit.rhs))
-            return Outcome(visit.product.bind(lhs, rhs))
-
-        names = frozenset(site.name for site in program.sites.values())
-        return evaluate(program, handler, names, Carried({}, {}), variables, x).result
-
-    return run
 
 
 def measured(case: Case, rounds: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 import quantjax as qj
 from experiments.models.cnn import SmallCNN
-from experiments.steps import CASES, Case, Transformer, train_step
+from experiments.steps import CASES, Case, Transformer, fenced, train_step
 from tests.models import normal
 
 
@@ -74,3 +74,17 @@ def test_statistics_of_batch_norm_go_through_a_step():
         strict=True,
     )
     assert all((np.asarray(a) != np.asarray(b)).any() for a, b in pairs)
+
+
+def test_fences_change_no_value():
+    module = SmallCNN(channels=(2, 4), strides=(2, 2))
+    x = normal(0, 2, 8, 8, 1)
+    variables = module.init(jax.random.key(0), x)
+
+    def f(variables, x):
+        return module.apply(variables, x)
+
+    np.testing.assert_allclose(fenced(f)(variables, x), f(variables, x), rtol=1e-5, atol=1e-6)
+    text = str(jax.make_jaxpr(fenced(f))(variables, x))
+    products = len(qj.sites(f, variables, x))
+    assert text.count("optimization_barrier") == 2 * products > 0

@@ -153,10 +153,13 @@ def attend_with_cache(
         )
     fits = positions[-1] < capacity
     keys, values = (jnp.where(fits, new, jnp.nan) for new in (keys, values))
+    dtypes = keys.dtype, values.dtype
     cache = Cache(
         codec.write(cache.keys, keys, positions[0]), codec.write(cache.values, values, positions[0])
     )
-    keys, values = (codec.read(store).astype(query.dtype) for store in cache)
+    keys, values = (
+        codec.read(store).astype(dtype) for store, dtype in zip(cache, dtypes, strict=True)
+    )
     return attend(query, keys, values, positions), cache
 
 

@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float
 from quantjax.affine import QParams
 from quantjax.arithmetic import Arithmetic
 from quantjax.calibration.results import Bars
-from quantjax.estimators import CLIPPED
 from quantjax.quantizer import Quantizer
 from quantjax.rounding import HALF_EVEN
 from quantjax.simulation import apply, is_clipped
@@ -55,17 +54,19 @@ def points(statistics: Statistics) -> Sample:
 def measure(quantizer: Quantizer, sample: Sample, qparams: QParams) -> Measured:
     """Quantize a sample, each group by its own QParams; sums are float64.
 
-    Random roundings are taken to be half to even, because there is no key.
+    By the estimator's parameters as calibration starts them. Random roundings are taken to be half
+    to even, and of an estimator that draws which entries are quantized all are, because there is no
+    key.
 
     Args:
       sample: ``[*scale, n]``.
       qparams: at the shape of the scale.
     """
     arithmetic = quantizer.arithmetic
-    arithmetic = arithmetic._replace(estimator=CLIPPED)  # which changes no value
     if arithmetic.rounding.is_random:
         arithmetic = arithmetic._replace(rounding=HALF_EVEN)
-    outcome = _quantized(arithmetic, sample.values, qparams)
+    arithmetic = arithmetic._replace(estimator=arithmetic.estimator._replace(chosen=None))
+    outcome = _quantized(arithmetic, sample.values, quantizer.started(qparams))
     weights = np.asarray(sample.weights, np.float64)
     values, quantized, clipped = (
         np.asarray(array, np.float64) for array in (sample.values, *outcome)
@@ -96,17 +97,22 @@ def _quantized(
     arithmetic: Arithmetic, values: Float[Array, "... n"], qparams: QParams
 ) -> tuple[Float[Array, "... n"], Bool[Array, "... n"]]:
     """Quantized values, and which were clipped; a scale has an axis of 1 for a group's values."""
-    with_values = functools.partial(jnp.expand_dims, axis=-1)
+    with_values, estimator = functools.partial(jnp.expand_dims, axis=-1), arithmetic.estimator
+    theta = arithmetic.format.map_groups(estimator.rest(qparams.theta), with_values)
+    own = jax.tree.map(with_values, estimator.own(qparams.theta))
     qparams = qparams._replace(
         scale=with_values(qparams.scale),
         zero_point=with_values(qparams.zero_point),
-        theta=arithmetic.format.map_groups(qparams.theta, with_values),
+        theta={**(theta or {}), **own} if own else theta,
     )
     return apply(values, qparams, arithmetic), is_clipped(values, qparams, arithmetic)
 
 
 def outermost(quantizer: Quantizer, qparams: QParams) -> tuple[jax.Array, jax.Array]:
     """The reals that the lowest and the highest level stand for: what all beyond becomes."""
+    estimator = quantizer.estimator
+    qparams = quantizer.arithmetic.resolved(quantizer.started(qparams), qparams.scale.shape)
+    qparams = qparams._replace(theta=estimator.rest(qparams.theta))
     low, high = quantizer.format.level_range(qparams.bits, qparams.theta)
     zero = jnp.round(qparams.zero_point)
     return (low - zero) * qparams.scale, (high - zero) * qparams.scale

@@ -259,12 +259,18 @@ def _check_uses(plan: Plan, uses: Mapping[str, list[StoredWeight]]) -> None:
 def _check_agreement(weights: list[StoredWeight], stated: list[QParams]) -> None:
     first, *others = weights
     for weight, qparams in zip(others, stated[1:], strict=True):
-        if not (_same_quantizer(first, weight) and same_qparams(stated[0], qparams)):
+        alike = _same_quantizer(first, weight)
+        if not (alike and same_qparams(stated[0], qparams)):
+            names, key = (first.entry.site.name, weight.entry.site.name), weight.operand.key
+            shared = f"qstate['{names[1]}']['{key}'] = qstate['{names[0]}']['{key}']"
             raise errors.FreezeError(
                 f"the parameter {weight.path} has two sets of QParams",
                 where=f"{first.where} and {weight.where}",
-                why="a frozen tree holds a tied weight once",
-                fix="plan both sites with one quantizer, per tensor or along the same axis",
+                why="a frozen tree holds a tied weight once"
+                + ("; training may have moved its scales apart" if alike else ""),
+                fix=f"scales per tensor, and in the loss {shared}; or scales that are not learned"
+                if alike
+                else "plan both sites with one quantizer, per tensor or along the same axis",
             )
 
 

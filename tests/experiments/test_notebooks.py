@@ -55,7 +55,8 @@ def test_it_is_clean_and_opens_in_colab(path):
         if cell["cell_type"] == "code":
             assert cell["outputs"] == []
             assert cell["execution_count"] is None
-    assert "%pip install" in "".join(notebook["cells"][1]["source"])
+    (install,) = re.findall(r'%pip install -q "(.*)"', "".join(notebook["cells"][1]["source"]))
+    assert install == "./{CLONE}[experiments]"  # a path: `name @ path` is none to pip
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
 
 

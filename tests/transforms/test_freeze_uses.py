@@ -169,6 +169,21 @@ def test_tied_weights_that_disagree_are_refused(name):
         qj.freeze(plan, qstate, params)
 
 
+def test_scales_of_a_tied_weight_that_training_moved_apart():
+    """The error says how to share them, and doing so freezes."""
+    f = lambda p, x: (x @ p["w"]) @ p["w"]  # noqa: E731
+    plan = qj.plan(policy(PER_TENSOR), qj.sites(f, {"w": W}, X))
+    qstate = qj.calibrate(plan, {}, {"w": W})
+    qj.freeze(plan, qstate, {"w": W})
+    second = qstate["w#1"]["weight"]
+    moved = {**qstate, "w#1": {"weight": second._replace(scale=1.01 * second.scale)}}
+    shared = "qstate['w#1']['weight'] = qstate['w']['weight']"
+    with refused(errors.FreezeError, "training may have moved its scales apart", shared):
+        qj.freeze(plan, moved, {"w": W})
+    moved["w#1"]["weight"] = moved["w"]["weight"]
+    qj.freeze(plan, moved, {"w": W})
+
+
 ELSEWHERE = {
     "sum": lambda p, x: x @ p["w"] + jnp.sum(p["w"]),
     "embedding": lambda p, x: (jnp.take(p["w"], jnp.arange(4), axis=0) + x) @ p["w"].T,

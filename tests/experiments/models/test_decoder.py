@@ -11,9 +11,11 @@ from flax import nnx
 
 import quantjax as qj
 from experiments.models import decoder_nnx
+from experiments.models.attention import FLOAT_CACHE
 from experiments.models.decoder import Decoder, DecoderShape, stories260k_shape
 from experiments.models.errors import ModelShapeError
 from experiments.models.generation import greedy
+from experiments.models.kv_cache import quantized_cache
 from quantjax.adapters import nnx as qnnx
 from tests.experiments.models.oracles import llama, tokens, variables_of
 
@@ -72,6 +74,23 @@ def test_steps_with_a_cache_are_the_whole_text(lengths: tuple[int, ...]):
         start += length
     together = jnp.concatenate(out, axis=1)
     np.testing.assert_allclose(together, FULL(VARIABLES, TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", [FLOAT_CACHE, quantized_cache(8)], ids=["floats", "codes"])
+def test_parameters_in_bfloat16_step_as_well(codec):
+    model = Decoder(SHAPE, codec)
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), VARIABLES)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote
+        cache, out = SHAPE.empty_cache(2, positions=8, codec=codec), []
+        for start in range(3):
+            part = TOKENS[:, start : start + 1]
+            logits, cache = model.apply(variables, part, cache, jnp.int32(start), method="step")
+            out.append(logits)
+        whole = MODEL.apply(variables, TOKENS[:, :3])
+    assert out[0].dtype == whole.dtype
+    together = jnp.concatenate(out, axis=1).astype(jnp.float32)
+    scale = float(jnp.abs(whole).max())
+    np.testing.assert_allclose(together, whole.astype(jnp.float32), atol=0.05 * scale)
 
 
 def test_a_full_cache_gives_nan():

@@ -18,8 +18,11 @@ MAX_CONTAINER_BITS = 16
 
 
 def _two_to(bits: jax.Array, less: int = 0) -> jax.Array:
-    """``2^(bits - less)`` of a width in use, which is far from the ends of float32's exponents."""
-    exponent = elementwise(lax.add, lax.convert_element_type(bits, jnp.int32), 127 - less)
+    """``2^(bits - less)`` of a width in use, which is far from the ends of float32's exponents.
+
+    Of the nearest whole width: the conversion rounds down, and half a bit is in the sum.
+    """
+    exponent = lax.convert_element_type(elementwise(lax.add, bits, 127.5 - less), jnp.int32)
     return lax.bitcast_convert_type(elementwise(lax.shift_left, exponent, 23), jnp.float32)
 
 
@@ -85,7 +88,7 @@ class IntegerFormat(Format):
             # One bit has -1 and +1.
             low = jnp.minimum(1.0 - half, -1.0) if self.narrow else -half
             return low, jnp.maximum(half - 1.0, 1.0)
-        low = select(bits == 1.0, 0.0, 1.0) if self.narrow else jnp.zeros_like(bits)
+        low = select(lax.round(bits) == 1.0, 0.0, 1.0) if self.narrow else jnp.zeros_like(bits)
         return low, _two_to(bits) - 1.0
 
     def steps(self, bits: jax.Array, *, symmetric: bool, theta: Theta = ()) -> jax.Array:
@@ -126,7 +129,7 @@ class IntegerFormat(Format):
             return Snapped(lax.abs(level) if zero_point is None else level, unclipped)
         # Codes have no -0, so 0 is added to those of several bits. Not a constant, even where the
         # width is one: XLA takes ``x + 0`` for ``x``, and which 0 is larger for its own choice.
-        one = lax.optimization_barrier(bits) == 1.0
+        one = lax.round(lax.optimization_barrier(bits)) == 1.0
         odd = one.astype(scaled.dtype)
         if rounding.is_nearest:
             # For the sign, the quotient is taken so large that it rounds to itself, and is read

@@ -104,7 +104,7 @@ def fake_quantize(
 
     def prepared(qstate: QState, params: Any, inputs: Any, key: Key | None) -> _Prepared:
         plan.check_params(params)
-        qstate = checked_qstate(plan, qstate)
+        qstate = checked_qstate(plan, qstate, leave_integers=True)
         keys = site_keys(plan, key)
         program = programs(params, *inputs)
         check_program(plan, program)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax import lax
 from quantjax import errors
 from quantjax.affine import QParams
 from quantjax.arguments import expect
+from quantjax.formats import IntegerFormat
 from quantjax.formats.minifloat import WIDTHS_IN_THETA
 from quantjax.granularity import check_scale_shape
 from quantjax.planning import Plan
@@ -18,7 +19,9 @@ from quantjax.printing import shape_text
 from quantjax.transforms.calibrate import QState
 
 
-def whole_widths(qstate: Mapping[str, Mapping[str, QParams]]) -> QState:
+def whole_widths(
+    qstate: Mapping[str, Mapping[str, QParams]], *, but: Collection[tuple[str, str]] = ()
+) -> QState:
     """Each width as the nearest whole number, and 0 only where it is 0.
 
     Weight decay and averages over ``(params, qstate)`` move widths that have no gradient, by parts
@@ -26,7 +29,10 @@ def whole_widths(qstate: Mapping[str, Mapping[str, QParams]]) -> QState:
     what has moved further.
     """
     return {
-        site: {key: _whole(qparams) for key, qparams in operands.items()}
+        site: {
+            key: qparams if (site, key) in but else _whole(qparams)
+            for key, qparams in operands.items()
+        }
         if isinstance(operands, Mapping)
         else operands
         for site, operands in qstate.items()
@@ -51,8 +57,14 @@ def _nearest(bits: Any) -> Any:
     return lax.max(whole, lax.sign(bits))
 
 
-def checked_qstate(plan: Plan, qstate: Mapping[str, Mapping[str, QParams]]) -> QState:
+def checked_qstate(
+    plan: Plan, qstate: Mapping[str, Mapping[str, QParams]], *, leave_integers: bool = False
+) -> QState:
     """The qstate with whole widths.
+
+    Args:
+      leave_integers: widths of integers as they are, since the format takes the nearest itself: an
+        operation less for each operand of a program that is compiled.
 
     Raises:
       CalibrationError: not every planned operand has QParams of its granularity.
@@ -100,7 +112,15 @@ def checked_qstate(plan: Plan, qstate: Mapping[str, Mapping[str, QParams]]) -> Q
                     "batch of cells",
                     fix="map over the cells with jax.vmap or jax.lax.map",
                 ) from None
-    return whole_widths(qstate)
+    if not leave_integers:
+        return whole_widths(qstate)
+    left = {
+        (entry.site.name, operand.key)
+        for entry in plan.quantized
+        for operand in entry.quantized
+        if operand.quantizer is not None and isinstance(operand.quantizer.format, IntegerFormat)
+    }
+    return whole_widths(qstate, but=left)
 
 
 def _check_fits(scale_shape: Sequence[int], shape: Sequence[int], steps: tuple[int, ...]) -> None:

@@ -153,3 +153,22 @@ def test_entries_of_theta_that_are_no_widths_stay():
             ].bits
         )
     )
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("narrow", [True, False])
+def test_integers_take_the_nearest_width_themselves(signed, narrow):
+    """In simulation, whose program would have an operation more for each operand."""
+    format = qj.integer(signed=signed, narrow=narrow)
+    scaled = jnp.linspace(-300.0, 300.0, 4001)
+    rounding = qj.rounding.HALF_EVEN
+    for width in range(1, 9):
+        for off in (-1e-3, -1e-6, 1e-6, 1e-3, 0.2, -0.2):
+            for zero in (None, jnp.float32(3.0)):
+                got, want = (
+                    format.snap(scaled, zero, jnp.float32(bits), rounding)
+                    for bits in (width + off, width)
+                )
+                np.testing.assert_array_equal(got.level, want.level)
+            bounds = (format.level_range(jnp.float32(bits)) for bits in (width + off, width))
+            np.testing.assert_array_equal(*map(np.array, bounds))

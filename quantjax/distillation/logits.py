@@ -145,10 +145,9 @@ def _check_shapes(student: jax.Array, teacher: jax.Array, labels: Any, where: An
             fix="logits of one shape, classes last",
         )
     examples = student.shape[:-1]
-    boolean = where is None or jnp.asarray(where).dtype == jnp.bool_
-    if not boolean or (where is not None and jnp.shape(where) != examples):
+    if where is not None and (where.dtype != jnp.bool_ or where.shape != examples):
         raise errors.DataError(
-            f"a mask of {shape_text(jnp.shape(where))}, {jnp.asarray(where).dtype}",
+            f"a mask of {shape_text(where.shape)}, {where.dtype}",
             where=f"qj.kd_loss with logits of {shape_text(student.shape)}",
             fix=f"a boolean for each example, of shape {examples}",
         )

@@ -107,11 +107,10 @@ def prune_mask(
     criterion = criterion or magnitude()
     scores = criterion.scores(kernels)
     _check_scores(scores, kernels, criterion)
-    share: Any = sparsity if known is not None else jnp.asarray(sparsity, jnp.float32)
     if scope is Scope.GLOBAL:
-        masks = _together(scores, share)
+        masks = _together(scores, sparsity)
     else:
-        masks = {n: structure.mask(s, share, f"parameter {n}") for n, s in scores.items()}
+        masks = {n: structure.mask(s, sparsity, f"parameter {n}") for n, s in scores.items()}
     leaves = [masks.get(name, jnp.ones((), bool)) for name in named]
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), leaves)
 
@@ -146,7 +145,7 @@ def _selected(named: Any, select: Selector) -> dict[str, jax.Array]:
     return found
 
 
-def _together(scores: Any, sparsity: jax.Array) -> dict[str, jax.Array]:
+def _together(scores: Any, sparsity: float | jax.Array) -> dict[str, jax.Array]:
     flat = jnp.concatenate([score.reshape(-1) for score in scores.values()])
     stays, start, masks = kept(flat, sparsity), 0, {}
     for name, score in scores.items():

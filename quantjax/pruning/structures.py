@@ -54,7 +54,9 @@ class Structure(ABC):
     """A pattern that masks have."""
 
     @abstractmethod
-    def mask(self, scores: Float[Array, "..."], sparsity: jax.Array, where: str) -> Bool[Array, ""]:
+    def mask(
+        self, scores: Float[Array, "..."], sparsity: float | jax.Array, where: str
+    ) -> Bool[Array, ""]:
         """True for the weights that stay, from the scores of one kernel."""
 
     @property
@@ -71,7 +73,9 @@ class Structure(ABC):
 class Elements(Structure):
     """Single weights, wherever they are: ``round(sparsity · n)`` of them go."""
 
-    def mask(self, scores: Float[Array, "..."], sparsity: jax.Array, where: str) -> Bool[Array, ""]:
+    def mask(
+        self, scores: Float[Array, "..."], sparsity: float | jax.Array, where: str
+    ) -> Bool[Array, ""]:
         """See the class."""
         del where
         return kept(scores.reshape(-1), sparsity).reshape(scores.shape)
@@ -114,7 +118,9 @@ class NOfM(Structure):
                 f"groups of {self.m}", why="one weight has no neighbour", fix="qj.pruning.NOfM(4)"
             )
 
-    def mask(self, scores: Float[Array, "..."], sparsity: jax.Array, where: str) -> Bool[Array, ""]:
+    def mask(
+        self, scores: Float[Array, "..."], sparsity: float | jax.Array, where: str
+    ) -> Bool[Array, ""]:
         """See the class; raises ``PruningError`` where ``M`` does not divide the axis."""
         if not -scores.ndim <= self.axis < scores.ndim or scores.shape[self.axis] % self.m:
             raise errors.PruningError(

@@ -21,7 +21,7 @@ from quantjax.sweep.progress import Progress, Silent
 from quantjax.sweep.runner import CellProgram, Execution, compile_cells
 from quantjax.sweep.store import ResultStore, Row
 from quantjax.sweep.study import Study
-from quantjax.transforms.calibrate import calibrate
+from quantjax.transforms.calibrate import QState, calibrate
 from quantjax.transforms.fake_quantize import fake_quantize
 from quantjax.transforms.observe import init, observe
 from quantjax.transforms.sites import sites
@@ -192,18 +192,23 @@ def _cell(study: Study, planned: Plan, rules: Sequence[RangeRule]) -> Callable[.
             activation_bits=values["activation_bits"] if activations else None,
             rule=rule_stack[values["rule"]],
         )
-        # Outputs and biases have no axis in the grid; the float baseline has none of them.
-        bypassed = lambda bits: jnp.where(values["is_float"], 0.0, bits)  # noqa: E731
-        qstate = {
-            site: {key: q._replace(bits=bypassed(q.bits)) for key, q in operands_.items()}
-            for site, operands_ in qstate.items()
-        }
-        logits = quantized(qstate, params, inputs)
+        logits = quantized(_bypassed(qstate, values["is_float"]), params, inputs)
         valid = jnp.all(jnp.isfinite(logits))
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
         return jnp.where(valid, correct, -1)
 
     return cell
+
+
+def _bypassed(qstate: QState, is_float: jax.Array) -> QState:
+    """Outputs and biases have no axis in the grid; the float baseline has none of them."""
+    return {
+        site: {
+            key: qparams._replace(bits=jnp.where(is_float, 0.0, qparams.bits))
+            for key, qparams in operands.items()
+        }
+        for site, operands in qstate.items()
+    }
 
 
 def _values(cells: Sequence[Cell], rules: Sequence[RangeRule]) -> dict[str, np.ndarray]:

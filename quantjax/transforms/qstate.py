@@ -25,8 +25,11 @@ def whole_widths(
     """Each width as the nearest whole number, and 0 only where it is 0.
 
     Weight decay and averages over ``(params, qstate)`` move widths that have no gradient, by parts
-    of a millionth to begin with; formats would take 3.9999995 bits for 3. ``qj.check`` reports
-    what has moved further.
+    of a millionth to begin with; most formats would take 3.9999995 bits for 3. ``qj.check``
+    reports what has moved further.
+
+    Args:
+      but: sites and operands whose widths stay as they are.
     """
     return {
         site: {

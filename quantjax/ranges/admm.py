@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from quantjax import errors
 from quantjax.affine import QParams
 from quantjax.formats import Format
-from quantjax.ranges.base import FitRule
+from quantjax.ranges.base import Configured, FitRule
 from quantjax.ranges.iterates import (
     Best,
     Bounds,
@@ -81,12 +81,10 @@ def _fit(
     return fitted(problem, tried(problem, start), best, power=2.0)
 
 
-@functools.cache
 def _rule(rho: float, iterations: int, inner: int) -> FitRule:
     given = (rho, iterations, inner)
     name = "admm" if given == (RHO, ITERATIONS, INNER) else "admm({:g},{},{})".format(*given)
-    fit = functools.partial(_fit, rho=rho, iterations=iterations, inner=inner)
-    return FitRule(name, fit)
+    return FitRule(name, Configured.of(_fit, rho=rho, iterations=iterations, inner=inner))
 
 
 def admm(*, rho: float = RHO, iterations: int = ITERATIONS, inner: int = INNER) -> FitRule:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 import math
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from quantjax import errors
 from quantjax.affine import QParams
 from quantjax.formats import Format, divide_by_scale, power_of_two
 from quantjax.granularity import expand, reduce_to
-from quantjax.ranges.base import FitRule
+from quantjax.ranges.base import Configured, FitRule
 from quantjax.ranges.iterates import (
     Best,
     Bounds,
@@ -122,14 +121,13 @@ def _fit(
     return fitted(problem, Best(start, loss), found, power=p)
 
 
-@functools.cache
 def _rule(constants: _Constants) -> FitRule:
     solved, *numbers = constants
     name = f"hqo-{solved.value}"
     if numbers != [POWER, BETA, KAPPA, ITERATIONS]:
         name += "({:g},{:g},{:g},{})".format(*numbers)
     needs = solved is Solved.ZERO_POINT
-    return FitRule(name, functools.partial(_fit, constants=constants), needs_zero_point=needs)
+    return FitRule(name, Configured.of(_fit, constants=constants), needs_zero_point=needs)
 
 
 def hqo(

@@ -15,7 +15,7 @@ from quantjax.affine import LARGEST_SCALE, SMALLEST_SCALE, QParams
 from quantjax.formats import Format, Span, divide_by_scale, power_of_two
 from quantjax.formats.codebook import CodebookFormat
 from quantjax.granularity import expand, reduce_to
-from quantjax.ranges.base import FitRule
+from quantjax.ranges.base import Configured, FitRule
 
 ITERATIONS = 100
 _UNIT = 23  # entries are summed as multiples of 2^-23
@@ -187,7 +187,7 @@ def k_means(*, iterations: int = ITERATIONS) -> FitRule:
     Quantization distortion in pulse-count modulation with nonuniform spacing of levels, 1951.
     """
     name = "k_means" if iterations == ITERATIONS else f"k_means-{iterations}"
-    return FitRule(name, functools.partial(_fit, iterations=iterations))
+    return FitRule(name, Configured.of(_fit, iterations=iterations))
 
 
 K_MEANS = k_means()

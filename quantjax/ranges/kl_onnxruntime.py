@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from quantjax import errors
 from quantjax.formats import divide_by_scale
-from quantjax.ranges.base import Range, RangeRule, Target
+from quantjax.ranges.base import Configured, Range, RangeRule, Target
 from quantjax.ranges.kl_sums import entropy, prefix_sums, whole_quotient
 from quantjax.ranges.rebin import symmetric_counts
 from quantjax.statistics import Statistics
@@ -172,7 +172,7 @@ def _smoothed(counts: jax.Array, inside: jax.Array) -> jax.Array:
     return jnp.where(inside, moved, 0.0)
 
 
-def _range(bins: int, statistics: Statistics, target: Target) -> Range:
+def _range(statistics: Statistics, target: Target, *, bins: int) -> Range:
     counts = symmetric_counts(statistics, bins)
     exponent = jnp.clip(target.bits.astype(jnp.int32) - 1, 1, 24)
     most = 1 << min(max(target.format.max_bits - 1, 1), 24)
@@ -184,10 +184,9 @@ def _range(bins: int, statistics: Statistics, target: Target) -> Range:
     return Range(jnp.maximum(low, -clip), jnp.minimum(high, clip), statistics.batches > 0)
 
 
-@functools.cache
 def _rule(bins: int) -> RangeRule:
     name = "kl_onnxruntime" if bins == 1025 else f"kl_onnxruntime({bins})"
-    return RangeRule(name, functools.partial(_range, bins), reads_distribution=True)
+    return RangeRule(name, Configured.of(_range, bins=bins), reads_distribution=True)
 
 
 def kl_onnxruntime(*, bins: int = 1025) -> RangeRule:

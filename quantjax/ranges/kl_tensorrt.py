@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from quantjax.formats import divide_by_scale, exponent_of, power_of_two
-from quantjax.ranges.base import Range, RangeRule, Target
+from quantjax.ranges.base import Configured, Range, RangeRule, Target
 from quantjax.ranges.kl_look import looked_at
 from quantjax.ranges.kl_sums import prefix_sums, whole_quotient
 from quantjax.ranges.rebin import check_bins, magnitude_counts
@@ -103,7 +103,7 @@ def divergences(
 
 
 def best_bin(
-    counts: jax.Array, levels: jax.Array, *, stride: int = 1, most: int = 256
+    counts: jax.Array, levels: jax.Array, *, stride: int | jax.Array = 1, most: int = 256
 ) -> jax.Array:
     """After how many bins to clip: ``argmin`` of :func:`divergences`, the first of equals.
 
@@ -132,26 +132,35 @@ def best_bin(
     return jnp.where(jnp.isfinite(exact[best]), finalists[best], bins)
 
 
-def _range(variant: Variant, statistics: Statistics, target: Target) -> Range:
-    counts = magnitude_counts(statistics, variant.bins)
-    if variant.copies_first_bin:
-        counts = counts.at[0].set(counts[1])
+class _Numbers(NamedTuple):
+    """Those of a variant that may be traced, so that several are one branch of a stack."""
+
+    stride: int | jax.Array
+    copies_first_bin: bool | jax.Array
+    unsigned_levels: bool | jax.Array
+    half_bin: bool | jax.Array
+
+
+def _range(statistics: Statistics, target: Target, *numbers: Any, bins: int) -> Range:
+    variant = _Numbers(*numbers)
+    counts = magnitude_counts(statistics, bins)
+    counts = counts.at[0].set(jnp.where(variant.copies_first_bin, counts[1], counts[0]))
     low, high = statistics.extremes
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    whole = variant.unsigned_levels and not target.format.signed
-    exponent = target.bits.astype(jnp.int32) - jnp.where((low >= 0.0) & whole, 0, 1)
+    whole = (low >= 0.0) & variant.unsigned_levels & (not target.format.signed)
+    exponent = target.bits.astype(jnp.int32) - jnp.where(whole, 0, 1)
     levels = jnp.left_shift(jnp.int32(1), jnp.clip(exponent, 0, 24))
-    most = min(1 << target.format.max_bits, variant.bins)
+    most = min(1 << target.format.max_bits, bins)
     kept = best_bin(counts, levels, stride=variant.stride, most=most).astype(jnp.float32)
-    kept += 0.5 if variant.half_bin else 0.0
-    clip = jnp.minimum(largest * divide_by_scale(kept, jnp.float32(variant.bins)), largest)
+    kept += jnp.where(variant.half_bin, 0.5, 0.0)
+    clip = jnp.minimum(largest * divide_by_scale(kept, jnp.float32(bins)), largest)
     return Range(jnp.maximum(low, -clip), jnp.minimum(high, clip), statistics.batches > 0)
 
 
-@functools.cache
 def _rule(variant: Variant) -> RangeRule:
-    found = functools.partial(_range, variant)
-    return RangeRule(f"kl_{variant.name}", found, reads_distribution=True)
+    numbers = _Numbers(**{name: getattr(variant, name) for name in _Numbers._fields})
+    found = Configured.of(_range, bins=variant.bins)
+    return RangeRule(f"kl_{variant.name}", found, True, tuple(numbers))
 
 
 def kl_tensorrt(variant: Variant = PUBLISHED) -> RangeRule:

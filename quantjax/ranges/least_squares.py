@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from quantjax import errors
 from quantjax.affine import QParams
 from quantjax.formats import Format
-from quantjax.ranges.base import FitRule
+from quantjax.ranges.base import Configured, FitRule
 from quantjax.ranges.iterates import (
     Best,
     Bounds,
@@ -87,10 +87,9 @@ def _fit(
     return fitted(problem, tried(problem, start), found, power=2.0)
 
 
-@functools.cache
 def _rule(iterations: int) -> FitRule:
     name = "least_squares" if iterations == ITERATIONS else f"least_squares-{iterations}"
-    return FitRule(name, functools.partial(_fit, iterations=iterations))
+    return FitRule(name, Configured.of(_fit, iterations=iterations))
 
 
 def checked_iterations(iterations: int, rule: str) -> int:

@@ -11,14 +11,18 @@ from quantjax.ranges.search import Outcome, per_unit, search
 from quantjax.statistics import Statistics
 
 
-def _square(statistics: Statistics, target: Target) -> Range:
-    unit = per_unit(statistics)
+def squared_error(statistics: Statistics, target: Target, clip_weight: jax.Array) -> Range:
+    """The range with the smallest squared error, in which clipping counts ``clip_weight`` times."""
+    unit, clip_weight = per_unit(statistics), jnp.asarray(clip_weight, jnp.float32)
 
     def loss(outcome: Outcome) -> jax.Array:
         error = outcome.error * unit
-        return outcome.total(error * error)
+        cost = jnp.where(outcome.clipped, clip_weight, 1.0)
+        return outcome.total(cost * error * error)
 
-    return search(statistics, target, loss)
+    low, high, calibrated = search(statistics, target, loss)
+    valid = (clip_weight > 0.0) & jnp.isfinite(clip_weight)
+    return Range(jnp.where(valid, low, jnp.nan), jnp.where(valid, high, jnp.nan), calibrated)
 
 
 def _power(statistics: Statistics, target: Target, p: jax.Array) -> Range:
@@ -33,7 +37,7 @@ def _power(statistics: Statistics, target: Target, p: jax.Array) -> Range:
     return Range(jnp.where(valid, low, jnp.nan), jnp.where(valid, high, jnp.nan), calibrated)
 
 
-MSE = RangeRule("mse", _square, reads_distribution=True)
+MSE = RangeRule("mse", squared_error, True, (1.0,))
 """``argmin Σ (Q(x) - x)²`` over ranges, by search; any format, each width its own.
 
 At most 64 symmetric ranges are tried, or 136 asymmetric ones, :data:`MIN_MAX` among them, on the

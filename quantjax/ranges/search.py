@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -131,44 +130,51 @@ def search(
         best = lax.while_loop(more, functools.partial(shrunk, some=TOGETHER), start).best
     else:
         best = shrunk(start, COARSE).best
-    ends: tuple[_Ends, ...] = (_Ends.BOTH,)
+    # Loops over moves, not moves one by one: a quantizer under a dozen ranges is slow to compile.
     if not target.symmetric:
-        ends = (_Ends.HIGH, _Ends.LOW)
-        for moving in (_Ends.LOW, _Ends.HIGH, _Ends.LOW):
-            best = tried(best, *_along(best, moving, (low, high)))
-    for reach in (1.0 / _RATIO, _RATIO ** (-2.0 / FINE)):
-        for moving in ends:
-            best = tried(best, *_around(best, reach, moving, (low, high)))
+        best, _ = lax.scan(
+            lambda best, ends: (tried(best, *_along(best, ends, (low, high))), None),
+            best,
+            _Ends.of([_Ends(low=True), _Ends(high=True), _Ends(low=True)]),
+        )
+    ends = [_Ends(low=True, high=True)] if target.symmetric else [_Ends(high=True), _Ends(low=True)]
+    reaches = [1.0 / _RATIO] * len(ends) + [_RATIO ** (-2.0 / FINE)] * len(ends)
+    best, _ = lax.scan(
+        lambda best, move: (tried(best, *_around(best, *move, (low, high))), None),
+        best,
+        (jnp.asarray(reaches, jnp.float32), _Ends.of(ends * 2)),
+    )
     return Range(best.low, best.high, statistics.batches > 0)
 
 
-class _Ends(enum.Enum):
-    """Which end of a range moves."""
+class _Ends(NamedTuple):
+    """Which ends of a range move."""
 
-    LOW = enum.auto()
-    HIGH = enum.auto()
-    BOTH = enum.auto()
+    low: bool | jax.Array = False
+    high: bool | jax.Array = False
+
+    @staticmethod
+    def of(moves: Sequence[_Ends]) -> _Ends:
+        """One move after another, along a leading axis."""
+        return jax.tree.map(lambda *ends: jnp.asarray(ends), *moves)
 
 
 def _along(start: _Best, moving: _Ends, limits: _Pair) -> _Pair:
     """One end at equal distances from zero to what was seen, the other as in the best."""
     least, most = limits
     share = jnp.arange(PLACES - 1, -1, -1, dtype=jnp.float32) * (1.0 / PLACES)  # the widest first
-    if moving is _Ends.LOW:
-        return share * least, jnp.full(PLACES, start.high, jnp.float32)
-    return jnp.full(PLACES, start.low, jnp.float32), share * most
+    low = jnp.where(moving.low, share * least, start.low)
+    return low, jnp.where(moving.high, share * most, start.high)
 
 
-def _around(start: _Best, reach: float, moving: _Ends, limits: _Pair) -> _Pair:
+def _around(start: _Best, reach: jax.Array, moving: _Ends, limits: _Pair) -> _Pair:
     """Ends ``1/reach`` to ``reach`` times those of the best, never beyond what was seen."""
     least, most = limits
     places = 2.0 * jnp.arange(FINE - 1, -1, -1, dtype=jnp.float32) + 1.0  # the widest first
     share = divide_by_scale(places, jnp.float32(FINE)) - 1.0
-    factor = jnp.exp2(share * jnp.log2(jnp.float32(reach)))
-    still = jnp.ones(FINE, jnp.float32)
-    low = jnp.maximum((still if moving is _Ends.HIGH else factor) * start.low, least)
-    high = jnp.minimum((still if moving is _Ends.LOW else factor) * start.high, most)
-    return low, high
+    factor = jnp.exp2(share * jnp.log2(reach))
+    low = jnp.maximum(jnp.where(moving.low, factor, 1.0) * start.low, least)
+    return low, jnp.minimum(jnp.where(moving.high, factor, 1.0) * start.high, most)
 
 
 def per_unit(statistics: Statistics) -> jax.Array:

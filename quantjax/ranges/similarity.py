@@ -8,21 +8,9 @@ import jax.numpy as jnp
 from quantjax import errors
 from quantjax.formats import divide_by_scale
 from quantjax.ranges.base import Range, RangeRule, Target, known_number, rule_of
+from quantjax.ranges.norms import squared_error
 from quantjax.ranges.search import Outcome, per_unit, search
 from quantjax.statistics import Statistics
-
-
-def _sqnr(statistics: Statistics, target: Target, clip_weight: jax.Array) -> Range:
-    unit, clip_weight = per_unit(statistics), jnp.asarray(clip_weight, jnp.float32)
-
-    def loss(outcome: Outcome) -> jax.Array:
-        error = outcome.error * unit
-        cost = jnp.where(outcome.clipped, clip_weight, 1.0)
-        return outcome.total(cost * error * error)
-
-    low, high, calibrated = search(statistics, target, loss)
-    valid = (clip_weight > 0.0) & jnp.isfinite(clip_weight)
-    return Range(jnp.where(valid, low, jnp.nan), jnp.where(valid, high, jnp.nan), calibrated)
 
 
 def sqnr(clip_weight: float | jax.Array = 3.0) -> RangeRule:
@@ -52,7 +40,7 @@ def sqnr(clip_weight: float | jax.Array = 3.0) -> RangeRule:
             where="the range rule sqnr",
             fix="sqnr(3.0)",
         )
-    return rule_of("sqnr", _sqnr, clip_weight, reads_distribution=True)
+    return rule_of("sqnr", squared_error, clip_weight, reads_distribution=True)
 
 
 SQNR = sqnr()

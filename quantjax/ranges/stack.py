@@ -46,13 +46,22 @@ class IndexedRule(NamedTuple):
 
     def range(self, statistics: Statistics, target: Target) -> Range:
         """The range by the rule that ``chosen`` points at."""
+        shape = statistics.scale_shape
+        rules = tuple(rule for rule in self.rules if isinstance(rule, RangeRule))
+        assert rules == self.rules, "fits have no range"
+        families = _families(rules)
+        places = sorted((i, a, b) for a, f in enumerate(families) for b, i in enumerate(f))
+        table = jnp.asarray([place[1:] for place in places], jnp.int32)
+        family, member = table[jnp.clip(self.chosen, 0, len(self.rules) - 1)]
 
-        def branch(rule: RangeRule | FitRule) -> Callable[[Statistics], Range]:
-            assert isinstance(rule, RangeRule)
-            shape = statistics.scale_shape
-
+        def branch(indices: Sequence[int]) -> Callable[[Statistics], Range]:
             def found(statistics: Statistics) -> Range:
-                low, high, calibrated = rule.range(statistics, target, *rule.parameters)
+                first, *others = (rules[index] for index in indices)
+                numbers = first.parameters
+                if others:
+                    each = zip(numbers, *(other.parameters for other in others), strict=True)
+                    numbers = tuple(lax.select_n(member, *some) for some in each)
+                low, high, calibrated = first.range(statistics, target, *numbers)
                 everywhere = jnp.broadcast_to(jnp.asarray(calibrated), shape)
                 low, high = (jnp.asarray(end, jnp.float32) for end in (low, high))
                 low, high = (jnp.broadcast_to(end, shape) for end in (low, high))
@@ -60,7 +69,7 @@ class IndexedRule(NamedTuple):
 
             return found
 
-        found = lax.switch(self.chosen, [branch(rule) for rule in self.rules], statistics)
+        found = lax.switch(family, [branch(indices) for indices in families], statistics)
         low, high = (jnp.where(self._exists, end, jnp.nan) for end in (found.low, found.high))
         return Range(low, high, found.calibrated)
 
@@ -74,6 +83,20 @@ class IndexedRule(NamedTuple):
         branches = [lambda rule=rule: of_rule(rule) for rule in self.rules]
         found = lax.switch(self.chosen, branches)
         return found._replace(scale=jnp.where(self._exists, found.scale, jnp.nan))
+
+
+def _families(rules: Sequence[RangeRule]) -> list[list[int]]:
+    """The places of rules of one function with numbers traced alike: one branch, compiled once.
+
+    Numbers that are still Python's may decide how the function is traced, and stay as they are.
+    """
+    found: dict[Any, list[int]] = {}
+    for index, rule in enumerate(rules):
+        key: Any = index
+        if rule.reads_distribution and all(isinstance(n, jax.Array) for n in rule.parameters):
+            key = rule.range, tuple(map(jax.typeof, rule.parameters))
+        found.setdefault(key, []).append(index)
+    return list(found.values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +10,7 @@ from quantjax.affine import QParams, qparams_from_range
 from quantjax.formats import Format, divide_by_scale
 from quantjax.formats.ternary import TernaryFormat
 from quantjax.granularity import expand, reduce_to
-from quantjax.ranges.base import FitRule
+from quantjax.ranges.base import Configured, FitRule
 
 TWN_FACTOR = 0.7
 
@@ -85,7 +83,38 @@ Source: Li et al., Ternary weight networks, 2016, equations 5 and 6.
 """
 
 
-@functools.cache
+def _ttq(
+    tensor: jax.Array,
+    scale_shape: tuple[int, ...],
+    format: Format,
+    bits: jax.Array,
+    *,
+    threshold: float,
+) -> QParams:
+    if not _ternary(format, "ttq").learned:
+        raise errors.FormatError(
+            f"the levels of the format {format.name} cannot be learned",
+            where="the range rule ttq",
+            fix="quantjax.formats.ternary(learned=True)",
+        )
+    tensor = tensor.astype(jnp.float32)
+    largest = reduce_to(jnp.abs(tensor), scale_shape, jnp.max)
+    qparams = _symmetric(largest, format, bits)
+    border = divide_by_scale(threshold * largest, qparams.scale)
+    # The quotient that the format compares, so that regions are those of the codes.
+    scaled = divide_by_scale(tensor, expand(qparams.scale, tensor.shape))
+    spread = expand(border, tensor.shape)
+    positive, above = _mean_where(scaled, scaled > spread, scale_shape)
+    negative, below = _mean_where(-scaled, scaled < -spread, scale_shape)
+    either = jnp.where(above + below > 0.0, jnp.maximum(positive, negative), 1.0)
+    theta = {
+        "threshold": border,
+        "negative": jnp.where(below > 0.0, negative, either),
+        "positive": jnp.where(above > 0.0, positive, either),
+    }
+    return qparams._replace(theta=theta)
+
+
 def ttq(*, threshold: float = 0.05) -> FitRule:
     """The starting point of trained ternary quantization, to be followed by gradients of ``theta``.
 
@@ -120,33 +149,8 @@ def ttq(*, threshold: float = 0.05) -> FitRule:
             fix="threshold=0.05",
         )
 
-    def fit(
-        tensor: jax.Array, scale_shape: tuple[int, ...], format: Format, bits: jax.Array
-    ) -> QParams:
-        if not _ternary(format, "ttq").learned:
-            raise errors.FormatError(
-                f"the levels of the format {format.name} cannot be learned",
-                where="the range rule ttq",
-                fix="quantjax.formats.ternary(learned=True)",
-            )
-        tensor = tensor.astype(jnp.float32)
-        largest = reduce_to(jnp.abs(tensor), scale_shape, jnp.max)
-        qparams = _symmetric(largest, format, bits)
-        border = divide_by_scale(threshold * largest, qparams.scale)
-        # The quotient that the format compares, so that regions are those of the codes.
-        scaled = divide_by_scale(tensor, expand(qparams.scale, tensor.shape))
-        spread = expand(border, tensor.shape)
-        positive, above = _mean_where(scaled, scaled > spread, scale_shape)
-        negative, below = _mean_where(-scaled, scaled < -spread, scale_shape)
-        either = jnp.where(above + below > 0.0, jnp.maximum(positive, negative), 1.0)
-        theta = {
-            "threshold": border,
-            "negative": jnp.where(below > 0.0, negative, either),
-            "positive": jnp.where(above > 0.0, positive, either),
-        }
-        return qparams._replace(theta=theta)
-
-    return FitRule("ttq" if threshold == 0.05 else f"ttq({threshold:g})", fit)
+    name = "ttq" if threshold == 0.05 else f"ttq({threshold:g})"
+    return FitRule(name, Configured.of(_ttq, threshold=threshold))
 
 
 TTQ = ttq()

@@ -22,7 +22,7 @@ import numpy as np
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.ranges import RangeRule
-from quantjax.storage.known import BUILT_IN, FAMILIES, KINDS, Known, kind_of, with_extra
+from quantjax.storage.known import BUILT_IN, FAMILIES, KINDS, Known, family_of, kind_of, with_extra
 
 Json = Any
 """None, a boolean, a number, text, a list or a dictionary with text for keys."""
@@ -51,8 +51,10 @@ def encode(value: Any, *, at: str = "value") -> Json:
     {'type': 'PerChannel', 'axis': 1}
     """
     kind = kind_of(value)
-    if isinstance(value, RangeRule) and value.parameters:
-        return _encode_rule(value, at)
+    if isinstance(value, RangeRule):
+        numbers = _numbers(value, at)
+        if numbers and (family := family_of(value)) is not None:
+            return {RANGE_RULE: family, PARAMETERS: numbers}
     if kind is not None:
         _check_own(BUILT_IN.named.get((kind, value.name), value), value, f"{kind} {value.name}", at)
         return {kind: value.name}
@@ -155,21 +157,16 @@ def _check_own(library: Any, own: Any, name: str, at: str) -> None:
         )
 
 
-def _encode_rule(rule: RangeRule, at: str) -> Json:
-    """A rule of one of the library's families, whose numbers are known."""
-    family = rule.name.partition("(")[0]
-    numbers = [float(k) for k in map(concrete, rule.parameters) if k is not None]
-    known, made = len(numbers) == len(rule.parameters), FAMILIES.get(family)
-    if made is None or not known or made(*rule.parameters).range is not rule.range:
+def _numbers(rule: RangeRule, at: str) -> list[float]:
+    known = [concrete(number) for number in rule.parameters]
+    if any(number is None or np.ndim(number) for number in known):
         raise errors.StorageError(
             f"the rule {rule.name} cannot be written to a file",
             where=at,
-            why="its numbers are traced" if made else f"known families: {', '.join(FAMILIES)}",
-            fix="a rule whose numbers are Python numbers"
-            if made
-            else "a rule of your own without parameters, read back with extra=(rule,)",
+            why="its parameters are traced, or arrays",
+            fix="a rule whose parameters are numbers",
         )
-    return {RANGE_RULE: family, PARAMETERS: numbers}
+    return [float(number) for number in known if number is not None]
 
 
 def _decode_rule(data: dict[str, Json], at: str) -> Any:

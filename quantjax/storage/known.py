@@ -223,6 +223,20 @@ def kind_of(value: Any) -> str | None:
     return next((kind for kind, cls in KINDS.items() if isinstance(value, cls)), None)
 
 
+def family_of(rule: RangeRule) -> str | None:
+    """The name of the library's family that makes this rule; None for all others.
+
+    >>> family_of(percentile(0.9)), family_of(percentile(0.9)._replace(range=print))
+    ('percentile', None)
+    """
+    family = rule.name.partition("(")[0]
+    try:
+        own = FAMILIES[family](*rule.parameters)
+    except (KeyError, TypeError, errors.QuantjaxError):
+        return None
+    return family if (own.name, own.range) == (rule.name, rule.range) else None
+
+
 def with_extra(extra: Sequence[Any]) -> Known:
     """The library's words and a user's own.
 

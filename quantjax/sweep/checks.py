@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from quantjax.formats import example_theta
 from quantjax.policy import Rule
 from quantjax.quantizer import Quantizer
 from quantjax.ranges import RangeRule
-from quantjax.storage.known import BUILT_IN, FAMILIES
+from quantjax.storage.known import BUILT_IN, FAMILIES, family_of
 from quantjax.sweep.grid import FLOAT_CELL, Grid
 from quantjax.sweep.study import Study
 
@@ -40,13 +40,12 @@ def check_study(study: Study, grid: Grid) -> None:
 
 def _check_name(rule: RangeRule, study: Study) -> None:
     library = BUILT_IN.named.get(("range_rule", rule.name))
-    word, bracket, _ = rule.name.partition("(")
-    family = FAMILIES.get(word) if bracket else None
+    family, bracket, _ = rule.name.partition("(")
     if rule.name == FLOAT_CELL.rule:
         what = "is the name of the float baseline"
     elif library is not None and library != rule:
         what = "is not the library's, but has its name"
-    elif family is not None and not _is_of(family, rule):
+    elif bracket and family in FAMILIES and family_of(rule) is None:
         what = "is not of the library's family, but has its name"
     else:
         return
@@ -56,14 +55,6 @@ def _check_name(rule: RangeRule, study: Study) -> None:
         why="results are filed by the names of rules, and would be taken for the other's",
         fix="rename your own",
     )
-
-
-def _is_of(family: Callable[..., RangeRule], rule: RangeRule) -> bool:
-    try:
-        own = family(*rule.parameters)
-        return (own.name, own.range) == (rule.name, rule.range)
-    except (TypeError, errors.QuantjaxError):
-        return False
 
 
 def _quantizers(rule: Rule) -> Iterator[tuple[str, Quantizer]]:

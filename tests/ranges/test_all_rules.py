@@ -1,5 +1,7 @@
 """All range rules: one program for all of them and all widths, and a user's own in ten lines."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,16 @@ from tests import models
 from tests.ranges import cases
 from tests.ranges.cases import ASYMMETRIC, RULES, SYMMETRIC, at_hand, drawn, observed
 from tests.refused import refused
+
+FITS = (
+    ranges.ADMM,
+    ranges.HQO_SCALE,
+    ranges.HQO_ZERO_POINT,
+    ranges.K_MEANS,
+    ranges.LEAST_SQUARES,
+    ranges.TTQ,
+    ranges.XNOR,
+)
 
 pytestmark = pytest.mark.thinned(5)
 
@@ -127,8 +139,11 @@ def test_a_rule_of_ones_own_is_ten_lines():
 
     plain = RangeRule("mean_magnitude", lambda seen, target: twice(seen, target, 2.0))
     assert decode(encode(plain), extra=(plain,)) is plain
+    assert decode(encode(rule), extra=(rule,)) is rule
     with refused(errors.StorageError, "mean_magnitude", "cannot be written"):
-        encode(rule)
+        encode(rule._replace(parameters=(jnp.arange(2.0),)))
+    with refused(errors.StorageError, "mean_magnitude", "cannot be written"):
+        jax.jit(lambda x: encode(rule._replace(parameters=(x,))))(2.0)
 
 
 def test_weights_and_activations_have_rules_of_their_own():
@@ -186,6 +201,52 @@ def test_a_quantizer_holds_numbers_and_no_arrays():
     for make in (qj.activation_quantizer, qj.weight_quantizer):
         with refused(errors.QuantizerError, "an array for a parameter", "activation_rule"):
             make(bits=8, rule=ranges.percentile(jnp.float32(0.99)))
+
+
+def test_rules_of_one_family_are_one_branch_and_give_what_each_gives_alone():
+    """A function that is traced for each of its rules would be compiled as often."""
+    traced = []
+
+    def own(seen, target, share, shift):
+        del target
+        traced.append(share)
+        return Range(share * seen.extremes.low, share * seen.extremes.high + shift, True)
+
+    numbers = [(1.0, 0), (0.5, 1), (0.25, 3), (0.5, 0.5)]
+    members = [RangeRule("own", own, True, given) for given in numbers]
+    mixed = [*members[:2], ranges.MSE, ranges.MIN_MAX, *members[2:], ranges.percentile(0.9)]
+    mixed += [ranges.KL_MODELOPT, ranges.percentile(0.5), ranges.KL_TENSORRT, ranges.SQNR]
+    seen, target = observed(drawn("laplacian", 3)), ASYMMETRIC
+    want = [derive(rule, seen, target) for rule in mixed]
+    del traced[:]
+    stack = ranges.stack(mixed)
+    found = jax.jit(lambda index: derive(stack[index], seen, target))
+    for index, alone in enumerate(want):
+        models.assert_same_bits(jax.device_get(found(index)), jax.device_get(alone))
+    assert len(traced) == 2, "whole numbers and real ones are traced unlike"
+
+
+def test_numbers_that_are_not_traced_reach_a_rule_of_all_groups_as_they_are():
+    def own(seen, target, count):
+        del target
+        reach = sum([seen.extremes.high] * count)  # no array could be a number of repetitions
+        return Range(-reach, reach, seen.batches > 0)
+
+    stack = ranges.stack([RangeRule(f"own({n})", own, parameters=(n,)) for n in (1, 2, 3)])
+    seen = observed(drawn("gaussian"))
+    found = [derive(stack[jnp.int32(i)], seen, SYMMETRIC).high for i in range(3)]
+    assert_allclose(found, [n * seen.extremes.high for n in (1, 2, 3)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [*RULES, *FITS], ids=lambda rule: rule.name)
+def test_rules_that_were_pickled_are_equal_to_themselves(rule):
+    again = pickle.loads(pickle.dumps(rule))
+    assert again == rule
+    assert hash(again) == hash(rule)
+    kept = qj.weight_quantizer(
+        bits=8, rule=rule, symmetric=not getattr(rule, "needs_zero_point", 0)
+    )
+    assert pickle.loads(pickle.dumps(kept)) == kept
 
 
 @pytest.mark.parametrize(

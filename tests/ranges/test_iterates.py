@@ -265,11 +265,11 @@ def test_bad_parameters_are_refused(make, problem):
     assert caught.value.fix
 
 
-def test_rules_are_named_and_made_once():
-    assert least_squares() is LEAST_SQUARES is least_squares(iterations=100)
-    assert admm() is ADMM is admm(rho=0.5, inner=2)
-    assert hqo(solved=Solved.SCALE) is HQO_SCALE is hqo(solved=Solved.SCALE, beta=10)
-    assert hqo(solved=Solved.ZERO_POINT, p=0.7) is HQO_ZERO_POINT
+def test_rules_are_values_and_named():
+    assert least_squares() == LEAST_SQUARES == least_squares(iterations=100)
+    assert admm() == ADMM == admm(rho=0.5, inner=2)
+    assert hqo(solved=Solved.SCALE) == HQO_SCALE == hqo(solved=Solved.SCALE, beta=10)
+    assert hqo(solved=Solved.ZERO_POINT, p=0.7) == HQO_ZERO_POINT
     names = [rule.name for rule in RULES]
     assert names == ["least_squares", "admm", "hqo-scale", "hqo-zero_point"]
     assert least_squares(iterations=3).name == "least_squares-3"

@@ -263,13 +263,13 @@ def test_ranges_are_no_wider_than_what_was_seen():
         assert low < high <= x.max()
 
 
-def test_variants_are_made_once_and_named():
-    assert ranges.kl_tensorrt() is KL_TENSORRT
-    assert ranges.kl_onnxruntime(bins=1025) is KL_ONNXRUNTIME
+def test_variants_are_values_and_named():
+    assert ranges.kl_tensorrt() == KL_TENSORRT != KL_MODELOPT
+    assert ranges.kl_onnxruntime(bins=1025) == KL_ONNXRUNTIME
     assert ranges.kl_onnxruntime(bins=513).name == "kl_onnxruntime(513)"
     own = ranges.Variant(name="coarse", bins=512, stride=4)
     assert ranges.kl_tensorrt(own).name == "kl_coarse"
-    assert ranges.kl_tensorrt(own) is ranges.kl_tensorrt(own)
+    assert ranges.kl_tensorrt(own) == ranges.kl_tensorrt(own)
 
 
 @pytest.mark.parametrize("bins", [4, 3, 1024])

@@ -216,7 +216,7 @@ def test_thresholds_that_leave_nothing_are_refused(threshold):
 
 
 def test_rules_are_values():
-    assert ttq() is TTQ
+    assert ttq() == TTQ
     assert ttq(threshold=0.1) == ttq(threshold=0.1)
     assert ttq(threshold=0.1).name == "ttq(0.1)"
     assert (TTQ.name, TWN.name) == ("ttq", "twn")

@@ -139,6 +139,14 @@ def counterexamples(format: Format, bits: int, trial: Trial | None = None) -> di
             why=f"its range is said to be {low:g} to {high:g}",
             fix="level_range returns the lowest and the highest level",
         )
+    apart = np.asarray(format.encode(jnp.asarray(decoded), width, theta))
+    if (moved := stays & (apart != again)).any():
+        at = int(np.argmax(moved))
+        raise errors.FormatError(
+            f"{label}: {decoded[at]:.9g} is encoded as {again[at]}, and as {apart[at]} eagerly",
+            why="levels that two programs compute may differ in the last place",
+            fix="encode to the nearest level, as LevelFormat does: compare with the middles",
+        )
     found: dict[Law, str] = {}
     narrow = (0, 1 << bits) if span[0] == 0 else (-(1 << bits) // 2, max((1 << bits) // 2, 2))
     reached = ((codes >= narrow[0]) & (codes < narrow[1])) | np.isin(codes, again[stays])

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -277,3 +278,17 @@ def test_parameters_are_those_of_the_trial():
     far = {"threshold": jnp.float32(0.9)}
     assert Law.NEAREST not in counterexamples(ternary(), 2, Trial(theta=near))
     assert Law.NEAREST in counterexamples(ternary(), 2, Trial(theta=far))
+
+
+class Apart(Whole):
+    """Has codes of its own outside of programs, as where a table is computed otherwise there."""
+
+    def encode(self, levels, bits, theta=()):
+        codes = super().encode(levels, bits, theta)
+        moved = jnp.where(levels == 5.0, codes - 1, codes)
+        return codes if isinstance(levels, jax.core.Tracer) else moved
+
+
+def test_codes_that_depend_on_the_program_are_found():
+    with refused(errors.FormatError, "eagerly", "the nearest level"):
+        check_format(Apart())

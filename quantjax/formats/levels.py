@@ -82,7 +82,9 @@ class LevelFormat(Format):
     its place among the levels, from 0 up. There is no zero point.
 
     Sharp edges: levels must be normal float32 numbers (or 0) up to ``2^126``; CPU takes subnormal
-    ones for 0. Codes beyond the levels in use stand for the highest one.
+    ones for 0. Codes beyond the levels in use stand for the highest one. Levels that are computed
+    (``0.77 * i + 0.01``) and not looked up may differ in the last place from program to program,
+    where a compiler rounds a product and a sum together; their codes do not.
 
     >>> @dataclasses.dataclass(frozen=True, kw_only=True)
     ... class Fibonacci(LevelFormat):
@@ -135,6 +137,7 @@ class LevelFormat(Format):
             raise errors.FormatError(
                 f"levels of shape {table.shape[bits.ndim :]} do not fill {self.max_bits} bits",
                 where=f"{type(self).__name__}.levels",
+                why="a table is for a whole tensor: theta has no axes of its groups",
                 fix=f"return {1 << self.max_bits} levels, the highest repeated to the end",
             )
         return table
@@ -198,9 +201,12 @@ class LevelFormat(Format):
     def encode(
         self, levels: Float[Array, "..."], bits: jax.Array, theta: Theta = ()
     ) -> UInt8[Array, "..."]:
-        """How many levels are lower: of equal levels, the first."""
-        table = self._table(bits, theta)
-        return _count(table, levels, strictly=True).astype(self.storage_dtype)
+        """The place of the nearest level: of equal ones, the first.
+
+        The nearest, since levels that another program has computed may differ in the last place.
+        """
+        borders = _borders(self._table(bits, theta))
+        return _count(borders, levels, strictly=True).astype(self.storage_dtype)
 
     def decode(
         self, codes: Int[Array, "..."], bits: jax.Array, theta: Theta = ()
@@ -250,6 +256,19 @@ def _count(table: jax.Array, x: jax.Array, *, strictly: bool) -> jax.Array:
         count = jnp.where(reached, count + half, count)
         half //= 2
     return count
+
+
+def _borders(table: jax.Array) -> jax.Array:
+    """Above which numbers the next level is nearer: the middle, infinity above the highest.
+
+    In front of the middle where that rounds to the next level.
+    """
+    following = jnp.roll(table, -1, axis=-1).at[..., -1].set(jnp.inf)
+    following = jnp.where(following > table, following, jnp.inf)
+    # Of equal levels, all have the border of the last.
+    following = lax.cummin(following, axis=table.ndim - 1, reverse=True)
+    middle = 0.5 * table + 0.5 * following
+    return jnp.where(middle < following, middle, table)
 
 
 def _neighbours(table: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

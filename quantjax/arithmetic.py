@@ -45,15 +45,11 @@ class Arithmetic(NamedTuple):
 
     def resolved(self, qparams: QParams, shape: tuple[int, ...]) -> QParams:
         """The scale, zero point and width in use, by the estimator; ``theta`` stays."""
-        estimator, theta = self.estimator, qparams.theta
-        own = estimator.own(theta)
-        if estimator.resolve is None:
-            return qparams
-        plain = qparams._replace(theta=estimator.rest(theta))
-        found = estimator.resolve(plain, own, self.format, shape)
+        found = self.estimator.resolved(qparams, self.format, shape)
+        if self.estimator.resolve is None:
+            return found
         faulty = jnp.isnan(qparams.scale)  # of which the zero point is the fault
         return found._replace(
             scale=jnp.where(faulty, jnp.nan, found.scale),
             zero_point=jnp.where(faulty, qparams.zero_point, found.zero_point),
-            theta=theta,
         )

@@ -20,6 +20,7 @@ from quantjax.affine import DIVIDED, QParams, where_bypassed
 from quantjax.arithmetic import Arithmetic
 from quantjax.borders import rounds_outside
 from quantjax.estimators import Estimator, Parameters, Point
+from quantjax.estimators.base import at_a_width
 from quantjax.estimators.clipped import inside
 from quantjax.estimators.gradients import by_sign, round_through
 from quantjax.formats import IntegerFormat, Snapped, Theta, divide_by_scale
@@ -242,10 +243,10 @@ def transformed(
     estimator = arithmetic.estimator
     assert estimator.transform is not None
     spread = lambda array: expand(jnp.asarray(array, jnp.float32), x.shape)  # noqa: E731
-    own = jax.tree.map(spread, estimator.own(qparams.theta))
-    theta = arithmetic.format.map_groups(estimator.rest(qparams.theta), spread)
-    wide = qparams._replace(scale=spread(qparams.scale), theta=theta)
-    return estimator.transform(x.astype(jnp.float32), wide, own, arithmetic.format)
+    format, own = arithmetic.format, jax.tree.map(spread, estimator.own(qparams.theta))
+    theta = format.map_groups(estimator.rest(qparams.theta), spread)
+    wide = at_a_width(qparams._replace(scale=spread(qparams.scale), theta=theta), format)
+    return estimator.transform(x.astype(jnp.float32), wide, own, format)
 
 
 def _given(

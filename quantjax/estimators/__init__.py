@@ -1,11 +1,17 @@
 """Gradient rules for the rounding and clipping of a quantizer: one method a file."""
 
-from quantjax.estimators.base import Estimator, Need, Parameters, Point
+from quantjax.estimators.base import Estimator, Need, Parameters, Point, highest, reach
 from quantjax.estimators.binary import APPROX_SIGN, ERROR_DECAY, MAGNITUDE_AWARE, SWISH_SIGN
 from quantjax.estimators.clipped import CLIPPED
 from quantjax.estimators.dorefa import DOREFA_ACTIVATIONS, DOREFA_WEIGHTS
 from quantjax.estimators.dsq import DSQ
 from quantjax.estimators.ewgs import EWGS
+from quantjax.estimators.gradients import (
+    ceil_through,
+    clip_through,
+    round_through,
+    scale_gradient,
+)
 from quantjax.estimators.learned_width import (
     DIFFERENTIABLE_QUANTIZATION,
     ROUNDED_WIDTH,
@@ -70,6 +76,12 @@ __all__ = [
     "Need",
     "Parameters",
     "Point",
+    "ceil_through",
     "check_needs",
+    "clip_through",
+    "highest",
     "learned_bits",
+    "reach",
+    "round_through",
+    "scale_gradient",
 ]

@@ -14,7 +14,7 @@ from quantjax.affine import QParams, where_bypassed
 from quantjax.formats import Format, Theta
 
 Parameters = Mapping[str, jax.Array]
-"""An estimator's own arrays in ``QParams.theta``: scalars, or of the scale's shape."""
+"""An estimator's own arrays in ``QParams.theta``: scalars, of the scale's shape, or a weight's."""
 
 
 class Point(NamedTuple):
@@ -86,7 +86,8 @@ class Estimator(NamedTuple):
       start: ``(qparams, format) -> parameters``, what calibration starts them from.
       resolve: ``(qparams, parameters, format, shape) -> qparams``: scale, zero point and width as
         functions of what is learned; ``shape`` is the tensor's. Of the QParams, ``theta`` is the
-        format's.
+        format's. The width alone moves no level's gradient: let the scale or the clip depend on it,
+        as :data:`ROUNDED_WIDTH` does.
       transform: ``(x, qparams, parameters, format) -> x``: what is rounded in place of ``x``; the
         QParams are resolved, scale and parameters of the shape of ``x``.
       to_parameters: ``(point, tangents) -> tangent of the level``, where the slope's parameters are
@@ -96,6 +97,9 @@ class Estimator(NamedTuple):
       chosen: ``(parameters, key, shape) -> bool array``: the entries that are quantized; the others
         pass as they are. Needs a key.
       needs: what a quantizer has to be for it.
+
+    At bypass, width 0, ``start``, ``resolve`` and ``transform`` are called with the widest codes of
+    the format, so that they can divide by what a width gives; nothing of it is used.
     """
 
     name: str
@@ -148,24 +152,51 @@ class Estimator(NamedTuple):
         if self.start is None:
             return qparams
         like = jnp.zeros_like(qparams.scale)
+        usable = at_a_width(qparams, format)
+        # The scale of bypass, 1, says nothing of a range: that of a range up to 1.
+        scale = where_bypassed(qparams.bits, 1.0 / highest(format, usable), qparams.scale)
         found = {
             name: jnp.asarray(value, jnp.float32) + like
-            for name, value in self.start(qparams, format).items()
+            for name, value in self.start(usable._replace(scale=scale), format).items()
         }
         return qparams._replace(theta={**(qparams.theta or {}), **found})
 
+    def resolved(self, qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
+        """The scale, zero point and width in use for a tensor of a shape; ``theta`` stays.
+
+        >>> from quantjax.estimators import PACT
+        >>> from quantjax.formats import integer
+        >>> qparams = QParams(*map(jnp.float32, (1, 0, 0)), {"clip": jnp.float32(4)})
+        >>> float(PACT.resolved(qparams, integer(), ()).bits)
+        0.0
+        """
+        own = self.own(qparams.theta)
+        if self.resolve is None:
+            return qparams
+        usable = at_a_width(qparams._replace(theta=self.rest(qparams.theta)), format)
+        found = self.resolve(usable, own, format, shape)
+        bits = qparams.bits
+        if found.bits is not usable.bits:
+            bits = where_bypassed(bits, 0.0, found.bits)
+        return found._replace(bits=bits, theta=qparams.theta)
+
+
+def at_a_width(qparams: QParams, format: Format) -> QParams:
+    """The same, at bypass with the widest codes.
+
+    What an estimator computes there is not used, but differentiated, and ``α / (2^b - 1)`` at width
+    0 would make the gradient of a clip NaN.
+    """
+    bits = where_bypassed(qparams.bits, float(format.max_bits), qparams.bits)
+    return qparams._replace(bits=bits)
+
 
 def highest(format: Format, qparams: QParams) -> jax.Array:
-    """The highest level of the width; 1 at bypass, so that it can divide.
-
-    ``theta`` of the QParams is the format's.
-    """
-    high = format.level_range(qparams.bits, qparams.theta)[1]
-    return where_bypassed(qparams.bits, 1.0, high)
+    """The highest level of the width; ``theta`` of the QParams is the format's."""
+    return format.level_range(qparams.bits, qparams.theta)[1]
 
 
 def reach(format: Format, qparams: QParams) -> jax.Array:
     """What a symmetric range covers, ``s · steps``; ``steps`` is the highest level where codes are
     narrow, and one more in two's complement."""
-    steps = format.steps(qparams.bits, symmetric=True, theta=qparams.theta)
-    return qparams.scale * where_bypassed(qparams.bits, 1.0, steps)
+    return qparams.scale * format.steps(qparams.bits, symmetric=True, theta=qparams.theta)

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from quantjax.affine import QParams, where_bypassed
+from quantjax.affine import QParams
 from quantjax.estimators.base import Estimator, Need, Parameters, highest
 from quantjax.estimators.gradients import ceil_through, clip_through, round_through
 from quantjax.estimators.pact import clip_of, clipped_to
@@ -28,16 +28,15 @@ def _clipped(x: jax.Array, qparams: QParams, own: Parameters, format: Format) ->
     return clipped_to(x, own["clip"], format)
 
 
-def _of_tensor(width: jax.Array, qparams: QParams, format: Format) -> jax.Array:
-    """One width: that of the group which needs most; 0 stays bypass."""
-    width = clip_through(jnp.max(width), 1.0, float(format.max_bits))
-    return where_bypassed(qparams.bits, 0.0, width)
+def _of_tensor(width: jax.Array, format: Format) -> jax.Array:
+    """One width: that of the group which needs most."""
+    return clip_through(jnp.max(width), 1.0, float(format.max_bits))
 
 
 def _differentiable(qparams: QParams, own: Parameters, format: Format) -> jax.Array:
     clip = own["clip"]
     needed = ceil_through(jnp.log2(divide_by_scale(clip, qparams.scale) + 1.0))
-    return _of_tensor(needed + (1.0 if format.signed else 0.0), qparams, format)
+    return _of_tensor(needed + (1.0 if format.signed else 0.0), format)
 
 
 def _resolve_differentiable(
@@ -70,10 +69,6 @@ Source: Uhlich et al., Mixed precision DNNs: all you need is a good parametrizat
 """
 
 
-def _rounded(qparams: QParams, own: Parameters, format: Format) -> jax.Array:
-    return _of_tensor(round_through(own["width"]), qparams, format)
-
-
 def _start_rounded(qparams: QParams, format: Format) -> Parameters:
     width = jnp.broadcast_to(qparams.bits, jnp.shape(qparams.scale))
     return {**clip_of(qparams, format), "width": width}
@@ -83,7 +78,7 @@ def _resolve_rounded(
     qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]
 ) -> QParams:
     del shape
-    bits = _rounded(qparams, own, format)
+    bits = _of_tensor(round_through(own["width"]), format)
     high = highest(format, qparams._replace(bits=jax.lax.stop_gradient(bits)))
     # high is 2^(b-1) - 1 or 2^b - 1, whose derivative is (high + 1) ln 2; its value stays.
     high = high + math.log(2.0) * (high + 1.0) * (bits - jax.lax.stop_gradient(bits))
@@ -122,8 +117,5 @@ def learned_bits(qparams: QParams, format: Format, estimator: Estimator) -> jax.
     >>> float(learned_bits(qparams, integer(), DIFFERENTIABLE_QUANTIZATION))
     4.0
     """
-    if estimator.resolve is None:
-        return jnp.asarray(qparams.bits, jnp.float32)
-    own, plain = estimator.own(qparams.theta), estimator.rest(qparams.theta)
-    plain_qparams = qparams._replace(theta=plain)
-    return estimator.resolve(plain_qparams, own, format, jnp.shape(qparams.scale)).bits
+    resolved = estimator.resolved(qparams, format, jnp.shape(qparams.scale))
+    return jnp.asarray(resolved.bits, jnp.float32)

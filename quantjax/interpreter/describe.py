@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.extend import core as jex_core
@@ -74,8 +75,7 @@ def describe(
     reason = around.opaque or unsupported(product)
     if len(weights) == 2:
         reason = reason or "both operands come from parameters: computed in float, once"
-    if not all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals):
-        reason = reason or "not a product of real floating-point numbers"
+    reason = reason or _not_real([aval.dtype for aval in avals])
     if not weights and any(0 in aval.shape for aval in avals):
         reason = reason or "an empty product"  # parallel scans multiply empty halves
     weight = weights[0] if len(weights) == 1 else None
@@ -99,6 +99,17 @@ def describe(
         output=_output(product, weight),
     )
     return site, origin
+
+
+def _not_real(dtypes: Sequence[Any]) -> str:
+    """Why operands of these dtypes are no product that can be quantized; nothing where they are."""
+    others = [dtype for dtype in dtypes if not jnp.issubdtype(dtype, jnp.floating)]
+    if not others:
+        return ""
+    found = "not a product of real floating-point numbers"
+    if len(others) < len(dtypes) and not jnp.issubdtype(others[0], jnp.complexfloating):
+        found += f": cast the {others[0]} operand to a float in the model to quantize it"
+    return found
 
 
 def _output(product: Product, weight: int | None) -> Operand:

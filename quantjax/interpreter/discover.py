@@ -83,10 +83,13 @@ def discover(jaxpr: jex_core.ClosedJaxpr, param_paths: Sequence[str]) -> Discove
     biases: dict[str, Origin] = {}
     additions: dict[Location, Added] = {}
     for item in found.sites:
-        count = seen[item.site.name]
-        seen[item.site.name] += 1
         positional = item.site.weight is None
-        name = f"{item.site.name}#{count}" if count or positional else item.site.name
+        while True:
+            count = seen[item.site.name]
+            seen[item.site.name] += 1
+            name = f"{item.site.name}#{count}" if count or positional else item.site.name
+            if name not in scans:  # a parameter may be called w#1
+                break
         # What has no weight follows the weights of its scans.
         own = layered if item.weight is None else set(item.weight.loops)
         loops = tuple(loop for loop in item.loops if loop in own)
@@ -142,7 +145,8 @@ def _walk(
         if container is None:
             outputs = provenance.results(eqn, operands)
             is_site = product is not None and found.sites[-1].weight is not None
-            if not is_site and eqn.primitive.name not in provenance.PASSING:
+            passed = eqn.primitive.name in provenance.PASSING
+            if not is_site and not (passed and any(o.kind is OriginKind.LEAF for o in outputs)):
                 _note_others(found, eqn.primitive.name, operands)
         else:
             outputs = _enter(container, operands, here, scope, around, found)

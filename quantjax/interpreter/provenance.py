@@ -110,10 +110,14 @@ def is_backward(scope: str) -> bool:
 def at_product(scope: str, origins: Sequence[Origin], weight: int | None) -> Sequence[Origin]:
     """Of both operands: what a weight meets in a backward pass is a cotangent, wherever it is from.
 
+    Behind that pass a gradient is a value like any other: forces that the next layer reads.
+
     Args:
       weight: the side of the weight; None where there is none.
     """
-    if weight is None or not is_backward(scope):
+    if not is_backward(scope):
+        return _forward(origins)
+    if weight is None:
         return origins
     return [origin if side == weight else COTANGENT for side, origin in enumerate(origins)]
 
@@ -121,16 +125,21 @@ def at_product(scope: str, origins: Sequence[Origin], weight: int | None) -> Seq
 def in_scope(
     scope: str, primitive: str, operands: Sequence[Origin], origins: list[Origin]
 ) -> list[Origin]:
-    """What a backward pass computes are cotangents.
+    """What a backward pass computes are cotangents, and nothing else is.
 
     Constants as well, which it starts from; weights stay what they are, and what is only moved,
     such as a saved activation that is transposed.
     """
-    moved = primitive in PASSING and all(operand is DATA for operand in operands)
-    if not is_backward(scope) or moved:
+    if not is_backward(scope):
+        return _forward(origins)
+    if primitive in PASSING and all(operand is DATA for operand in operands):
         return origins
     known = (OriginKind.LEAF, OriginKind.FUNCTION)
     return [origin if origin.kind in known else COTANGENT for origin in origins]
+
+
+def _forward(origins: Sequence[Origin]) -> list[Origin]:
+    return [DATA if origin is COTANGENT else origin for origin in origins]
 
 
 def constant(value: Any) -> Origin:
@@ -229,7 +238,7 @@ def results(eqn: jex_core.JaxprEqn, operands: Sequence[Origin]) -> list[Origin]:
         return list(operands)
     if eqn.primitive.name == "stop_gradient" and operands[0].kind is not OriginKind.DATA:
         return [dataclasses.replace(operands[0], eqn=eqn, operands=tuple(operands), output=0)]
-    if eqn.primitive.name == "select_n" and len({case.signature for case in operands[1:]}) == 1:
+    if eqn.primitive.name == "select_n" and _are_same(operands[1:]):
         return [operands[-1]]  # whatever is chosen; jax.vmap of a cond hands operands on like this
     kind = max((operand.kind for operand in operands), default=OriginKind.CONSTANT)
     if eqn.primitive.name in STRUCTURAL and operands:
@@ -263,6 +272,14 @@ def results(eqn: jex_core.JaxprEqn, operands: Sequence[Origin]) -> list[Origin]:
         )
         for index in range(len(eqn.outvars))
     ]
+
+
+def _are_same(cases: Sequence[Origin]) -> bool:
+    """Whether all are one value; tracers, which have no signatures, only where they are one."""
+    first = cases[0]
+    if first.derivable or first.kind is OriginKind.DATA:
+        return len({case.signature for case in cases}) == 1
+    return all(case is first for case in cases)
 
 
 def evaluate_origin(origin: Origin, leaves: Mapping[str, Any]) -> jax.Array:

@@ -113,10 +113,13 @@ def _learned(weight: StoredWeight, qstate: QState) -> dict[str, jax.Array]:
         return {}
     qparams = qstate[site.name][weight.operand.key]
     layers = len(site.steps)
-    return {
-        name: scale_in_parameter(jnp.broadcast_to(array, qparams.scale.shape), weight.moves, layers)
-        for name, array in quantizer.estimator.own(qparams.theta).items()
-    }
+
+    def moved(array: jax.Array) -> jax.Array:
+        if array.shape[layers:] != weight.operand.operand.shape:  # unless each entry has its own
+            array = jnp.broadcast_to(array, qparams.scale.shape)
+        return scale_in_parameter(array, weight.moves, layers)
+
+    return {name: moved(array) for name, array in quantizer.estimator.own(qparams.theta).items()}
 
 
 def _check_transforms(first: StoredWeight, other: StoredWeight, learned: Any, its: Any) -> None:

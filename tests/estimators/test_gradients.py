@@ -194,3 +194,44 @@ def test_a_learned_scale_finds_the_range(start):
     assert_allclose(scale, 2 / 15, rtol=0.05)
     least = (2 / 15) ** 2 / 12
     assert error(scale) < 1.02 * least < error(jnp.float32(start)) / 10
+
+
+def test_estimators_are_asked_at_bypass_for_the_widest_codes():
+    """What they divide by is not 0 there, so that gradients of delayed widths are 0 and no NaN."""
+    seen = []
+
+    def resolve(qparams, own, format, shape):
+        seen.append(float(qparams.bits))
+        scale = own["alpha"] / (2.0**qparams.bits - 1.0)
+        return qparams._replace(scale=scale, zero_point=jnp.zeros_like(qparams.zero_point))
+
+    def start(qparams, format):
+        seen.append(float(qparams.bits))
+        return {"alpha": qparams.scale * (2.0**qparams.bits - 1.0)}
+
+    pact = Estimator(
+        "own-pact",
+        lambda point: jnp.ones_like(point.scaled),
+        parameters=("alpha",),
+        start=start,
+        resolve=resolve,
+        transform=lambda x, qparams, own, format: jnp.clip(x, 0.0, own["alpha"]),
+    )
+    format = integer(signed=False)
+    qparams = QParams(jnp.float32(1), jnp.float32(0), jnp.float32(0))
+    started = pact.started(qparams, format)
+    assert_allclose(started.theta["alpha"], 1.0, rtol=1e-6)
+    arithmetic = Arithmetic(format, estimator=pact, symmetric=True)
+
+    def loss(alpha, bits):
+        used = started._replace(theta={"alpha": alpha}, bits=bits)
+        with jax.disable_jit():
+            resolved = arithmetic.resolved(used, ())
+            assert float(resolved.bits) == float(bits)
+        return jnp.sum(apply(jnp.linspace(-1.0, 3.0, 9), used, arithmetic) ** 2)
+
+    alpha = jnp.float32(2.0)
+    assert float(jax.grad(lambda a: loss(a, jnp.float32(0)))(alpha)) == 0.0
+    assert float(jax.grad(lambda a: loss(a, jnp.float32(4)))(alpha)) > 0.0
+    assert float(loss(alpha, jnp.float32(0))) == float(jnp.sum(jnp.linspace(-1.0, 3.0, 9) ** 2))
+    assert set(seen) == {8.0, 4.0}

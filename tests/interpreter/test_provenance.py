@@ -174,3 +174,34 @@ def test_the_kinds_are_ordered():
 def test_dense_weights_need_no_observation():
     plan = planned(mlp(), qj.uniform_policy())
     assert {key for site in qj.init(plan).values() for key in site} == {"activation"}
+
+
+def test_a_choice_between_tracers_depends_on_what_chooses():
+    """Arrays of an outer trace have no signature; two of them are not one value."""
+
+    def choosing(x: jax.Array, one: jax.Array, other: jax.Array) -> qj.SiteTable:
+        f = lambda p, x: (x @ jnp.where(x.sum() > 0, one, other)) @ p["w"].T  # noqa: E731
+        return qj.sites(f, {"w": PARAMS["w"]}, x)
+
+    def rows(table: qj.SiteTable) -> list[Any]:
+        return [(site.name, [operand.role for operand in site.operands]) for site in table]
+
+    found: list[Any] = []
+
+    def traced(x: jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
+        found.append(rows(choosing(x, one, other)))
+        return x
+
+    jax.jit(traced)(X, TABLE, 2.0 * TABLE)
+    assert found == [rows(choosing(X, TABLE, 2.0 * TABLE))]
+    assert found[0][0][0] == "dot_general#0"
+
+
+def test_names_are_unique_whatever_parameters_are_called():
+    params = {"w": PARAMS["w"], "w#1": PARAMS["v"].T}
+    table = qj.sites(lambda p, x: x @ p["w"] @ p["w#1"] @ p["w"], params, X)
+    assert [site.name for site in table] == ["w", "w#1", "w#2"]
+    table = qj.sites(lambda p, x: x @ p["w"] @ p["w"].T @ p["w"] @ p["w#1"], params, X)
+    assert [site.name for site in table] == ["w", "w#1", "w#2", "w#1#1"]
+    plan = qj.plan(qj.uniform_policy(), table)
+    assert len(qj.calibrate(plan, qj.init(plan), params, activation_bits=0)) == 4

@@ -282,3 +282,19 @@ def test_quantized_gradients_have_the_right_mean_at_both_ends(bits):
         found = draw(keys, cotangent)
         assert_allclose(found.mean(0), cotangent[0], atol=5 * 0.5 * step / np.sqrt(4000))
         assert_array_equal(found[:, 0], np.full(4000, cotangent[0, 0]))
+
+
+def with_forces(params, x):
+    force = -jax.grad(lambda x: jnp.sum(jnp.tanh(x @ params["one"])))(x)
+    h = jnp.tanh((x + force) @ params["one"])
+    return h @ params["two"] + jnp.tanh(force @ params["one"]) @ params["two"]
+
+
+def test_layers_behind_an_inner_gradient_have_activations():
+    """Forces, or a step of training inside: what is computed from gradients is no gradient."""
+    table = qj.sites(with_forces, PARAMS, X)
+    roles = {site.name: site.operands[0].role for site in table}
+    assert [name for name, role in roles.items() if role is Role.GRADIENT] == ["one#1"]
+    plan = qj.plan(qj.uniform_policy(weight_bits=8, activation_bits=8), table)
+    observed = {name for name, kinds in qj.init(plan).items() if "activation" in kinds}
+    assert observed == set(roles) - {"one#1"}

@@ -242,3 +242,51 @@ def test_a_weight_shared_by_the_steps_of_a_loop_is_stored_once():
     frozen = qj.freeze(done.plan, done.qstate, case.params)
     assert frozen["w"].qparams.scale.shape == (1, 6)
     executed_as_simulated(case, done, frozen)
+
+
+def expert(p: Any, x: jax.Array, index: jax.Array) -> jax.Array:
+    """One expert of one, chosen by data, and a layer that has its weight too."""
+    chosen = lax.dynamic_index_in_dim(p["w"], index, 0, keepdims=False)
+    return x @ chosen + jnp.tanh(x @ p["w"].reshape(6, 6))
+
+
+def integers_read(p: Any, x: jax.Array, index: jax.Array) -> jax.Array:
+    read = lax.dynamic_slice_in_dim(p["w"][0].astype(jnp.int32), index, 2)
+    return jnp.tanh(x @ p["w"][0]) + jnp.sum(read).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("f", [expert, integers_read], ids=["expert", "integers"])
+def test_a_parameter_that_data_choose_from_is_used_in_float(f):
+    """Simulation reads the parameter there, and execution would read its levels."""
+    params, index = {"w": 3.0 * W[None]}, jnp.int32(0)
+    plan = qj.plan(qj.uniform_policy(weight_bits=3), qj.sites(f, params, X, index))
+    _, state = qj.observe(f, plan)(qj.init(plan), params, X, index)
+    qstate = qj.calibrate(plan, state, params)
+    with refused(errors.FreezeError, "the parameter w is used in float as well"):
+        qj.freeze(plan, qstate, params)
+
+
+def test_an_estimators_parameters_may_be_those_of_each_entry():
+    """As AdaRound's: added to the weight ahead of rounding, also where the weight is turned."""
+    own = qj.estimators.Estimator(
+        "own-round",
+        lambda point: jnp.ones_like(point.scaled),
+        parameters=("v",),
+        start=lambda qparams, format: {"v": jnp.zeros_like(qparams.scale)},
+        transform=lambda x, qparams, own, format: x + own["v"] * qparams.scale,
+    )
+
+    def f(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ p["w"]) @ p["v"].T
+
+    case = Case(f, {"w": W, "v": V[:3]}, X)
+    done = ready(case, policy(qj.weight_quantizer(bits=4, estimator=own), None))
+    for name, seed in (("w", 5), ("v", 6)):
+        qparams = done.qstate[name]["weight"]
+        entry = next(e for e in done.plan.sites if e.site.name == name)
+        shape = entry.site.weight.shape
+        theta = {"v": jax.random.uniform(jax.random.key(seed), shape) - 0.5}
+        done.qstate[name]["weight"] = qparams._replace(theta=theta)
+    frozen = qj.freeze(done.plan, done.qstate, case.params)
+    assert quantized_paths(frozen) == {"w", "v"}
+    executed_as_simulated(case, done, frozen)

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax import errors
-from quantjax.ranges.base import Range, RangeRule, Target, holds_for
-from quantjax.ranges.stack import IndexedRule
+from quantjax.ranges.base import Range, RangeRule, Target
+from quantjax.ranges.stack import IndexedRule, checked_rule, range_of
 from quantjax.statistics import Histogram, Sample, Statistics
 
 ENTRIES_AT_ONCE = 1 << 20  # of all groups together; a search has some forty arrays of them
@@ -36,6 +35,7 @@ def derive_many(
 
     Operands whose formats or distributions differ in shape are taken one after another.
     """
+    checked_rule(rule, "qj.ranges.derive")
     if not rule.reads_distribution:
         return [_finite(_at_once(rule, s, t), s) for s, t in jobs]
     if isinstance(rule, IndexedRule) and not all(reads(one) for one in rule.rules):
@@ -150,34 +150,12 @@ def _padded(statistics: Statistics, length: int) -> Statistics:
     )
 
 
-def _range(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target) -> Range:
-    found = rule.range(statistics, target, *rule.parameters)
-    if not isinstance(found, tuple) or len(found) != 3:
-        raise errors.PolicyError(
-            f"the rule {rule.name} returned no range",
-            why=f"it returned {type(found).__name__}",
-            fix="qj.ranges.Range(low, high, statistics.batches > 0)",
-        )
-    found = Range(*map(jnp.asarray, found))
-    needed = statistics.scale_shape
-    for bound in found[:2]:
-        if not holds_for(bound.shape, needed):
-            raise errors.PolicyError(
-                f"the rule {rule.name} returned a bound of shape {bound.shape}",
-                why=f"it was asked for one range each of {needed}"
-                + (": it is called for one group at a time" if not needed else ""),
-                fix="bounds of the shape of statistics.extremes.low",
-            )
-    low, high = (jnp.broadcast_to(bound, needed) for bound in found[:2])
-    return Range(low, high, found.calibrated)
-
-
 def _at_once(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target) -> Range:
     """All groups in one call of the rule; leading axes of the widths are layers."""
 
     def found(statistics: Statistics, bits: jax.Array, theta: Any) -> Range:
         layer = target._replace(bits=bits, theta=theta)
-        return _range(rule, statistics, layer)
+        return range_of(rule, statistics, layer)
 
     statistics = statistics._replace(distribution=None)  # of which a rule would see all groups
     for _ in range(jnp.ndim(target.bits)):
@@ -205,7 +183,7 @@ def _run(fixed: Any, numbers: Any, chosen: jax.Array | None, groups: Any) -> Ran
 
     def one(group: Any) -> Range:
         statistics, bits, theta = group
-        return _range(rule, statistics, Target(format, symmetric, bits, theta))
+        return range_of(rule, statistics, Target(format, symmetric, bits, theta))
 
     if groups[1].shape[0] <= at_once:
         return jax.vmap(one)(groups)

@@ -41,6 +41,7 @@ def apply_fit(
             why=f"it returned {type(found).__name__}",
             fix="qj.QParams(scale, zero_point, bits)",
         )
+    found = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), found)
     for array in (found.scale, found.zero_point):
         if not holds_for(jnp.shape(array), scale_shape):
             raise errors.PolicyError(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from quantjax.affine import QParams, qparams_from_range
@@ -83,8 +84,12 @@ def problem_of(
     *,
     symmetric: bool,
 ) -> Problem:
-    """The tensor in units in which squares and their sums are float32 numbers."""
-    x, bits = jnp.asarray(tensor, jnp.float32), jnp.asarray(bits, jnp.float32)
+    """The tensor in units in which squares and their sums are float32 numbers.
+
+    What is fitted is constant to a gradient.
+    """
+    x = lax.stop_gradient(jnp.asarray(tensor, jnp.float32))
+    bits = lax.stop_gradient(jnp.asarray(bits, jnp.float32))
     largest = reduce_to(jnp.abs(x), scale_shape, jnp.max, initial=0.0)
     exponent = jnp.clip(exponent_of(largest), -_LARGEST_UNIT, _LARGEST_UNIT)
     x = x * expand(power_of_two(-exponent), x.shape)

@@ -13,13 +13,14 @@ from jaxtyping import Array, Int
 from quantjax import errors
 from quantjax.formats import divide_by_scale
 from quantjax.ranges.base import Configured, Range, RangeRule, Target
-from quantjax.ranges.kl_sums import entropy, prefix_sums, whole_quotient
+from quantjax.ranges.kl_sums import divergence_terms, entropy, prefix_sums, whole_quotient
 from quantjax.ranges.rebin import symmetric_counts
 from quantjax.statistics import Statistics
 
 _LARGEST_TOTAL = 2.0**30
 _EPSILON = 1e-4
-FINALISTS = 4
+FINALISTS = 4  # looked at together
+_RELATIVE, _ABSOLUTE = 1.0005, 2e-7  # what the first look may be off by, from one to another
 _TOTAL, _ENTROPY = 2.0**17, 2.0**10  # for the first look: counts sum to it, fractions of integers
 
 
@@ -40,7 +41,7 @@ def best_reach(counts: jax.Array, levels: jax.Array, *, most: int = 128) -> jax.
     bins that are left over have nothing. Both are smoothed: ``1e-4`` for each empty bin, taken
     evenly from the others.
 
-    All reaches are looked at to four digits, the best few of them again to seven.
+    All reaches are looked at to four digits, those that may be the best again to six.
 
     Args:
       counts: ``[bins]``, an odd number of them, float32; scaled down where they sum to more than
@@ -62,14 +63,45 @@ def best_reach(counts: jax.Array, levels: jax.Array, *, most: int = 128) -> jax.
     reaches = jnp.arange(middle + 1, dtype=jnp.int32)
     rough = jax.custom_batching.sequential_vmap(_first_look)(whole, prefix, levels)
     rough = jnp.where(reaches >= levels // 2, rough, jnp.inf)
-    _, finalists = lax.top_k(-rough, min(FINALISTS, middle + 1))
-    finalists = jnp.sort(finalists).astype(jnp.int32)
-    exact = jax.vmap(functools.partial(_divergence, whole, prefix, levels, min(most, bins)))(
-        finalists
-    )
-    exact = jnp.where(jnp.isfinite(rough[finalists]), exact, jnp.inf)
-    best = jnp.argmin(exact)
-    return jnp.where(jnp.isfinite(exact[best]), finalists[best], middle)
+    best_of = functools.partial(_best_of, min(most, bins))
+    return jax.custom_batching.sequential_vmap(best_of)(whole, prefix, levels, rough)
+
+
+class _Finalist(NamedTuple):
+    """The best reach so far, and what of the others is still to be looked at."""
+
+    reach: jax.Array
+    value: jax.Array
+    rough: jax.Array
+
+
+def _best_of(
+    most: int, whole: jax.Array, prefix: _Prefix, levels: jax.Array, rough: jax.Array
+) -> jax.Array:
+    """The reach with the smallest divergence among those that the first look cannot tell apart.
+
+    A few at a time: one outlier makes a plateau of a hundred.
+    """
+    middle = rough.shape[0] - 1
+    enough = _RELATIVE * jnp.min(rough) + _ABSOLUTE
+    divergence = functools.partial(_divergence, whole, prefix, levels, most)
+
+    def goes_on(state: _Finalist) -> jax.Array:
+        next_one = jnp.min(state.rough)
+        return (next_one <= enough) & (next_one < jnp.inf)
+
+    def some_more(state: _Finalist) -> _Finalist:
+        left, some = lax.top_k(-state.rough, min(FINALISTS, middle + 1))
+        some = some.astype(jnp.int32)
+        values = jnp.where(jnp.isfinite(left), jax.vmap(divergence)(some), jnp.inf)
+        values = jnp.append(values, state.value)
+        reaches = jnp.append(some, state.reach)
+        least = jnp.min(values)
+        first = jnp.min(jnp.where(values == least, reaches, middle))
+        return _Finalist(first, least, state.rough.at[some].set(jnp.inf))
+
+    start = _Finalist(jnp.int32(middle), jnp.float32(jnp.inf), rough)
+    return lax.while_loop(goes_on, some_more, start).reach
 
 
 def _first_look(whole: jax.Array, prefix: _Prefix, levels: jax.Array) -> jax.Array:
@@ -158,8 +190,8 @@ def _divergence(
     smooth = [_smoothed(counts, inside) for counts in (p, q)]
     a, b = (divide_by_scale(s, jnp.maximum(jnp.sum(s), _EPSILON)) for s in smooth)
     some = inside & (a > 0.0) & (b > 0.0)
-    ratio = divide_by_scale(jnp.where(some, a, 1.0), jnp.where(some, b, 1.0))
-    value = jnp.sum(jnp.where(some, a * jnp.log(ratio), 0.0))
+    a, b = (jnp.where(some, part, 1.0) for part in (a, b))
+    value = jnp.sum(jnp.where(some, divergence_terms(a, b), 0.0))
     return jnp.where(jnp.any(p > 0) & jnp.any(q > 0), value, jnp.inf)
 
 
@@ -181,7 +213,7 @@ def _range(statistics: Statistics, target: Target, *, bins: int) -> Range:
     low, high = statistics.extremes
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
     clip = largest * divide_by_scale(2.0 * reach + 1.0, jnp.float32(bins))
-    return Range(jnp.maximum(low, -clip), jnp.minimum(high, clip), statistics.batches > 0)
+    return Range(jnp.clip(low, -clip, clip), jnp.clip(high, -clip, clip), statistics.batches > 0)
 
 
 def _rule(bins: int) -> RangeRule:

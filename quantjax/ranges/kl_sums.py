@@ -13,6 +13,18 @@ def entropy(mass: jax.Array) -> jax.Array:
     return mass * jnp.log(jnp.where(mass > 0.0, mass, 1.0))
 
 
+def divergence_terms(p: jax.Array, q: jax.Array) -> jax.Array:
+    """``p (r - 1 - log r)``, ``r = q/p``, of positive numbers: none is below 0, all digits count.
+
+    Their sum is that of ``p log(p/q)`` where both have the same sum.
+    """
+    away = divide_by_scale(q - p, p)
+    close = jnp.abs(away) < 0.5
+    # Far from 1 the difference has lost the ratio's digits, close to it the ratio the difference's.
+    apart = jnp.log(divide_by_scale(q, p))
+    return p * (away - jnp.where(close, jnp.log1p(jnp.where(close, away, 0.0)), apart))
+
+
 def prefix_sums(values: jax.Array) -> jax.Array:
     """Sums below each edge, ``[bins + 1]``, of values rounded to integers."""
     whole = jnp.round(values).astype(jnp.int32)

@@ -12,7 +12,7 @@ from jax import lax
 from quantjax.formats import divide_by_scale, exponent_of, power_of_two
 from quantjax.ranges.base import Configured, Range, RangeRule, Target
 from quantjax.ranges.kl_look import looked_at
-from quantjax.ranges.kl_sums import prefix_sums, whole_quotient
+from quantjax.ranges.kl_sums import divergence_terms, prefix_sums, whole_quotient
 from quantjax.ranges.rebin import check_bins, magnitude_counts
 from quantjax.statistics import Statistics
 
@@ -94,8 +94,9 @@ def divergences(
         p = divide_by_scale(p, jnp.maximum(total, 1.0))
         q = divide_by_scale(q, jnp.where(mass > 0.0, mass, 1.0))
         both = (p > 0.0) & (q > 0.0)
-        away = divide_by_scale(q - p, jnp.where(both, p, 1.0))
-        terms = jnp.where(both, p * (away - jnp.log1p(jnp.where(both, away, 0.0))), 0.0)
+        terms = jnp.where(
+            both, divergence_terms(jnp.where(both, p, 1.0), jnp.where(both, q, 1.0)), 0.0
+        )
         lost = jnp.any((p > 0.0) & (q == 0.0))
         return jnp.where(lost | (mass == 0.0), jnp.inf, jnp.sum(terms))
 
@@ -154,7 +155,7 @@ def _range(statistics: Statistics, target: Target, *numbers: Any, bins: int) -> 
     kept = best_bin(counts, levels, stride=variant.stride, most=most).astype(jnp.float32)
     kept += jnp.where(variant.half_bin, 0.5, 0.0)
     clip = jnp.minimum(largest * divide_by_scale(kept, jnp.float32(bins)), largest)
-    return Range(jnp.maximum(low, -clip), jnp.minimum(high, clip), statistics.batches > 0)
+    return Range(jnp.clip(low, -clip, clip), jnp.clip(high, -clip, clip), statistics.batches > 0)
 
 
 def _rule(variant: Variant) -> RangeRule:

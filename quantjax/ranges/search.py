@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,9 @@ def search(
 
     A range that is zero alone is no candidate: its scale would be arbitrary.
     """
+    statistics = lax.stop_gradient(statistics)
+    bits, theta = lax.stop_gradient((target.bits, target.theta))
+    target = target._replace(bits=bits, theta=theta)
     values, weights = statistics.sample
     low, high = statistics.extremes
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
@@ -107,7 +110,10 @@ def search(
         one = lambda ends: loss(outcome(*ends))  # noqa: E731
         losses = lax.map(one, (low, high), batch_size=min(some, low.size))
         losses = jnp.where(jnp.isnan(losses) | ((low == 0.0) & (high == 0.0)), jnp.inf, losses)
-        first = jnp.argmax(losses <= jnp.min(losses) * (1.0 + margin))
+        # The first of them, by a call that keeps the loop around it on all cores: XLA makes one
+        # kernel, which has one, of any loop with small operands and without such calls.
+        good = losses <= jnp.min(losses) * (1.0 + margin)
+        first = lax.top_k(good.astype(jnp.float32), 1)[1][0]
         found = _Best(losses[first], low[first], high[first])
         better = found.loss < best.loss * (1.0 - margin)
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
@@ -130,21 +136,22 @@ def search(
         best = lax.while_loop(more, functools.partial(shrunk, some=TOGETHER), start).best
     else:
         best = shrunk(start, COARSE).best
-    # Loops over moves, not moves one by one: a quantizer under a dozen ranges is slow to compile.
     if not target.symmetric:
-        best, _ = lax.scan(
-            lambda best, ends: (tried(best, *_along(best, ends, (low, high))), None),
-            best,
-            _Ends.of([_Ends(low=True), _Ends(high=True), _Ends(low=True)]),
-        )
+        along = _Ends.of([_Ends(low=True), _Ends(high=True), _Ends(low=True)])
+        best = _moved(lambda b, ends: tried(b, *_along(b, ends, (low, high))), best, along)
     ends = [_Ends(low=True, high=True)] if target.symmetric else [_Ends(high=True), _Ends(low=True)]
     reaches = [1.0 / _RATIO] * len(ends) + [_RATIO ** (-2.0 / FINE)] * len(ends)
-    best, _ = lax.scan(
-        lambda best, move: (tried(best, *_around(best, *move, (low, high))), None),
-        best,
-        (jnp.asarray(reaches, jnp.float32), _Ends.of(ends * 2)),
-    )
+    around = jnp.asarray(reaches, jnp.float32), _Ends.of(ends * 2)
+    best = _moved(lambda b, move: tried(b, *_around(b, move, (low, high))), best, around)
     return Range(best.low, best.high, statistics.batches > 0)
+
+
+def _moved(step: Callable[[_Best, Any], _Best], best: _Best, moves: Any) -> _Best:
+    """The best after each of the moves, which lie along a leading axis.
+
+    In a loop, not one by one: a quantizer under a dozen ranges is slow to compile.
+    """
+    return lax.scan(lambda best, move: (step(best, move), None), best, moves)[0]
 
 
 class _Ends(NamedTuple):
@@ -167,9 +174,9 @@ def _along(start: _Best, moving: _Ends, limits: _Pair) -> _Pair:
     return low, jnp.where(moving.high, share * most, start.high)
 
 
-def _around(start: _Best, reach: jax.Array, moving: _Ends, limits: _Pair) -> _Pair:
+def _around(start: _Best, move: tuple[jax.Array, _Ends], limits: _Pair) -> _Pair:
     """Ends ``1/reach`` to ``reach`` times those of the best, never beyond what was seen."""
-    least, most = limits
+    (reach, moving), (least, most) = move, limits
     places = 2.0 * jnp.arange(FINE - 1, -1, -1, dtype=jnp.float32) + 1.0  # the widest first
     share = divide_by_scale(places, jnp.float32(FINE)) - 1.0
     factor = jnp.exp2(share * jnp.log2(reach))

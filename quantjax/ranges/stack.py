@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams
-from quantjax.ranges.base import FitRule, Range, RangeRule, Target
+from quantjax.ranges.base import FitRule, Range, RangeRule, Target, holds_for
 from quantjax.statistics import Statistics
 
 
@@ -48,7 +48,7 @@ class IndexedRule(NamedTuple):
         """The range by the rule that ``chosen`` points at."""
         shape = statistics.scale_shape
         rules = tuple(rule for rule in self.rules if isinstance(rule, RangeRule))
-        assert rules == self.rules, "fits have no range"
+        assert len(rules) == len(self.rules), "fits have no range"
         families = _families(rules)
         places = sorted((i, a, b) for a, f in enumerate(families) for b, i in enumerate(f))
         table = jnp.asarray([place[1:] for place in places], jnp.int32)
@@ -57,15 +57,13 @@ class IndexedRule(NamedTuple):
         def branch(indices: Sequence[int]) -> Callable[[Statistics], Range]:
             def found(statistics: Statistics) -> Range:
                 first, *others = (rules[index] for index in indices)
-                numbers = first.parameters
                 if others:
-                    each = zip(numbers, *(other.parameters for other in others), strict=True)
+                    each = zip(*(rules[index].parameters for index in indices), strict=True)
                     numbers = tuple(lax.select_n(member, *some) for some in each)
-                low, high, calibrated = first.range(statistics, target, *numbers)
-                everywhere = jnp.broadcast_to(jnp.asarray(calibrated), shape)
-                low, high = (jnp.asarray(end, jnp.float32) for end in (low, high))
-                low, high = (jnp.broadcast_to(end, shape) for end in (low, high))
-                return Range(low, high, everywhere)
+                    first = first._replace(parameters=numbers)
+                low, high, calibrated = range_of(first, statistics, target)
+                low, high = (end.astype(jnp.float32) for end in (low, high))
+                return Range(low, high, jnp.broadcast_to(calibrated, shape))
 
             return found
 
@@ -81,8 +79,47 @@ class IndexedRule(NamedTuple):
     def qparams(self, of_rule: Callable[[RangeRule | FitRule], QParams]) -> QParams:
         """The QParams by the rule that ``chosen`` points at, all of one shape."""
         branches = [lambda rule=rule: of_rule(rule) for rule in self.rules]
-        found = lax.switch(self.chosen, branches)
+        try:
+            found = lax.switch(self.chosen, branches)
+        except TypeError:
+            kinds: list[Any] = [jax.tree.structure(jax.eval_shape(branch)) for branch in branches]
+            if len(set(kinds)) == 1:
+                raise
+            other = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
+            raise errors.PolicyError(
+                f"{self.rules[0].name} and {self.rules[other].name} give theta of other structure",
+                where=f"stack of {', '.join(rule.name for rule in self.rules)}",
+                why="what one index chooses among has to be alike",
+                fix="a stack for each structure",
+            ) from None
         return found._replace(scale=jnp.where(self._exists, found.scale, jnp.nan))
+
+
+def range_of(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target) -> Range:
+    """What a rule returns, checked, its bounds at the shape of the scale.
+
+    Raises:
+      PolicyError: no range, or bounds of another shape.
+    """
+    found = rule.range(statistics, target, *rule.parameters)
+    if not isinstance(found, tuple) or len(found) != 3:
+        raise errors.PolicyError(
+            f"the rule {rule.name} returned no range",
+            why=f"it returned {type(found).__name__}",
+            fix="qj.ranges.Range(low, high, statistics.batches > 0)",
+        )
+    found = Range(*map(jnp.asarray, found))
+    needed = statistics.scale_shape
+    for bound in found[:2]:
+        if not holds_for(bound.shape, needed):
+            raise errors.PolicyError(
+                f"the rule {rule.name} returned a bound of shape {bound.shape}",
+                why=f"it was asked for one range each of {needed}"
+                + (": it is called for one group at a time" if not needed else ""),
+                fix="bounds of the shape of statistics.extremes.low",
+            )
+    low, high = (jnp.broadcast_to(bound, needed) for bound in found[:2])
+    return Range(low, high, found.calibrated)
 
 
 def _families(rules: Sequence[RangeRule]) -> list[list[int]]:
@@ -130,6 +167,8 @@ class RuleStack:
 def checked_rule(rule: Any, where: str) -> RangeRule | FitRule | IndexedRule:
     """The rule itself; ``PolicyError`` for a name, a stack or a function in its place."""
     if isinstance(rule, RangeRule | FitRule | IndexedRule):
+        for one in rule.rules if isinstance(rule, IndexedRule) else (rule,):
+            _check_hashable(one, where)
         return rule
     fix = "qj.ranges.MSE, or another of qj.ranges"
     if isinstance(rule, RuleStack):
@@ -137,6 +176,19 @@ def checked_rule(rule: Any, where: str) -> RangeRule | FitRule | IndexedRule:
     elif callable(rule):
         fix = f"call it: qj.ranges.{getattr(rule, '__name__', 'percentile')}(...)"
     raise errors.PolicyError(f"{rule!r:.80} is no range rule", where=where, fix=fix)
+
+
+def _check_hashable(rule: RangeRule | FitRule, where: str) -> None:
+    function = rule.range if isinstance(rule, RangeRule) else rule.fit
+    try:
+        hash(function)
+    except TypeError as error:
+        raise errors.PolicyError(
+            f"the function of the rule {rule.name} cannot be hashed",
+            where=where,
+            why=f"programs are found again by it: {error}",
+            fix="a function, or a class with @dataclasses.dataclass(frozen=True)",
+        ) from None
 
 
 def stack(rules: Sequence[RangeRule | FitRule]) -> RuleStack:

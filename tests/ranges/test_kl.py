@@ -170,6 +170,7 @@ def test_histograms_that_say_nothing_are_kept_whole():
     for counts in (jnp.zeros(64), jnp.zeros(64).at[0].set(5.0), jnp.zeros(64).at[63].set(5.0)):
         assert 1 <= int(tensorrt_bin(counts, jnp.int32(4), most=16)) <= 64
         assert 2 <= int(onnxruntime_reach(counts[:63], jnp.int32(4))) <= 31
+    assert onnxruntime_reach(jnp.full(63, jnp.nan), jnp.int32(4)) == 31
 
 
 # From statistics
@@ -282,3 +283,40 @@ def test_variants_that_are_no_histogram_are_refused():
     for change in ({"bins": 1}, {"stride": 0}):
         with refused(errors.QuantizerError, "histogram of 1 bins", "kl_odd"):
             ranges.kl_tensorrt(ranges.Variant(name="odd", **change))
+
+
+def with_an_outlier(kind: str, size: int, at: float) -> np.ndarray:
+    return np.append(oracle.drawn(kind, 3, size), np.float32(at))
+
+
+@pytest.mark.parametrize("levels", [128, 8])
+@pytest.mark.parametrize(("size", "at"), [(1000, 100), (20_000, 20), (20_000, 100), (36, 4)])
+@pytest.mark.parametrize("kind", ["gaussian", "relu"])
+def test_one_outlier_makes_a_plateau_and_the_best_of_it_is_found(kind, size, at, levels):
+    """A hundred reaches within a thousandth of the smallest divergence, a third apart."""
+    counts, _ = oracle.both_signs(with_an_outlier(kind, size, at))
+    want = oracle.onnxruntime(counts, levels)
+    got = int(onnxruntime_reach(jnp.float32(counts), jnp.int32(levels)))
+    assert got == np.nanargmin(want) or want[got] <= np.nanmin(want) * (1 + 1e-6)
+
+
+def test_reaches_of_several_histograms_are_those_of_each():
+    draws = [with_an_outlier("gaussian", 2000, at) for at in (5, 50, 500)]
+    counts = jnp.float32([oracle.both_signs(x)[0] for x in draws])
+    levels = jnp.int32([8, 128, 32])
+    together = jax.jit(jax.vmap(best_reach))(counts, levels)
+    want = [onnxruntime_reach(*one) for one in zip(counts, levels, strict=True)]
+    assert together.tolist() == [int(reach) for reach in want]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_clip_below_the_smallest_magnitude_is_a_range(rule):
+    """With one bin kept nothing of ``-3 .. -1`` lies inside; the clip is the range all the same."""
+    target = Target(integer(max_bits=8, signed=False), False, jnp.float32(1))
+    for sign in (1.0, -1.0):
+        for seed in range(8):
+            x = sign * (0.01 + np.abs(oracle.drawn("gaussian", seed, 500)))
+            seen = statistics.update(statistics.init((1,)), jnp.float32(x))
+            low, high, _ = ranges.derive(rule, seen, target)
+            assert np.isfinite([low[0], high[0]]).all()
+            assert low[0] <= high[0]

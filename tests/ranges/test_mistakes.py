@@ -10,7 +10,7 @@ import quantjax as qj
 from quantjax import errors, ranges, statistics
 from quantjax.ranges import COSINE, MIN_MAX, MSE, SAWB, Range, RangeRule, derive
 from tests import models
-from tests.ranges.cases import ASYMMETRIC, SYMMETRIC, drawn, losses, observed
+from tests.ranges.cases import ASYMMETRIC, SYMMETRIC, at_hand, drawn, losses, observed
 from tests.refused import refused
 
 
@@ -215,3 +215,55 @@ def test_bounds_that_hold_for_all_or_for_each_are_ranges(shape):
 
 def statistics_of_channels():
     return statistics.of_tensor(jnp.ones((4, 2)), (1, 2), with_values=False)
+
+
+class Unhashable:
+    """A rule's function with settings that change."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        return isinstance(other, Unhashable)
+
+    def __call__(self, statistics, target):
+        return ranges.Range(*statistics.extremes, statistics.batches > 0)
+
+
+def test_functions_that_cannot_be_hashed_are_refused_by_name():
+    for reads in (False, True):
+        rule = ranges.RangeRule("own", Unhashable(), reads)
+        with refused(errors.PolicyError, "the rule own cannot be hashed", "frozen=True"):
+            qj.weight_quantizer(rule=rule)
+        with refused(errors.PolicyError, "the rule own cannot be hashed", "frozen=True"):
+            ranges.derive(rule, at_hand(drawn("gaussian")), SYMMETRIC)
+
+
+@pytest.mark.parametrize("returned", [(-1.0, 1.0), None, (jnp.zeros(3), jnp.ones(3), True)])
+def test_a_rule_in_a_stack_is_checked_like_one_alone(returned):
+    own = ranges.RangeRule("own", lambda seen, target: returned)
+    for rule in (own, ranges.stack([ranges.MIN_MAX, own])[1]):
+        with refused(errors.PolicyError, "the rule own returned"):
+            ranges.derive(rule, at_hand(drawn("gaussian")), SYMMETRIC)
+
+
+def test_fits_with_theta_of_other_structure_are_no_stack():
+    def fit(tensor, shape, format, bits):
+        return qj.QParams(jnp.ones(shape), jnp.zeros(shape), bits, {"levels": jnp.zeros(4)})
+
+    case = models.mlp()
+    plan = models.planned(case, qj.uniform_policy(weight_bits=4, activation_bits=None))
+    rule = ranges.stack([ranges.FitRule("own", fit), ranges.MIN_MAX])[0]
+    with refused(errors.PolicyError, "own and min_max give theta of other structure"):
+        qj.calibrate(plan, {}, case.params, weight_rule=rule)
+
+
+def test_a_fit_may_return_python_numbers():
+    def fit(tensor, shape, format, bits):
+        return qj.QParams(jnp.ones(shape, jnp.bfloat16), 0, 4)
+
+    case = models.mlp()
+    plan = models.planned(case, qj.uniform_policy(weight_bits=4, activation_bits=None))
+    qstate = qj.calibrate(plan, {}, case.params, weight_rule=ranges.FitRule("own", fit))
+    for operands in qstate.values():
+        assert {leaf.dtype for leaf in jax.tree.leaves(operands)} == {jnp.dtype(jnp.float32)}
+        assert operands["weight"].bits == 4

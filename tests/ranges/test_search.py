@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import quantjax as qj
 from quantjax import errors, formats, ranges
 from quantjax.ranges import COSINE, MIN_MAX, MSE, SQNR, Target
 from quantjax.ranges.search import search
+from tests import models
 from tests.ranges import cases
 from tests.ranges.cases import ASYMMETRIC, SYMMETRIC, at_hand, derived, drawn, losses, observed
 from tests.refused import refused
@@ -282,3 +284,19 @@ def test_the_cosine_decides_alike_in_every_program(target, kind):
         ):
             assert np.asarray(mapped.low)[index] == pytest.approx(np.asarray(other.low), rel=1e-5)
             assert np.asarray(mapped.high)[index] == pytest.approx(np.asarray(other.high), rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", [*cases.SEARCHED, ranges.ADMM, ranges.LEAST_SQUARES])
+def test_ranges_that_were_searched_for_are_constant_to_a_gradient(rule):
+    """Calibrating inside of a loss: the straight-through gradient, with the range as it is."""
+    case = models.mlp()
+    plan = models.planned(case, qj.uniform_policy(weight_bits=4, activation_bits=None))
+    f = qj.fake_quantize(case.f, plan)
+
+    def loss(params, fixed):
+        qstate = qj.calibrate(plan, {}, fixed if fixed is not None else params, weight_rule=rule)
+        return jnp.sum(f(qstate, params, case.x) ** 2)
+
+    found = jax.jit(jax.grad(loss))(case.params, None)
+    want = jax.jit(jax.grad(loss))(case.params, case.params)
+    models.assert_same_bits(jax.device_get(found), jax.device_get(want))

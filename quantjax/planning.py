@@ -15,6 +15,7 @@ from quantjax.arguments import expect
 from quantjax.interpreter import Origin, Role, Site, SiteStatus, leaves_by_path
 from quantjax.policy import Policy, Rule, Scheme
 from quantjax.printing import amount, columns, shape_text, wrapped
+from quantjax.qtensor import is_quantized
 from quantjax.site_plan import PlanStatus, SitePlan, plan_site
 from quantjax.table import SiteTable, distinct, frame, site_row, weight_bytes
 
@@ -42,11 +43,18 @@ class Plan:
         """Raise ``PlanMismatchError`` unless every planned weight is there in its shape."""
         shapes = {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items()}
         planned = dict(self.shapes)
+        frozen = leaves_by_path(params, is_leaf=is_quantized)
         for entry in self.quantized:
             weight = entry.site.weight
             for path in weight.paths if weight is not None else ():
                 if shapes.get(path) == planned[path]:
                     continue
+                if is_quantized(frozen.get(path)):
+                    raise errors.PlanMismatchError(
+                        "these parameters are frozen: codes stand where floats are read",
+                        where=f"site {entry.site.name} ({entry.site.op.value}), parameter {path}",
+                        fix="qj.dequantize_params(params), or qj.execute, which multiplies codes",
+                    )
                 found = (
                     f"it has {shape_text(shapes[path])}" if path in shapes else "it is not there"
                 )

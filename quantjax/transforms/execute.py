@@ -79,8 +79,9 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
     are rounded alike.
 
     Sharp edges: integers cannot carry NaN. A NaN in an activation has the code of 0; under a trace,
-    QParams that cannot be executed make the site's output NaN. Not differentiable. Call it under
-    ``jax.jit``: eagerly, the floats of frozen weights are computed as well, and not used.
+    QParams that cannot be executed make the site's output NaN. Integer products have no derivative:
+    a gradient through one raises ``FreezeError``. Call it under ``jax.jit``: eagerly, the floats of
+    frozen weights are computed as well, and not used.
 
     >>> import jax.numpy as jnp, quantjax as qj
     >>> f = lambda p, x: x @ p["w"]
@@ -240,6 +241,8 @@ def _multiplied(
             quantizer = quantizers[side]
             assert codes is not None
             assert quantizer is not None
+            if jnp.issubdtype(codes.codes.dtype, jnp.floating):
+                codes = codes._replace(codes=_not_differentiable(entry.site.name, codes.codes))
             integers.append(integer_operand(codes, quantizer))
         return integer_product(product, *integers)
     sides = [
@@ -265,6 +268,24 @@ def _for_every_entry(quantizer: Quantizer) -> Quantizer:
     if not quantizer.estimator.is_random:
         return quantizer
     return dataclasses.replace(quantizer, estimator=quantizer.estimator._replace(chosen=None))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _not_differentiable(site: str, codes: jax.Array) -> jax.Array:
+    """Codes on their way to int8, behind which every gradient would be 0 without a word."""
+    del site
+    return codes
+
+
+@_not_differentiable.defjvp
+def _not_differentiable_jvp(site: str, primals: Any, tangents: Any) -> Any:
+    raise errors.FreezeError(
+        "integer products have no derivative",
+        where=f"qj.execute, site {site}",
+        why="codes are whole numbers; behind them every gradient would be 0",
+        fix="qj.fake_quantize(f, plan)(qstate, qj.dequantize_params(qparams), x), which has the "
+        "same codes, or jax.lax.stop_gradient(x) for what is fixed",
+    )
 
 
 def integer_operand(codes: Codes, quantizer: Quantizer) -> IntegerOperand:

@@ -339,3 +339,45 @@ def test_reshapes_that_turn_axes_first(f, kernel, x, granularity):
     )
     alone = qj.fake_quantize(f, weights)(qj.calibrate(weights, {}, params), params, x)
     np.testing.assert_allclose(f(qj.dequantize_params(frozen), x), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_through_integer_products_is_refused():
+    """It would be 0 everywhere, and adapters in front of frozen layers would not learn."""
+    run = Run(mlp())
+
+    def loss(x: jax.Array) -> jax.Array:
+        return jnp.sum(qj.execute(run.case.f, run.plan)(run.qstate, run.frozen, x))
+
+    for gradient in (jax.grad(loss), jax.jit(jax.grad(loss)), jax.jacfwd(loss)):
+        with refused(errors.FreezeError, "no derivative", "qj.dequantize_params"):
+            gradient(run.case.x)
+    simulated = qj.fake_quantize(run.case.f, run.plan)
+    floats = qj.dequantize_params(run.frozen)
+    y = jax.jit(simulated)(run.qstate, floats, run.case.x)
+    assert_same_bits(y, run.out)
+    slope = jax.grad(lambda x: jnp.sum(simulated(run.qstate, floats, x)))(run.case.x)
+    assert np.abs(slope).max() > 0.0
+
+
+def test_what_comes_behind_integer_products_is_trained():
+    run = Run(mlp())
+
+    def loss(head: jax.Array) -> jax.Array:
+        return jnp.sum(head * qj.execute(run.case.f, run.plan)(run.qstate, run.frozen, run.case.x))
+
+    assert_same_bits(jax.jit(jax.grad(loss))(jnp.float32(2.0)), jnp.sum(run.out))
+
+
+@pytest.mark.parametrize("verb", ["fake_quantize", "observe", "calibrate", "freeze"])
+def test_frozen_parameters_are_refused_where_floats_are_read(verb):
+    run = Run(mlp())
+    calls = {
+        "fake_quantize": lambda: run.simulate(run.qstate, run.frozen, run.case.x),
+        "observe": lambda: qj.observe(run.case.f, run.plan)(
+            qj.init(run.plan), run.frozen, run.case.x
+        ),
+        "calibrate": lambda: qj.calibrate(run.plan, qj.init(run.plan), run.frozen),
+        "freeze": lambda: qj.freeze(run.plan, run.qstate, run.frozen),
+    }
+    with refused(errors.PlanMismatchError, "frozen", "qj.dequantize_params"):
+        calls[verb]()

@@ -33,7 +33,11 @@ class Place(NamedTuple):
 
 
 def place(
-    name: str, layout: Sequence[str], *, data_dir: Path | None, cache_dir: Path | None
+    name: str,
+    layout: Sequence[str],
+    *,
+    data_dir: Path | str | None,
+    cache_dir: Path | str | None,
 ) -> Place:
     """The place of a set: ``data_dir``, else the folder that ``QUANTJAX_DATA`` names, else mirrors.
 
@@ -44,7 +48,7 @@ def place(
       DataUnavailableError: there is no such folder.
     """
     named = os.environ.get(ENVIRONMENT, "")
-    folder = data_dir if data_dir is not None else Path(named) if named else None
+    folder = Path(data_dir) if data_dir is not None else Path(named) if named else None
     if folder is not None:
         folder = folder.expanduser()
         if not folder.is_dir():
@@ -54,7 +58,7 @@ def place(
                 why=f"named by {ENVIRONMENT if data_dir is None else 'data_dir'}",
                 fix=two_ways(layout),
             )
-    return Place(folder, cache_dir, name, tuple(layout))
+    return Place(folder, None if cache_dir is None else Path(cache_dir), name, tuple(layout))
 
 
 def two_ways(layout: Sequence[str]) -> str:

@@ -55,7 +55,7 @@ def unit(images: Pixels, maximum: int) -> npt.NDArray[np.float32]:
 
 
 def load_idx(
-    source: IdxSource, *, data_dir: Path | None = None, cache_dir: Path | None = None
+    source: IdxSource, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
 ) -> ImageSet:
     """A set of four gzipped idx files; in a folder too they are checked against their checksums.
 
@@ -81,7 +81,7 @@ def load_idx(
 
 
 def load_records(
-    source: RecordSource, *, data_dir: Path | None = None, cache_dir: Path | None = None
+    source: RecordSource, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
 ) -> ImageSet:
     """A set of files of records: from a folder as they are, else out of the archive.
 
@@ -107,7 +107,9 @@ def load_records(
     return _image_set(_joined(parsed[:split]), _joined(parsed[split:]), source.classes)
 
 
-def load_digits(*, data_dir: Path | None = None, cache_dir: Path | None = None) -> ImageSet:
+def load_digits(
+    *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
+) -> ImageSet:
     """The digits of :mod:`experiments.digits.data`, in its split; they come with scikit-learn.
 
     Folder and cache are taken so that all loaders are called alike, and are not looked at.

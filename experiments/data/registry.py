@@ -38,7 +38,7 @@ class Loader(Protocol[Loaded]):
     """
 
     def __call__(
-        self, *, data_dir: Path | None = None, cache_dir: Path | None = None
+        self, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
     ) -> Loaded: ...
 
 
@@ -77,7 +77,7 @@ def named(name: str) -> SetName:
 
 
 def load(
-    name: SetName, *, data_dir: Path | None = None, cache_dir: Path | None = None
+    name: SetName, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
 ) -> ImageSet | Text | Stories:
     """Any set; the arguments are those of :class:`Loader`.
 
@@ -89,7 +89,7 @@ def load(
 
 
 def load_images(
-    name: SetName, *, data_dir: Path | None = None, cache_dir: Path | None = None
+    name: SetName, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
 ) -> ImageSet:
     """A set of images; the arguments are those of :class:`Loader`.
 

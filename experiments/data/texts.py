@@ -34,7 +34,7 @@ class Stories(NamedTuple):
 
 
 def load_text(
-    source: TextSource, *, data_dir: Path | None = None, cache_dir: Path | None = None
+    source: TextSource, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
 ) -> Text:
     """A text; in a folder too it is checked against its checksum.
 
@@ -48,7 +48,10 @@ def load_text(
 
 
 def load_stories(
-    source: StoriesSource, *, data_dir: Path | None = None, cache_dir: Path | None = None
+    source: StoriesSource,
+    *,
+    data_dir: Path | str | None = None,
+    cache_dir: Path | str | None = None,
 ) -> Stories:
     """Stories: from mirrors the source's own file; in a folder every ``.txt`` file, by name.
 

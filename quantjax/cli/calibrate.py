@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 import time
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -22,6 +23,8 @@ from quantjax.planning import Plan
 from quantjax.policy import uniform_policy
 from quantjax.ranges import FitRule, RangeRule
 from quantjax.site_plan import PlanStatus
+
+HISTOGRAMS = "histograms"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,7 @@ def calibrate(options: CalibrateOptions) -> int:
             report = calibration_report(
                 collected.plan, collected.state, model.params, rules=rules, on_rule=advance
             )
-        table, folder = options.output / "ranges.csv", options.output / "histograms"
+        table, folder = options.output / "ranges.csv", options.output / HISTOGRAMS
         write_ranges(report, table)
         with progress.task("drawing", len(report)) as advance:
             pictures = write_pictures(report, folder, on_picture=advance)
@@ -113,9 +116,13 @@ def _check(options: CalibrateOptions, rules: Sequence[RangeRule | FitRule]) -> N
         )
     try:
         options.output.mkdir(parents=True, exist_ok=True)
+        pictures = options.output / HISTOGRAMS
+        for folder in (options.output, pictures) if pictures.exists() else (options.output,):
+            with tempfile.TemporaryFile(dir=folder):
+                pass  # it can be written
     except OSError as error:
         raise errors.DataError(
-            f"no folder can be made of {options.output}",
+            f"nothing can be written to {options.output}",
             where="--output",
             why=str(error),
             fix="--output outputs/calibrate",

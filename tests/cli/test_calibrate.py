@@ -266,7 +266,7 @@ def test_an_interrupt_says_that_nothing_is_kept(tmp_path, capsys, monkeypatch):
     [
         (["--rules", "min-max", "min-max"], "min_max is asked for twice"),
         (["--weight-bits", "0", "--fits", "admm", "--rules"], "fits serve weights"),
-        (["--output", __file__], "no folder can be made"),
+        (["--output", __file__], "nothing can be written"),
     ],
 )
 def test_what_cannot_end_well_ends_before_the_work(
@@ -276,3 +276,13 @@ def test_what_cannot_end_well_ends_before_the_work(
     status = cli.main(["calibrate", MODEL, DATA, "--output", str(tmp_path), *arguments])
     assert status != 0
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_pictures_that_is_none_is_found_ahead_of_the_work(tmp_path, capsys):
+    (tmp_path / "histograms").write_text("a note")
+    assert run(tmp_path)[0] == 2
+    captured = capsys.readouterr()
+    assert "nothing can be written" in captured.err
+    assert "observing" not in captured.out
+    assert (tmp_path / "histograms").read_text() == "a note"
+    assert not (tmp_path / "ranges.csv").exists()

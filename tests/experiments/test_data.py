@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.data import DataFileError, DataUnavailableError, ImageSet, unit
+from experiments.data import (
+    DataFileError,
+    DataUnavailableError,
+    ImageSet,
+    SetName,
+    load,
+    unit,
+)
 from experiments.data.formats import parse_idx, parse_records, read_members
 from experiments.data.images import load_digits, load_idx, load_records
 from experiments.data.texts import load_stories, load_text, split_stories
@@ -264,3 +271,9 @@ def test_splitting_strips_and_drops_empty_stories():
 def test_the_small_files_have_the_checksums_that_their_sources_state():
     assert idx_source().train_images.checksum == md5(IDX_FILES["train-images.gz"])
     assert md5(b"") == "md5:d41d8cd98f00b204e9800998ecf8427e"
+
+
+def test_folders_may_be_named_by_text(tmp_path, monkeypatch):
+    monkeypatch.delenv("QUANTJAX_DATA", raising=False)
+    with pytest.raises(DataUnavailableError, match="does not exist"):
+        load(SetName.MNIST, data_dir=str(tmp_path / "nowhere"))

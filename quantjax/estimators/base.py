@@ -99,7 +99,7 @@ class Estimator(NamedTuple):
       needs: what a quantizer has to be for it.
 
     At bypass, width 0, ``start``, ``resolve`` and ``transform`` are called with the widest codes of
-    the format, so that they can divide by what a width gives; nothing of it is used.
+    the format, so that they can divide by what a width gives; the last two are not used there.
     """
 
     name: str

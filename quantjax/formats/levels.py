@@ -261,7 +261,7 @@ def _count(table: jax.Array, x: jax.Array, *, strictly: bool) -> jax.Array:
 def _borders(table: jax.Array) -> jax.Array:
     """Above which numbers the next level is nearer: the middle, infinity above the highest.
 
-    In front of the middle where that rounds to the next level.
+    Where the middle rounds to the next level, the level itself.
     """
     following = jnp.roll(table, -1, axis=-1).at[..., -1].set(jnp.inf)
     following = jnp.where(following > table, following, jnp.inf)

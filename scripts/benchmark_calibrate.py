@@ -115,14 +115,13 @@ def deriving(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     stack = ranges.stack(list(RULES.values()))
 
     def every(state: Any, params: Any, widths: jax.Array) -> Any:
-        """All cells of rules and widths: one program, in which the rule is an index."""
+        """All cells of rules and widths: one program, in which the rule is an index of a lane."""
         rules, bits = jnp.meshgrid(jnp.arange(len(RULES)), widths, indexing="ij")
 
-        def cell(index_and_bits: tuple[jax.Array, jax.Array]) -> Any:
-            index, bits = index_and_bits
+        def cell(index: jax.Array, bits: jax.Array) -> Any:
             return by(stack[index])(state, params, bits)
 
-        return jax.lax.map(cell, (rules.ravel(), bits.ravel()))
+        return jax.vmap(cell)(rules.ravel(), bits.ravel())
 
     one, grid = jax.jit(by(ranges.MIN_MAX)), jax.jit(every)
     start = time.perf_counter()

@@ -17,7 +17,7 @@ from quantjax.calibration.collect import ROWS, batched, collect, is_array
 from quantjax.calibration.files import write_pictures, write_ranges
 from quantjax.calibration.report import calibration_report, check_rules
 from quantjax.calibration.rules import FITS, RULES, FitName, RuleName
-from quantjax.cli.named import ARRAYS, find_data, find_model
+from quantjax.cli.named import ARRAYS, find_data, find_model, find_rule
 from quantjax.cli.progress import RichProgress
 from quantjax.planning import Plan
 from quantjax.policy import uniform_policy
@@ -49,6 +49,9 @@ class CalibrateOptions:
     """Range rules."""
     fits: tuple[FitName, ...] = ()
     """Fits to the values themselves, for weights; they take seconds for each site."""
+    own_rules: tuple[str, ...] = ()
+    """Rules and fits of your own beside them, each as module:object: a RangeRule, a FitRule, or a
+    function of no arguments that returns one."""
     batches: int = 32
     """Observe so many, at most."""
     batch_size: int | None = None
@@ -74,6 +77,7 @@ def calibrate(options: CalibrateOptions) -> int:
         )
     rules: list[RangeRule | FitRule] = [RULES[name] for name in options.rules]
     rules += [FITS[name] for name in options.fits]
+    rules += [find_rule(name) for name in options.own_rules]
     _check(options, rules)
     progress = RichProgress()
     with progress:
@@ -108,10 +112,10 @@ def calibrate(options: CalibrateOptions) -> int:
 def _check(options: CalibrateOptions, rules: Sequence[RangeRule | FitRule]) -> None:
     """Raise for what would fail after all the work: rules, and a folder that cannot be written."""
     check_rules(rules)
-    if not options.rules and not options.weight_bits:
+    if not options.weight_bits and all(isinstance(rule, FitRule) for rule in rules):
         raise errors.PolicyError(
             "fits serve weights, which are left out",
-            where="--weight-bits 0, no --rules",
+            where="--weight-bits 0, no range rules",
             fix="--rules mse, or a width for the weights",
         )
     try:

@@ -15,6 +15,7 @@ import numpy as np
 
 from quantjax import errors
 from quantjax.calibration.collect import Model, is_array
+from quantjax.ranges import FitRule, RangeRule
 from quantjax.sweep.study import Study
 
 
@@ -60,6 +61,21 @@ def find_model(name: str) -> Model:
     raise errors.UnknownNameError(
         f"{name} is {type(found).__name__}, not a quantjax.calibration.Model",
         fix="name a Model, a tuple (apply, params), or a function of no arguments that returns one",
+    )
+
+
+def find_rule(name: str) -> RangeRule | FitRule:
+    """A rule, or a function of no arguments that returns one.
+
+    Raises:
+      UnknownNameError: no such rule, or something else than a rule.
+    """
+    found = _called(_imported(name), name)
+    if isinstance(found, RangeRule | FitRule):
+        return found
+    raise errors.UnknownNameError(
+        f"{name} is {type(found).__name__}, not a quantjax.RangeRule",
+        fix="name a RangeRule or FitRule, or a function of no arguments that returns one",
     )
 
 

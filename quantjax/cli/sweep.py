@@ -6,9 +6,10 @@ import dataclasses
 import enum
 import time
 from pathlib import Path
+from typing import Any
 
 from quantjax.calibration.rules import RULES, RuleName
-from quantjax.cli.named import find_study
+from quantjax.cli.named import find_rule, find_study
 from quantjax.cli.progress import RichProgress
 from quantjax.sweep.grid import Grid
 from quantjax.sweep.plot import plot_accuracy
@@ -41,6 +42,9 @@ class SweepOptions:
     """Widths of the activations."""
     rules: tuple[RuleName, ...] = (RuleName.MIN_MAX, RuleName.MOVING_AVERAGE)
     """Range rules of the calibration."""
+    own_rules: tuple[str, ...] = ()
+    """Range rules of your own beside them, each as module:object: a RangeRule, or a function of no
+    arguments that returns one. Results are filed by their names: change the name with the code."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One model is trained for each."""
     output: Path = Path("outputs")
@@ -54,10 +58,12 @@ class SweepOptions:
 def sweep(options: SweepOptions) -> int:
     """Run the sweep, then print the table and write CSV and plot."""
     start = time.perf_counter()
+    rules: list[Any] = [RULES[name] for name in options.rules]  # a grid refuses what is no rule
+    rules += [find_rule(name) for name in options.own_rules]
     grid = Grid(
         weight_bits=options.weight_bits,
         activation_bits=options.activation_bits,
-        rules=tuple(RULES[name] for name in options.rules),
+        rules=tuple(rules),
         seeds=options.seeds,
     )
     study = find_study(options.study)

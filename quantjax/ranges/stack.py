@@ -15,6 +15,7 @@ from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams
 from quantjax.ranges.base import FitRule, Range, RangeRule, Target, holds_for
+from quantjax.ranges.lanes import choose
 from quantjax.statistics import Statistics
 
 
@@ -54,8 +55,8 @@ class IndexedRule(NamedTuple):
         table = jnp.asarray([place[1:] for place in places], jnp.int32)
         family, member = table[jnp.clip(self.chosen, 0, len(self.rules) - 1)]
 
-        def branch(indices: Sequence[int]) -> Callable[[Statistics], Range]:
-            def found(statistics: Statistics) -> Range:
+        def branch(indices: Sequence[int]) -> Callable[[], Range]:
+            def found() -> Range:
                 first, *others = (rules[index] for index in indices)
                 if others:
                     each = zip(*(rules[index].parameters for index in indices), strict=True)
@@ -67,7 +68,7 @@ class IndexedRule(NamedTuple):
 
             return found
 
-        found = lax.switch(family, [branch(indices) for indices in families], statistics)
+        found = choose(family, [branch(indices) for indices in families], apart=len(self.rules))
         low, high = (jnp.where(self._exists, end, jnp.nan) for end in (found.low, found.high))
         return Range(low, high, found.calibrated)
 
@@ -80,7 +81,8 @@ class IndexedRule(NamedTuple):
         """The QParams by the rule that ``chosen`` points at, all of one shape."""
         branches = [lambda rule=rule: of_rule(rule) for rule in self.rules]
         try:
-            found = lax.switch(self.chosen, branches)
+            index = jnp.clip(self.chosen, 0, len(branches) - 1)
+            found = choose(index, branches, apart=len(branches))
         except TypeError:
             kinds: list[Any] = [jax.tree.structure(jax.eval_shape(branch)) for branch in branches]
             if len(set(kinds)) == 1:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from quantjax import errors
-from quantjax.ranges import RangeRule
+from quantjax.ranges import FitRule, RangeRule
 
 
 class Cell(NamedTuple):
@@ -38,6 +39,7 @@ class Grid:
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        _check_rules(self.rules)
         axes: dict[str, tuple[object, ...]] = {
             "weight_bits": self.weight_bits,
             "activation_bits": self.activation_bits,
@@ -59,3 +61,17 @@ class Grid:
 
     def __len__(self) -> int:
         return len(self.cells()) * len(self.seeds)
+
+
+def _check_rules(rules: Sequence[object]) -> None:
+    for rule in rules:
+        if not isinstance(rule, RangeRule):
+            shown = rule.name if isinstance(rule, FitRule) else f"{rule!r:.80}"
+            raise errors.SweepError(
+                f"{shown} is no range rule",
+                where="rules of a grid",
+                why="it is a fit to the values of a tensor, which activations do not keep"
+                if isinstance(rule, FitRule)
+                else "",
+                fix="rules=(qj.ranges.MIN_MAX, qj.ranges.MSE)",
+            )

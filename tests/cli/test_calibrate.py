@@ -142,6 +142,19 @@ def test_fits_are_rules_of_weights(tmp_path):
     assert rules["weight"] == ["min_max", "sigma(3)", "least_squares"]
 
 
+def test_rules_of_ones_own_stand_beside_the_librarys(tmp_path):
+    own = [f"tests.calibration.tiny:{name}" for name in ("HALF", "own_rule", "OWN_FIT")]
+    _, lines = run(tmp_path, "--own-rules", *own)
+    found = {
+        key: {line["rule"]: line for line in lines if line["operand"] == key}
+        for key in ("activation", "weight")
+    }
+    assert list(found["activation"]) == ["min_max", "sigma(3)", "half", "made"]
+    assert list(found["weight"]) == ["min_max", "sigma(3)", "half", "made", "own_fit"]
+    whole, half = (float(found["activation"][rule]["high"]) for rule in ("min_max", "half"))
+    assert half == whole / 2
+
+
 def test_a_folder_reaches_data_that_asks_for_one(tmp_path, capsys):
     np.save(tmp_path / "rows.npy", 3.0 * tiny.array)
     folder = ["--data-dir", str(tmp_path)]
@@ -241,6 +254,7 @@ def test_help_names_every_option_and_rule(capsys):
         "--activation-bits",
         "--rules",
         "--fits",
+        "--own-rules",
         "--batches",
         "--batch-size",
         "--output",
@@ -266,6 +280,9 @@ def test_an_interrupt_says_that_nothing_is_kept(tmp_path, capsys, monkeypatch):
     [
         (["--rules", "min-max", "min-max"], "min_max is asked for twice"),
         (["--weight-bits", "0", "--fits", "admm", "--rules"], "fits serve weights"),
+        (["--own-rules", "tests.calibration.tiny:array"], "is ndarray, not a quantjax.RangeRule"),
+        (["--own-rules", "tests.calibration.tiny:absent"], "tiny:absent cannot be imported"),
+        (["--own-rules", "mse"], "mse cannot be imported"),
         (["--output", __file__], "nothing can be written"),
     ],
 )

@@ -43,6 +43,17 @@ def test_every_named_range_rule_can_be_swept(tmp_path, capsys):
     assert "min_max" not in out
 
 
+def test_rules_of_ones_own_stand_beside_the_librarys(tmp_path, capsys):
+    arguments = ["sweep", "--study", TINY, *SMALL, "--output", str(tmp_path), "--rules", "min-max"]
+    own = ["tests.calibration.tiny:HALF", "tests.calibration.tiny:own_rule"]
+    assert cli.main([*arguments, "--own-rules", *own]) == 0
+    out = capsys.readouterr().out
+    for name in ("min_max", "half", "made"):
+        assert f"{name}  A8" in out
+    assert cli.main([*arguments[:-2], "--rules", "--own-rules", own[0]]) == 0
+    assert "0 of 6 cells computed" in capsys.readouterr().out
+
+
 def test_progress_bars_have_the_time_left(tmp_path, capsys):
     arguments = ["sweep", "--study", TINY, *SMALL, "--output", str(tmp_path)]
     assert cli.main([*arguments, "--execution", "map"]) == 0
@@ -57,6 +68,9 @@ def test_progress_bars_have_the_time_left(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--study", "digitz"], "no study is called digitz"),
+        (["--own-rules", "tests.calibration.tiny:OWN_FIT"], "own_fit is no range rule"),
+        (["--own-rules", "tests.calibration.tiny:array"], "is ndarray, not a quantjax.RangeRule"),
+        (["--own-rules", *["tests.calibration.tiny:HALF"] * 2], "the axis rules repeats a value"),
         (["--study", "tests.sweep.tiny:absent"], "cannot be imported"),
         (["--study", "no.such.module:x"], "cannot be imported"),
         (["--study", "tests.sweep.tiny:Calls"], "is Calls, not a quantjax.sweep.Study"),
@@ -125,6 +139,13 @@ def test_help_names_every_option(capsys):
         cli.main(["sweep", "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for option in ("--weight-bits", "--rules", "--seeds", "--memory-budget-mib", "--execution"):
+    for option in (
+        "--weight-bits",
+        "--rules",
+        "--own-rules",
+        "--seeds",
+        "--memory-budget-mib",
+        "--execution",
+    ):
         assert option in out
     assert "min-max" in out

@@ -322,6 +322,19 @@ def test_a_grid_that_makes_no_sense_raises(axis, values, what):
         Grid(**{**axes, axis: values})
 
 
+@pytest.mark.parametrize("rule", ["mse", qj.ranges.ADMM, None], ids=["name", "fit", "none"])
+def test_a_grid_is_of_range_rules(rule):
+    with pytest.raises(errors.SweepError, match="is no range rule") as caught:
+        Grid(weight_bits=(8,), activation_bits=(8,), rules=(*RULES, rule), seeds=(0,))
+    assert ("it is a fit" in caught.value.why) == (rule is qj.ranges.ADMM)
+    assert len(Grid(weight_bits=(8,), activation_bits=(8,), seeds=(0,), **fixed(caught))) > 1
+
+
+def fixed(caught):
+    """What the edit that an error names gives."""
+    return eval(f"dict({caught.value.fix})", {"qj": qj})
+
+
 def test_progress_is_told_of_every_step(tmp_path):
     seen: dict[str, list[int]] = {}
 

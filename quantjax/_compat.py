@@ -147,6 +147,22 @@ def as_closed(jaxpr: Any) -> jex_core.ClosedJaxpr:
     return jex_core.ClosedJaxpr(jaxpr, ())
 
 
+def opened(program: Any) -> jex_core.Jaxpr:
+    """A program without the values of its constants, which are further inputs, ahead of the others.
+
+    Kept in a cache, it keeps no array and no tracer alive.
+    """
+    jaxpr = program.jaxpr if isinstance(program, jex_core.ClosedJaxpr) else program
+    if not jaxpr.constvars:
+        return jaxpr
+    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+
+
+def names_axes(program: Any) -> bool:
+    """Whether a program has a collective over a named axis."""
+    return any(type(effect).__name__ == "NamedAxisEffect" for effect in program.effects)
+
+
 def scan_operands(eqn: jex_core.JaxprEqn) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many its carry."""
     if "num_consts" in eqn.params:
@@ -208,3 +224,19 @@ def concrete(value: Any) -> np.ndarray | None:
     NumPy on purpose: inside a trace, ``jnp`` would stage even operations on known values.
     """
     return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+
+
+def varying_like(tree: Any, like: Any) -> Any:
+    """What a loop starts from, varying over the devices that its data varies over.
+
+    Inside ``shard_map`` a constant is the same on all devices, and a loop that makes something else
+    of it has no type.
+    """
+    axes = [jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(like)]
+    wanted = frozenset().union(*axes)
+
+    def varying(leaf: Any) -> Any:
+        missing = wanted - jax.typeof(leaf).mat.varying
+        return lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
+
+    return jax.tree.map(varying, tree)

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 from quantjax.formats import Format, Span, Theta, divide_by_scale
 from quantjax.lean import rounded_product, select
 
+NEGATIVE_SHARE = 0.25
+"""Of the largest value: what lies further below zero than that is no tail of an activation."""
 SMALLEST_SCALE = float(jnp.finfo(jnp.float32).smallest_normal)
 LARGEST_SCALE = float(jnp.finfo(jnp.float32).max)
 
@@ -48,6 +50,7 @@ class Fault(enum.IntEnum):
     NOT_FINITE = 2
     BITS_OUTSIDE_FORMAT = 3
     ZERO_POINT = 4
+    NEGATIVE = 5
 
 
 class Scaling(NamedTuple):
@@ -189,3 +192,28 @@ def mark_faults(
     return qparams._replace(
         scale=jnp.where(faulty, jnp.nan, scale), zero_point=jnp.where(faulty, fault, zero_point)
     )
+
+
+def mark_negatives(qparams: QParams, low: jax.Array, high: jax.Array) -> QParams:
+    """NaN and :attr:`Fault.NEGATIVE` where unsigned codes about zero would clip to 0 what lies far
+    below it.
+
+    Args:
+      low, high: of what is quantized, at the shape of the scale.
+    """
+    far = clips_negatives(low, high) & (qparams.zero_point == 0.0) & ~jnp.isnan(qparams.scale)
+    far &= ~is_bypassed(qparams.bits)
+    return qparams._replace(
+        scale=jnp.where(far, jnp.nan, qparams.scale),
+        zero_point=jnp.where(far, float(Fault.NEGATIVE), qparams.zero_point),
+    )
+
+
+def clips_negatives(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Where a range lies further below zero than a tail does.
+
+    >>> clips_negatives(jnp.array([-0.2, -0.3, -jnp.inf]), jnp.ones(3)).tolist()
+    [False, True, False]
+    """
+    below = jnp.minimum(low, 0.0) < -NEGATIVE_SHARE * jnp.maximum(high, 0.0)
+    return below & jnp.isfinite(low)

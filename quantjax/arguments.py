@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from quantjax import errors
@@ -9,6 +11,7 @@ from quantjax import errors
 _MODULES = {
     "flax.linen": "f = lambda params, x: model.apply(params, x), for f and params",
     "flax.nnx": "quantjax.adapters.nnx, which splits a model into f and params",
+    "equinox": "f, params = quantjax.adapters.equinox.functional(module)",
 }
 
 
@@ -43,13 +46,23 @@ def expect_function(f: object, *, where: str, fix: str) -> None:
         )
     homes = [base.__module__ for base in type(f).__mro__]
     for package, instead in _MODULES.items():
-        if any(home == package or home.startswith(f"{package}.") for home in homes):
+        from_there = any(home == package or home.startswith(f"{package}.") for home in homes)
+        if from_there and not (package == "equinox" and _takes_parameters(f)):
             raise errors.ArgumentError(
                 f"f is a module, {_kind(f)}, and a function f(params, *inputs) is needed",
                 where=where,
                 why=f"a module of {package} is not called with its parameters",
                 fix=instead,
             )
+
+
+def _takes_parameters(f: Callable[..., Any]) -> bool:
+    """Whether it can be called with parameters and an input; ``eqx.filter_jit(f)`` is a module."""
+    try:
+        inspect.signature(f).bind(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _kind(value: Any) -> str:

@@ -225,6 +225,8 @@ def _check_rules(policy: Policy, table: SiteTable, chosen: Mapping[str, Rule | N
         if not matched:
             close = difflib.get_close_matches(str(rule.selector), names, n=1, cutoff=0.4)
             hint = f"qj.path({close[0]!r})" if close else "a selector that fits a name above"
+            if not names:
+                hint = "a function that multiplies: x @ w, lax.dot_general or a convolution"
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise errors.PolicyError(
                 f"the rule '{rule}' matches no site",

@@ -31,6 +31,7 @@ from quantjax.ranges import (
     check_symmetry,
     checked_rule,
     derive,
+    holding_negatives,
 )
 from quantjax.rounding import HALF_EVEN, STOCHASTIC, Rounding
 from quantjax.statistics import Statistics
@@ -210,7 +211,9 @@ class Quantizer:
             return chosen.qparams(lambda one: of_rule(rule=one))
         if not isinstance(chosen, FitRule):
             stats = statistics.of_tensor(tensor, scale_shape, with_values=chosen.reads_distribution)
-            return self.qparams(stats, bits, theta, rule=chosen)
+            found = self.qparams(stats, bits, theta, rule=chosen)
+            clips = self.symmetric and not self.format.signed
+            return holding_negatives(found, tensor, scale_shape) if clips else found
         if theta:
             raise errors.CalibrationError(
                 f"exponent bits for the rule {chosen.name}, which is told the width alone",

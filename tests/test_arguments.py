@@ -142,6 +142,21 @@ def test_a_module_of_flax_is_no_function_of_its_parameters() -> None:
     qj.sites(lambda params, x: model.apply(params, x), model.init(jax.random.key(0), X), X)
 
 
+def test_a_module_of_equinox_is_no_function_of_its_parameters() -> None:
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
+    refused(lambda: qj.sites(model, {}, X), "MLP", "quantjax.adapters.equinox.functional")
+
+    class Own(eqx.Module):
+        weight: jax.Array
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x @ self.weight
+
+    refused(lambda: qj.sites(Own(PARAMS["w"]), {}, X), "an Own", "quantjax.adapters.equinox")
+    assert len(qj.sites(eqx.filter_jit(f), PARAMS, X)) == 1
+
+
 def test_any_callable_is_a_function() -> None:
     class Model:
         def __call__(self, params: Any, x: jax.Array) -> jax.Array:

@@ -15,18 +15,21 @@ LARGEST_SUMMED = 2.0**60  # of which sums of 2^7 products of two are float32 num
 
 
 def levels_overflow(format: Format, bits: jax.Array, theta: Theta) -> jax.Array:
-    """Where sums of products of two levels can leave float32 (bool, the shape of ``bits``)."""
-    _, high = format.level_range(bits, theta)
+    """Where sums of products of two levels can leave float32 (bool, the shape of ``bits``).
+
+    Levels that only a fit will give are about 1.
+    """
+    try:
+        _, high = format.level_range(bits, theta)
+    except errors.FormatError:
+        return jnp.zeros(jnp.shape(bits), bool)
     is_scaled = format.scale_rule != UNIT
     return (high > LARGEST_SUMMED) & (bits != 0.0) & is_scaled
 
 
 def known_overflow(format: Format, bits: Any, theta: Theta = ()) -> bool:
     """Whether they do so at these widths; False where one is not known yet."""
-    try:
-        if not format.known_valid(bits, theta):
-            return False
-        with jax.ensure_compile_time_eval():
-            return bool(jnp.any(levels_overflow(format, jnp.asarray(bits, jnp.float32), theta)))
-    except errors.FormatError:  # levels that only calibration will give, about 1
+    if not format.known_valid(bits, theta):
         return False
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.any(levels_overflow(format, jnp.asarray(bits, jnp.float32), theta)))

@@ -21,6 +21,7 @@ from quantjax._compat import (
     is_jit,
     jit_call,
     jit_shardings,
+    opened,
     remat_call,
     scan_operands,
 )
@@ -89,15 +90,8 @@ def container_of(eqn: jex_core.JaxprEqn) -> Container | None:
         return Container(kind, eqn, pair)
     if kind is ContainerKind.INLINED:
         return Container(kind, eqn, (as_closed(params["call_jaxpr"]),))
-    programs = tuple(map(_opened, jex_core.jaxprs_in_params(params)))
+    programs = tuple(as_closed(opened(jaxpr)) for jaxpr in jex_core.jaxprs_in_params(params))
     return Container(ContainerKind.OPAQUE, eqn, programs) if programs else None
-
-
-def _opened(jaxpr: jex_core.Jaxpr) -> jex_core.ClosedJaxpr:
-    """The program with its constants, whose values are not known here, as further inputs."""
-    if jaxpr.constvars:
-        jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
-    return jex_core.ClosedJaxpr(jaxpr, ())
 
 
 class Carried(NamedTuple):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from quantjax._compat import BARRIERS_HOLD, fenced
+from quantjax._compat import BARRIERS_HOLD, fenced, varying_like
 from quantjax.affine import QParams, is_bypassed
 from quantjax.arithmetic import Arithmetic
 from quantjax.formats import IntegerFormat
@@ -271,6 +271,7 @@ def _in_chunks(product: Product, block: int, lhs: jax.Array, rhs: jax.Array) -> 
         return total + parts.product(i).astype(jnp.int32)
 
     start = jnp.zeros(jax.eval_shape(parts.product, jnp.int32(0)).shape, jnp.int32)
+    start = varying_like(start, (lhs, rhs))
     return parts.finish(lax.fori_loop(0, parts.n, add, start)).astype(jnp.float32)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from quantjax._compat import varying_like
 from quantjax.granularity import expand, group_size
 from quantjax.interpreter import Product
 from quantjax.lean import elementwise
@@ -138,7 +139,7 @@ def add_blocks(
 
     first = jax.tree.map(lambda leaf: leaf[0], operands)
     start = jnp.zeros(jax.eval_shape(multiply, *first).shape, jnp.float32)
-    return lax.scan(add, start, (operands, factors))[0]
+    return lax.scan(add, varying_like(start, (operands, factors)), (operands, factors))[0]
 
 
 def scaled(

@@ -54,12 +54,15 @@ def _held_jvp(
 def bias_at_sums(
     bias: Float[Array, "..."], scale: Float[Array, "..."], bypass: jax.Array
 ) -> Float[Array, "..."]:
-    """The bias in multiples of a scale that broadcasts against it; gradients pass straight through.
+    """The bias in multiples of the scale of the sums; gradients pass straight through.
+
+    Where each row of the sums has a scale of its own, so has the bias: codes for each row.
 
     Args:
       bypass: where an operand has no codes, and the bias is left as it is.
     """
-    wide = bias.astype(jnp.float32)
-    scale = jnp.broadcast_to(scale, wide.shape)
+    shape = jnp.broadcast_shapes(bias.shape, scale.shape)
+    wide, scale = (jnp.broadcast_to(a, shape) for a in (bias.astype(jnp.float32), scale))
     codes = round_through(divide_by_scale(wide, scale))
-    return jnp.where(bypass, bias, rounded_product(codes, scale).astype(bias.dtype))
+    float_bias = jnp.broadcast_to(bias, shape)
+    return jnp.where(bypass, float_bias, rounded_product(codes, scale).astype(bias.dtype))

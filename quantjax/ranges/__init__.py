@@ -5,7 +5,7 @@ from quantjax.ranges.admm import ADMM, admm
 from quantjax.ranges.base import FitRule, Range, RangeRule, Target
 from quantjax.ranges.constant import constant
 from quantjax.ranges.derive import derive, derive_many
-from quantjax.ranges.fits import apply_fit, check_symmetry
+from quantjax.ranges.fits import apply_fit, check_symmetry, holding_negatives
 from quantjax.ranges.hqo import HQO_SCALE, HQO_ZERO_POINT, Solved, hqo
 from quantjax.ranges.k_means import K_MEANS, k_means
 from quantjax.ranges.kl_onnxruntime import KL_ONNXRUNTIME, kl_onnxruntime
@@ -59,6 +59,7 @@ __all__ = [
     "constant",
     "derive",
     "derive_many",
+    "holding_negatives",
     "hqo",
     "k_means",
     "kl_onnxruntime",

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from quantjax import errors
+from quantjax._compat import varying_like
 from quantjax.affine import QParams
 from quantjax.formats import Format
 from quantjax.ranges.base import Configured, FitRule
@@ -75,7 +76,9 @@ def _fit(
     descended = descend(problem, start, ALTERNATIONS)
     feasible = x - quantized(problem, descended.bounds, x).residual
     first = _State(feasible, jnp.zeros_like(x), descended.bounds, descended)
-    best = lax.fori_loop(0, iterations, iterate, first).best
+    best = lax.fori_loop(
+        0, iterations, iterate, varying_like(first, (problem.x, problem.bits))
+    ).best
     best = better(best, *descend(problem, best.bounds, ALTERNATIONS))
     best = with_neighbours(problem, best, functools.partial(squares, problem))
     return fitted(problem, tried(problem, start), best, power=2.0)

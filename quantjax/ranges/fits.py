@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import Fault, QParams
+from quantjax.affine import Fault, QParams, mark_negatives
 from quantjax.formats import Format
+from quantjax.granularity import reduce_to
 from quantjax.printing import shape_text
 from quantjax.ranges.base import FitRule, holds_for
 
@@ -26,7 +27,8 @@ def apply_fit(
 
     Args:
       symmetric: whether the zero point has to be 0. One that is traced and is not makes the scale
-        NaN, with :attr:`Fault.ZERO_POINT` for ``qj.check``.
+        NaN, with :attr:`Fault.ZERO_POINT` for ``qj.check``; so does a zero point of 0 for unsigned
+        codes of negative values, with :attr:`Fault.NEGATIVE`.
 
     Raises:
       PolicyError: it returned something else than QParams of the scale's shape.
@@ -50,7 +52,14 @@ def apply_fit(
                 why=f"scales have the shape {scale_shape}",
                 fix="jnp.broadcast_to(scale, scale_shape)",
             )
+    if not format.signed:
+        found = holding_negatives(found, x, scale_shape)
     return _without_zero_point(rule, found) if symmetric else found
+
+
+def holding_negatives(found: QParams, x: jax.Array, scale_shape: tuple[int, ...]) -> QParams:
+    """QParams of unsigned codes, NaN where they would clip the negative values of a tensor to 0."""
+    return mark_negatives(found, *(reduce_to(x, scale_shape, f) for f in (jnp.min, jnp.max)))
 
 
 def check_symmetry(rule: FitRule, *, symmetric: bool) -> None:

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from quantjax import errors
+from quantjax._compat import varying_like
 from quantjax.affine import QParams
 from quantjax.formats import Format, divide_by_scale, power_of_two
 from quantjax.granularity import expand, reduce_to
@@ -115,6 +116,7 @@ def _fit(
 
     first = _State(start, nothing_yet(start), jnp.full((), beta, jnp.float32))
     # Once more than that, to try the last bounds.
+    first = varying_like(first, (problem.x, problem.bits))
     found = lax.fori_loop(0, iterations + 1, iterate, first).best
     found = with_neighbours(problem, found, loss_of)
     loss = loss_of(quantized(problem, start, x).residual)

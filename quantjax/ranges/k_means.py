@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from quantjax import errors
+from quantjax._compat import varying_like
 from quantjax.affine import LARGEST_SCALE, SMALLEST_SCALE, QParams
 from quantjax.formats import Format, Span, divide_by_scale, power_of_two
 from quantjax.formats.codebook import CodebookFormat
@@ -143,6 +144,7 @@ def _fit(
     else:
         ordered = _ordered(divide_by_scale(x, expand(scale, x.shape)).ravel())
         start = _start(ordered.values, count, size)
+        start = varying_like(start, (ordered, count))
         levels = lax.fori_loop(0, iterations, lambda _, c: _means(ordered, c, count), start)
         levels = levels[jnp.minimum(jnp.arange(size, dtype=jnp.int32), count - 1)]
     return QParams(scale, jnp.zeros_like(scale), bits, {"levels": levels})

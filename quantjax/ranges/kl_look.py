@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from quantjax._compat import varying_like
 from quantjax.formats import divide_by_scale
 from quantjax.ranges.kl_sums import entropy, prefix_sums
 
@@ -17,7 +18,7 @@ RUNS = 8  # summed before a look whether one of them can still win
 FIRST = 32  # clips that say how good the best is at least
 _TOTAL = 2.0**17  # counts are scaled to this sum
 _MASS, _ENTROPY = 2.0**13, 2.0**10  # and held as integers of these fractions
-_RELATIVE, _ABSOLUTE = 1.001, 1e-5  # by which the best has to be missed
+_RELATIVE, _ABSOLUTE = 1.00001, 8e-6  # by which the best has to be missed
 
 
 class _Sums(NamedTuple):
@@ -39,6 +40,20 @@ class _Clips(NamedTuple):
     least: jax.Array
 
 
+class _Blocks(NamedTuple):
+    """Blocks of clips, those of the lowest bounds first.
+
+    Attributes:
+      bounds: ``[blocks]``, what their divergences are at least; infinite once they were summed.
+      best: the smallest divergence so far.
+      found: ``[blocks, n]``, the divergences.
+    """
+
+    bounds: jax.Array
+    best: jax.Array
+    found: jax.Array
+
+
 def looked_at(counts: jax.Array, levels: jax.Array, tried: jax.Array) -> jax.Array:
     """``KL(P ‖ Q)`` after every number of bins, ``[bins + 1]``; infinite where it is far from best.
 
@@ -54,13 +69,6 @@ def looked_at(counts: jax.Array, levels: jax.Array, tried: jax.Array) -> jax.Arr
       levels: int32 scalar, a power of two.
       tried: ``[bins + 1]``, which of them are candidates.
     """
-    together = functools.partial(_looked_at, counts.size + 1)
-    return lax.platform_dependent(
-        counts, levels, tried, cpu=functools.partial(_looked_at, CLIPS), default=together
-    )
-
-
-def _looked_at(at_once: int, counts: jax.Array, levels: jax.Array, tried: jax.Array) -> jax.Array:
     bins = counts.shape[0]
     total = jnp.maximum(jnp.sum(counts), 1.0)
     scaled = divide_by_scale(counts, total) * _TOTAL
@@ -76,7 +84,20 @@ def _looked_at(at_once: int, counts: jax.Array, levels: jax.Array, tried: jax.Ar
     least = _of_last_run(sums, levels, kept, last_bin)
     lost = (last_bin == 0.0) & (outliers > 0.0)
     least = jnp.where(tried & ~lost & (sums.both[:, 0] > 0), least, jnp.inf)
+    # One histogram after another: each has its own number of passes.
+    return jax.custom_batching.sequential_vmap(_all_clips)(sums, levels, least)
 
+
+def _all_clips(sums: _Sums, levels: jax.Array, least: jax.Array) -> jax.Array:
+    together = functools.partial(_in_blocks, least.size)
+    return lax.platform_dependent(
+        sums, levels, least, cpu=functools.partial(_in_blocks, CLIPS), default=together
+    )
+
+
+def _in_blocks(at_once: int, sums: _Sums, levels: jax.Array, least: jax.Array) -> jax.Array:
+    bins = least.size - 1
+    kept = jnp.arange(bins + 1, dtype=jnp.int32)
     stride = max(bins // FIRST, 1)
     best = jnp.min(_summed(sums, levels, _Clips(kept[::stride], least[::stride]), jnp.inf))
     missing = -(bins + 1) % at_once
@@ -85,15 +106,27 @@ def _looked_at(at_once: int, counts: jax.Array, levels: jax.Array, tried: jax.Ar
         jnp.pad(least, (0, missing), constant_values=jnp.inf).reshape(-1, at_once),
     )
 
-    def block(best: jax.Array, clips: _Clips) -> tuple[jax.Array, jax.Array]:
-        found = _summed(sums, levels, clips, _enough(best))
-        return jnp.minimum(best, jnp.min(found)), found
+    bounds = jnp.min(blocks.least, axis=1)
 
-    _, found = lax.scan(block, best, blocks)
-    return found.reshape(-1)[: bins + 1]
+    def goes_on(state: _Blocks) -> jax.Array:
+        return jnp.min(state.bounds) < enough(state.best)
+
+    def block(state: _Blocks) -> _Blocks:
+        number = jnp.argmin(state.bounds)
+        clips = jax.tree.map(lambda leaf: leaf[number], blocks)
+        found = _summed(sums, levels, clips, enough(state.best))
+        return _Blocks(
+            state.bounds.at[number].set(jnp.inf),
+            jnp.minimum(state.best, jnp.min(found)),
+            state.found.at[number].set(found),
+        )
+
+    start = _Blocks(bounds, best, jnp.full_like(blocks.least, jnp.inf))
+    start = varying_like(start, (sums, levels, least))
+    return lax.while_loop(goes_on, block, start).found.reshape(-1)[: bins + 1]
 
 
-def _enough(best: jax.Array) -> jax.Array:
+def enough(best: jax.Array) -> jax.Array:
     """What a clip has to be below to be the best one, with the digits that this look has."""
     return _RELATIVE * best + _ABSOLUTE
 
@@ -123,12 +156,12 @@ def _of_last_run(sums: _Sums, levels: jax.Array, kept: jax.Array, last_bin: jax.
     return value / _TOTAL + jnp.log(jnp.where(share > 0.0, share, 1.0))
 
 
-def _summed(sums: _Sums, levels: jax.Array, clips: _Clips, enough: jax.Array | float) -> jax.Array:
-    """The divergences, or infinity for all where none of them can be below ``enough``."""
+def _summed(sums: _Sums, levels: jax.Array, clips: _Clips, most: jax.Array | float) -> jax.Array:
+    """The divergences, or infinity for all where none of them can be below ``most``."""
 
     def goes_on(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         first, value = state
-        return (first < levels - 1) & (jnp.min(value) < enough)
+        return (first < levels - 1) & (jnp.min(value) < most)
 
     def some_runs(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         first, value = state
@@ -142,6 +175,6 @@ def _summed(sums: _Sums, levels: jax.Array, clips: _Clips, enough: jax.Array | f
         within -= jnp.sum(held * _logarithm(held, number), axis=0)
         return first + RUNS, value + jnp.maximum(within, 0.0) / _TOTAL
 
-    start = (jnp.int32(0), clips.least)
+    start = varying_like((jnp.int32(0), clips.least), (sums, levels, most))
     first, value = lax.while_loop(goes_on, some_runs, start)
     return jnp.where(first >= levels - 1, value, jnp.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,16 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from quantjax import errors
+from quantjax._compat import varying_like
 from quantjax.formats import divide_by_scale
 from quantjax.ranges.base import Configured, Range, RangeRule, Target
+from quantjax.ranges.kl_best import best_of
 from quantjax.ranges.kl_sums import divergence_terms, entropy, prefix_sums, whole_quotient
 from quantjax.ranges.rebin import symmetric_counts
 from quantjax.statistics import Statistics
 
 _LARGEST_TOTAL = 2.0**30
 _EPSILON = 1e-4
-FINALISTS = 4  # looked at together
 _RELATIVE, _ABSOLUTE = 1.0005, 2e-7  # what the first look may be off by, from one to another
 _TOTAL, _ENTROPY = 2.0**17, 2.0**10  # for the first look: counts sum to it, fractions of integers
 
@@ -63,45 +64,14 @@ def best_reach(counts: jax.Array, levels: jax.Array, *, most: int = 128) -> jax.
     reaches = jnp.arange(middle + 1, dtype=jnp.int32)
     rough = jax.custom_batching.sequential_vmap(_first_look)(whole, prefix, levels)
     rough = jnp.where(reaches >= levels // 2, rough, jnp.inf)
-    best_of = functools.partial(_best_of, min(most, bins))
-    return jax.custom_batching.sequential_vmap(best_of)(whole, prefix, levels, rough)
-
-
-class _Finalist(NamedTuple):
-    """The best reach so far, and what of the others is still to be looked at."""
-
-    reach: jax.Array
-    value: jax.Array
-    rough: jax.Array
-
-
-def _best_of(
-    most: int, whole: jax.Array, prefix: _Prefix, levels: jax.Array, rough: jax.Array
-) -> jax.Array:
-    """The reach with the smallest divergence among those that the first look cannot tell apart.
-
-    A few at a time: one outlier makes a plateau of a hundred.
-    """
-    middle = rough.shape[0] - 1
+    values = functools.partial(_divergences, min(most, bins))
     enough = _RELATIVE * jnp.min(rough) + _ABSOLUTE
-    divergence = functools.partial(_divergence, whole, prefix, levels, most)
+    return best_of(values, (whole, prefix, levels), rough, enough)
 
-    def goes_on(state: _Finalist) -> jax.Array:
-        next_one = jnp.min(state.rough)
-        return (next_one <= enough) & (next_one < jnp.inf)
 
-    def some_more(state: _Finalist) -> _Finalist:
-        left, some = lax.top_k(-state.rough, min(FINALISTS, middle + 1))
-        some = some.astype(jnp.int32)
-        values = jnp.where(jnp.isfinite(left), jax.vmap(divergence)(some), jnp.inf)
-        values = jnp.append(values, state.value)
-        reaches = jnp.append(some, state.reach)
-        least = jnp.min(values)
-        first = jnp.min(jnp.where(values == least, reaches, middle))
-        return _Finalist(first, least, state.rough.at[some].set(jnp.inf))
-
-    start = _Finalist(jnp.int32(middle), jnp.float32(jnp.inf), rough)
-    return lax.while_loop(goes_on, some_more, start).reach
+def _divergences(most: int, operands: Any, reaches: jax.Array) -> jax.Array:
+    whole, prefix, levels = operands
+    return jax.vmap(functools.partial(_divergence, whole, prefix, levels, most))(reaches)
 
 
 def _first_look(whole: jax.Array, prefix: _Prefix, levels: jax.Array) -> jax.Array:
@@ -143,6 +113,7 @@ def _first_look(whole: jax.Array, prefix: _Prefix, levels: jax.Array) -> jax.Arr
 
     zero = jnp.zeros(middle + 1, jnp.float32)
     start = (zero, zero, prefix.counts[first], prefix.numbers[first])
+    start = varying_like(start, (whole, levels))
     runs, mass, *_ = lax.fori_loop(0, jnp.minimum(levels, bins), run, start)
     stop = jnp.minimum(first + levels * size, end)
     left_over = prefix.counts[end] - prefix.counts[stop] + jnp.where(stop < end, right, 0)
@@ -205,7 +176,7 @@ def _smoothed(counts: jax.Array, inside: jax.Array) -> jax.Array:
 
 
 def _range(statistics: Statistics, target: Target, *, bins: int) -> Range:
-    counts = symmetric_counts(statistics, bins)
+    counts = lax.stop_gradient(symmetric_counts(statistics, bins))
     exponent = jnp.clip(target.bits.astype(jnp.int32) - 1, 1, 24)
     most = 1 << min(max(target.format.max_bits - 1, 1), 24)
     levels = jnp.left_shift(jnp.int32(1), exponent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +12,12 @@ from jax import lax
 
 from quantjax.formats import divide_by_scale, exponent_of, power_of_two
 from quantjax.ranges.base import Configured, Range, RangeRule, Target
-from quantjax.ranges.kl_look import looked_at
+from quantjax.ranges.kl_best import best_of
+from quantjax.ranges.kl_look import enough, looked_at
 from quantjax.ranges.kl_sums import divergence_terms, prefix_sums, whole_quotient
 from quantjax.ranges.rebin import check_bins, magnitude_counts
 from quantjax.statistics import Statistics
 
-FINALISTS = 4  # in 150 of 150 histograms, the best of the first look was the best
 _LOW = 2.0**12  # what the lower of two words of a count holds
 
 
@@ -108,8 +109,8 @@ def best_bin(
 ) -> jax.Array:
     """After how many bins to clip: ``argmin`` of :func:`divergences`, the first of equals.
 
-    All clips from ``levels`` bins on are looked at to four digits, the best few of them again to
-    seven. Where none has a finite divergence, there is no clip: all bins are kept.
+    All clips from ``levels`` bins on are looked at to four digits, those that may be the best again
+    to seven. Where none has a finite divergence, there is no clip: all bins are kept.
 
     Args:
       counts: ``[bins]``.
@@ -120,17 +121,14 @@ def best_bin(
     bins = counts.shape[0]
     kept = jnp.arange(bins + 1, dtype=jnp.int32)
     tried = (kept >= levels) & (((kept - levels) % stride == 0) | (kept == bins))
-    # One histogram after another: each has its own number of passes.
-    rough = jax.custom_batching.sequential_vmap(looked_at)(counts, levels, tried)
-    _, finalists = lax.top_k(-rough, min(FINALISTS, bins))
-    finalists = jnp.sort(finalists).astype(jnp.int32)
-    exact = jnp.where(
-        jnp.isfinite(rough[finalists]),
-        divergences(counts, levels, finalists, most=most),
-        jnp.inf,
-    )
-    best = jnp.argmin(exact)
-    return jnp.where(jnp.isfinite(exact[best]), finalists[best], bins)
+    rough = looked_at(counts, levels, tried)
+    values = functools.partial(_divergences, most)
+    return best_of(values, (counts, levels), rough, enough(jnp.min(rough)))
+
+
+def _divergences(most: int, operands: Any, clips: jax.Array) -> jax.Array:
+    counts, levels = operands
+    return divergences(counts, levels, clips, most=most)
 
 
 class _Numbers(NamedTuple):
@@ -144,7 +142,7 @@ class _Numbers(NamedTuple):
 
 def _range(statistics: Statistics, target: Target, *numbers: Any, bins: int) -> Range:
     variant = _Numbers(*numbers)
-    counts = magnitude_counts(statistics, bins)
+    counts = lax.stop_gradient(magnitude_counts(statistics, bins))
     counts = counts.at[0].set(jnp.where(variant.copies_first_bin, counts[1], counts[0]))
     low, high = statistics.extremes
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))

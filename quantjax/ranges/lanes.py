@@ -11,6 +11,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
+
+from quantjax._compat import names_axes, opened
 
 AT_ONCE = 1 << 18  # entries of the largest operand, times the lanes that are taken together
 
@@ -22,8 +25,8 @@ def choose(index: jax.Array, branches: Sequence[Callable[[], Any]], *, apart: in
 
     ``lax.switch`` computes every branch for every lane once they differ in ``index``. Here lanes
     are ordered by branch and taken some at a time: a grid of 16 rules costs what 16 rules cost.
-    Branches may close over what is traced, batched or differentiated; derivatives take all branches
-    for all lanes.
+    Branches may close over what is traced, batched or differentiated. Derivatives take all branches
+    for all lanes, and so do branches with collectives, and a number of lanes that is symbolic.
 
     Args:
       index: int32 scalar, within the branches.
@@ -41,12 +44,13 @@ def choose(index: jax.Array, branches: Sequence[Callable[[], Any]], *, apart: in
     trees = [jax.tree.structure(shape) for _, shape in traced]
     if len(set(trees)) > 1:
         raise TypeError(f"branches return {', '.join(map(str, trees))}")
-    operands = list(
-        {id(const): const for program, _ in traced for const in program.consts}.values()
-    )
+    if any(names_axes(program) for program, _ in traced):
+        return lax.switch(index, branches)  # a collective is of all lanes, whatever they chose
+    consts = [const for program, _ in traced for const in program.consts]
+    operands = list({id(const): const for const in consts}.values())
     places = {id(operand): place for place, operand in enumerate(operands)}
     programs = [
-        functools.partial(_evaluated, program.jaxpr, [places[id(c)] for c in program.consts])
+        functools.partial(_evaluated, opened(program), [places[id(c)] for c in program.consts])
         for program, _ in traced
     ]
     largest = max((math.prod(jnp.shape(operand)) for operand in operands), default=1)
@@ -55,25 +59,32 @@ def choose(index: jax.Array, branches: Sequence[Callable[[], Any]], *, apart: in
 
 
 def _evaluated(program: Any, places: Sequence[int], *operands: jax.Array) -> list[jax.Array]:
-    return jax.core.eval_jaxpr(program, [operands[place] for place in places])
+    return jax.core.eval_jaxpr(program, (), *(operands[place] for place in places))
 
 
 def _differentiable(branches: Sequence[_Branch], apart: int, entries: int) -> _Branch:
     """What batches by a rule of its own has no gradient by itself."""
     chosen = jax.custom_jvp(_switch(branches, apart, entries))
 
-    @chosen.defjvp
+    @functools.partial(chosen.defjvp, symbolic_zeros=True)
     def differentiated(primals: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-        (index, *operands), (_, *moved) = primals, tangents
+        (index, *operands), (_, *tangents) = primals, tangents
+        # A branch is differentiated by what moves alone: it may hold what has no derivative.
+        moving = [n for n, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+        out = chosen(*primals)
+        moved = [zero_from_primal(leaf) for leaf in out]
         # Not by a switch: under vmap JAX 0.12 puts what cannot be transposed on its tangents.
-        each = [
-            jax.jvp(branch, operands, [_if(index == place, tangent) for tangent in moved])[1]
-            for place, branch in enumerate(branches)
-        ]
-        kept = [
-            [_if(index == place, tangent) for tangent in some] for place, some in enumerate(each)
-        ]
-        return chosen(*primals), [functools.reduce(_sum, some) for some in zip(*kept, strict=True)]
+        for place, branch in enumerate(branches if moving else ()):
+
+            def of_moving(*some: jax.Array, branch: _Branch = branch) -> list[jax.Array]:
+                given = dict(zip(moving, some, strict=True))
+                return branch(*(given.get(n, operand) for n, operand in enumerate(operands)))
+
+            here = index == place
+            at, along = [operands[n] for n in moving], [_if(here, tangents[n]) for n in moving]
+            found = jax.jvp(of_moving, at, along)[1]
+            moved = [_sum(a, _if(here, b)) for a, b in zip(moved, found, strict=True)]
+        return out, moved
 
     return chosen
 
@@ -101,9 +112,12 @@ def _switch(branches: Sequence[_Branch], apart: int, entries: int) -> _Branch:
         size: int, are_batched: Sequence[bool], index: jax.Array, *operands: jax.Array
     ) -> tuple[list[jax.Array], list[bool]]:
         differ, *axes = are_batched
-        if differ:
-            together = min(max(AT_ONCE // entries, 1), -(-size // apart))
-            found = _by_lanes(branches, together, jnp.asarray(index), axes, operands)
+        if not (isinstance(size, int) and isinstance(entries, int)):  # symbolic, for an export
+            each = jax.vmap(lambda i, *some: lax.switch(i, branches, *some), _axes(are_batched))
+            found = each(index, *operands)
+        elif differ:
+            together = min(max(AT_ONCE // max(entries, 1), 1), -(-size // apart))
+            found = _by_lanes(branches, together, entries, index, axes, operands)
         else:
             mapped = [_mapped(branch, axes, size) for branch in branches]
             found = _switch(mapped, apart, entries * size)(index, *operands)
@@ -114,14 +128,18 @@ def _switch(branches: Sequence[_Branch], apart: int, entries: int) -> _Branch:
 
 def _mapped(branch: _Branch, are_batched: Sequence[bool], size: int) -> _Branch:
     """A branch for many lanes, of which operands may all be the same."""
-    axes = (0, *(0 if batched else None for batched in are_batched))
-    each = jax.vmap(lambda _, *operands: branch(*operands), axes)
+    each = jax.vmap(lambda _, *operands: branch(*operands), _axes([True, *are_batched]))
     return lambda *operands: each(jnp.arange(size), *operands)
+
+
+def _axes(are_batched: Sequence[bool]) -> tuple[int | None, ...]:
+    return tuple(0 if batched else None for batched in are_batched)
 
 
 def _by_lanes(
     branches: Sequence[_Branch],
     together: int,
+    entries: int,
     index: jax.Array,
     are_batched: Sequence[bool],
     operands: Sequence[jax.Array],
@@ -131,6 +149,7 @@ def _by_lanes(
     Where ``n`` lanes fall into parts of ``n_f``, they are ``Σ ⌈n_f / together⌉`` such groups, which
     is not more than ``⌊n / together⌋ + branches``; the groups that are too many do nothing.
     """
+    index = jnp.asarray(index)
     lanes, kinds = index.shape[0], len(branches)
     mapped = [_mapped(branch, are_batched, together) for branch in branches]
     if not lanes:
@@ -157,9 +176,11 @@ def _by_lanes(
         kind = jnp.searchsorted(jnp.cumsum(groups), number, side="right").astype(jnp.int32)
         place = first_lane[kind] + (number - first_group[kind]) * together
         some = order[jnp.minimum(place + jnp.arange(together, dtype=jnp.int32), lanes - 1)]
-        return lax.switch(kind, [*mapped, nothing], *taken(some))
+        return one_of(kind, *taken(some))
 
+    # Of more lanes around these, which differ in their index too, each runs its own again.
+    one_of = _switch([*mapped, nothing], kinds, entries * together)
     found = lax.map(group, jnp.arange(lanes // together + kinds, dtype=jnp.int32))
     within = rank - first_lane[index]
-    place = first_group[index] * together + within
-    return [leaf.reshape(-1, *leaf.shape[2:])[place] for leaf in found]
+    place = first_group[index] + within // together, within % together
+    return [leaf[place] for leaf in found]

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from quantjax import errors
+from quantjax._compat import varying_like
 from quantjax.affine import QParams
 from quantjax.formats import Format
 from quantjax.ranges.base import Configured, FitRule
@@ -69,7 +70,7 @@ def descend(problem: Problem, start: Bounds, iterations: int) -> Best:
         return _State(following, best, moved(state.bounds, following), state.step + 1)
 
     first = _State(start, nothing_yet(start), jnp.asarray(True), jnp.zeros((), jnp.int32))
-    return lax.while_loop(goes_on, alternate, first).best
+    return lax.while_loop(goes_on, alternate, varying_like(first, (problem.x, problem.bits))).best
 
 
 def _fit(

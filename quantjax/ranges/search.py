@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from quantjax._compat import varying_like
 from quantjax.formats import REAL, divide_by_scale, exponent_of, power_of_two
 from quantjax.ranges.base import Range, Target
 from quantjax.statistics import Statistics
@@ -131,6 +132,7 @@ def search(
         return _Shrinking(best, state.done + some, ~(loss(least) >= best.loss))
 
     start = _Shrinking(_Best(jnp.float32(jnp.inf), low, high), jnp.int32(0), jnp.asarray(True))
+    start = varying_like(start, (statistics, target.bits, target.theta))
     if is_sum and (target.symmetric or target.format.scale_rule == REAL):
         more = lambda state: state.goes_on & (state.done < COARSE)  # noqa: E731
         best = lax.while_loop(more, functools.partial(shrunk, some=TOGETHER), start).best

@@ -74,7 +74,7 @@ def calibrate(
         one.
       BitsError: a width that the container cannot hold.
       PolicyError: a width for operands that are not quantized.
-      PlanMismatchError: a parameter tree that is not the one planned for.
+      PlanMismatchError: a parameter tree without the weights that were planned for.
       DataError: a concrete weight that holds NaN or infinity; negative activations for unsigned
         codes without a zero point.
 
@@ -159,7 +159,7 @@ def _ranged(entry: SitePlan, operand: OperandPlan, rule: AnyRule) -> RangeRule |
             f"the rule {rule.name} needs the tensor itself",
             where=f"site {entry.site.name}, {operand.key}",
             why="calibration keeps statistics of activations, not their values",
-            fix="a range rule such as qj.ranges.MIN_MAX, or range=qj.RangeMode.LIVE",
+            fix="weight_rule= for the weights alone; qj.ranges.MIN_MAX, or another range rule",
         )
     return rule
 

@@ -27,6 +27,10 @@ REASONS: Mapping[Fault, tuple[str, str]] = {
         "a rule found a zero point for a symmetric quantizer",
         "symmetric=False, or a rule that fits the scale alone",
     ),
+    Fault.NEGATIVE: (
+        "negative values, for which unsigned codes about zero have none",
+        "symmetric=False with a range rule or HQO_ZERO_POINT, or signed codes, qj.integer()",
+    ),
     Fault.BITS_OUTSIDE_FORMAT: (
         "the width is outside the format",
         "a width that the format has (quantjax.contract.widths), or qj.integer(max_bits=16)",

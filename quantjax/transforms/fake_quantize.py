@@ -78,7 +78,7 @@ def fake_quantize(
       ArgumentError: an axis name without ``observe``.
 
     Raises (of the returned function):
-      PlanMismatchError: other parameters or another program than those planned.
+      PlanMismatchError: other sites, or weights of other shapes, than those planned.
       CalibrationError: QParams are missing or of another granularity.
       KeyMissingError: a random rounding and no key.
 

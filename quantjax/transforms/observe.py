@@ -105,7 +105,7 @@ def observe(
         (usually the batch axis alone).
 
     Raises:
-      PlanMismatchError: other parameters or another program than those planned.
+      PlanMismatchError: other sites, or weights of other shapes, than those planned.
       DataError: NaN, infinity or nothing at all in concrete inputs, or in what they lead to. Under
         a trace the QParams become NaN, and ``qj.check`` says why.
     """

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from quantjax import errors, statistics
 from quantjax._compat import concrete
-from quantjax.affine import QParams
+from quantjax.affine import QParams, clips_negatives
 from quantjax.arguments import expect
 from quantjax.formats import FloatBits, MinifloatFormat, Theta, known_overflow
 from quantjax.interpreter import Role, evaluate_origin, unbroadcast
@@ -88,10 +88,6 @@ def _observed(entry: SitePlan, operand: OperandPlan, state: State, bits: jax.Arr
     return stats
 
 
-NEGATIVE_SHARE = 0.25
-"""Of the largest magnitude: what lies further below zero than that is no tail of an activation."""
-
-
 def check_signs(entry: SitePlan, operand: OperandPlan, stats: Statistics) -> None:
     """Raise ``DataError`` where unsigned codes about zero would clip what is negative to 0."""
     quantizer = operand.quantizer
@@ -99,8 +95,9 @@ def check_signs(entry: SitePlan, operand: OperandPlan, stats: Statistics) -> Non
     low, high = concrete(stats.extremes.low), concrete(stats.extremes.high)
     if quantizer.format.signed or not quantizer.symmetric or low is None or high is None:
         return
-    far = np.minimum(low, 0.0) < -NEGATIVE_SHARE * np.maximum(high, 0.0)
-    if np.any(far & np.isfinite(low)):
+    with jax.ensure_compile_time_eval():
+        clips = bool(jnp.any(clips_negatives(jnp.asarray(low), jnp.asarray(high))))
+    if clips:
         raise errors.DataError(
             "negative values, for which unsigned codes about zero have none",
             where=f"site {entry.site.name}, {operand.key}: from {float(low.min()):.3g} to "

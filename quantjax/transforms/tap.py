@@ -63,7 +63,9 @@ def tap(f: Function, selector: Selector) -> Callable[..., dict[str, Float[Array,
             raise errors.PolicyError(
                 f"the selector '{selector}' matches no site",
                 where=f"sites: {names or 'none: the function has no product'}",
-                fix="a selector that fits a name above",
+                fix="a selector that fits a name above"
+                if names
+                else "a function that multiplies: x @ w, lax.dot_general or a convolution",
             )
         for site in matched:
             if site.status is SiteStatus.OPAQUE and site.loops:

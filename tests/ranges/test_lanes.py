@@ -4,6 +4,7 @@ import collections
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import quantjax as qj
 from quantjax import ranges, statistics
+from quantjax.calibration import RULES
 from quantjax.ranges import lanes
 from quantjax.ranges.lanes import choose
 
@@ -186,3 +188,87 @@ def test_fits_of_a_stack_are_each_alone():
     for lane, (i, b) in enumerate(zip(index.ravel(), bits.ravel(), strict=True)):
         alone = jax.jit(one)(i, b)
         jax.tree.map(lambda a, w, lane=lane: assert_array_equal(a[lane], w), got, alone)
+
+
+def test_operands_may_be_empty():
+    for axes in ((0, None), (0, 0)):
+        x = jnp.zeros((3, 0) if axes[1] == 0 else 0)
+        index = jnp.arange(3, dtype=jnp.int32) % 2
+        got = jax.vmap(lambda i, x: choose(i, [lambda: x, lambda: 2.0 * x], apart=2), axes)(
+            index, x
+        )
+        assert got.shape == (3, 0)
+
+
+def test_an_index_at_two_levels_runs_each_branch_for_its_own():
+    calls: collections.Counter[int] = collections.Counter()
+
+    def counted(kind, x):
+        jax.debug.callback(lambda _: calls.update([kind]), x)
+        return x + kind
+
+    def one(index, x):
+        return choose(index, [lambda k=k: counted(k, x) for k in range(KINDS)], apart=KINDS)
+
+    index = jnp.asarray([[2, 0, 2], [0, 0, 2]], jnp.int32)
+    got = jax.vmap(jax.vmap(one))(index, jnp.zeros((2, 3)))
+    jax.effects_barrier()
+    assert_array_equal(got, index)
+    assert calls[1] == 0
+
+
+def test_collectives_are_of_all_lanes():
+    """Whatever branch they are in, as in a switch."""
+
+    def one(by, index, x):
+        return by(index, [lambda: lax.psum(x, "lanes"), lambda: 2.0 * x])
+
+    x = jnp.asarray([1.0, 2.0, 4.0])
+    for index in (jnp.int32(0), jnp.asarray([0, 1, 0], jnp.int32)):
+        axes = (0 if index.ndim else None, 0)
+        got, want = (
+            jax.vmap(lambda i, x, by=by: one(by, i, x), axes, axis_name="lanes")(index, x)
+            for by in (lambda *a: choose(*a, apart=2), lax.switch)
+        )
+        assert_array_equal(got, want)
+
+
+def test_a_symbolic_number_of_lanes_can_be_exported():
+    n, m = jax.export.symbolic_shape("n, m")
+    index = jax.ShapeDtypeStruct((n,), jnp.int32)
+    for shape, axes in (((n,), 0), ((m,), None)):
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        grid = jax.jit(jax.vmap(picked, (0, axes, axes)))
+        exported = jax.export.export(grid)(index, x, x)
+        lanes_of = jnp.arange(5, dtype=jnp.int32) % KINDS, jnp.arange(5.0), jnp.ones(5)
+        for got, want in zip(exported.call(*lanes_of), grid(*lanes_of), strict=True):
+            assert_allclose(got, want, rtol=1e-6)
+
+
+def test_no_trace_outlives_its_function():
+    with jax.checking_leaks():
+        x = jnp.arange(4.0)
+        got, _ = jax.jit(jax.vmap(picked))(jnp.arange(4, dtype=jnp.int32) % KINDS, x, x)
+    assert got.shape == (4,)
+
+
+@pytest.mark.parametrize("chosen", [0, 7, 11])
+def test_derivatives_pass_rules_that_have_none(chosen):
+    """Searches count and sort; a stack is differentiated by the rule that was chosen."""
+    rules = list(RULES.values())
+    stacked = ranges.stack(rules)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+    quantizer = qj.Quantizer(
+        format=qj.integer(), bits=4, symmetric=True, granularity=qj.PerTensor()
+    )
+
+    def scale(rule, w):
+        return quantizer.qparams_of(w, jnp.float32(4), scale_shape=(1, 1), rule=rule).scale.sum()
+
+    by_index = lambda w: scale(stacked[jnp.int32(chosen)], w)  # noqa: E731
+    alone = lambda w: scale(rules[chosen], w)  # noqa: E731
+    got, want = (jax.jit(jax.grad(by))(weights) for by in (by_index, alone))
+    assert_array_equal(got, want)
+    along = jnp.ones_like(weights)
+    got, want = (jax.jvp(by, (weights,), (along,))[1] for by in (by_index, alone))
+    assert_array_equal(got, want)

@@ -107,6 +107,20 @@ def test_a_bias_in_units_of_the_sums():
     assert_same_bits(simulate(DENSE, plan, qstate), simulate(case, reference, other))
 
 
+def test_a_bias_in_units_of_the_sums_of_each_row():
+    """Rows have scales of their own, and so many codes of the bias."""
+    live = qj.activation_quantizer(granularity=qj.PerToken(), range=qj.RangeMode.LIVE)
+    case = DENSE._replace(f=lambda p, x: x @ p["w"] + p["b"][None])
+    scheme = qj.Scheme(weights=SIGNED, activations=live, biases=qj.AccumulatorBias())
+    plan, _, qstate = ready(case, scheme)
+    x, b = np.asarray(case.x, np.float64), np.asarray(case.params["b"], np.float64)
+    rows = (np.maximum(x.max(-1), 0.0) - np.minimum(x.min(-1), 0.0)) / 255.0
+    scale = rows[:, None] * np.asarray(qstate["w"]["weight"].scale[0], np.float64)
+    without = case._replace(params={**case.params, "b": jnp.zeros_like(case.params["b"])})
+    got = simulate(case, plan, qstate) - simulate(without, plan, qstate)
+    np.testing.assert_allclose(got, np.rint(b / scale) * scale, rtol=1e-4, atol=1e-6)
+
+
 SCHEMES = {
     "outputs": qj.Scheme(
         weights=SIGNED, activations=ACTIVATIONS, outputs=qj.activation_quantizer(bits=6)
@@ -121,6 +135,13 @@ SCHEMES = {
     ),
     "biases": qj.Scheme(weights=SIGNED, activations=ACTIVATIONS, biases=qj.bias_quantizer(bits=8)),
     "sums": qj.Scheme(weights=SIGNED, activations=ACTIVATIONS, biases=qj.AccumulatorBias()),
+    "rows": qj.Scheme(
+        weights=SIGNED,
+        activations=qj.activation_quantizer(
+            bits=8, granularity=qj.PerToken(), range=qj.RangeMode.LIVE
+        ),
+        biases=qj.AccumulatorBias(),
+    ),
     "both": qj.Scheme(
         weights=SIGNED,
         activations=ACTIVATIONS,
@@ -145,7 +166,7 @@ def test_a_whole_net_is_executed_as_it_is_simulated(name):
     assert jax.tree.structure(seen) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize("name", ["outputs", "biases", "sums"])
+@pytest.mark.parametrize("name", ["outputs", "biases", "sums", "rows"])
 def test_at_width_zero_the_model_is_the_float_model(name):
     case = net()
     scheme = SCHEMES[name]

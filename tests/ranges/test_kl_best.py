@@ -15,14 +15,14 @@ VALUES = st.lists(
 )
 
 
+@jax.jit
+def chosen(table, rough, enough):
+    return best_of(lambda table, places: table[places], table, rough, enough)
+
+
 def best(values, rough, enough):
-    table = jnp.asarray(values, jnp.float32)
-    rough, enough = jnp.asarray(rough, jnp.float32), jnp.float32(enough)
-    return int(
-        jax.jit(lambda r, e: best_of(lambda table, places: table[places], table, r, e))(
-            rough, enough
-        )
-    )
+    table, rough = jnp.asarray(values, jnp.float32), jnp.asarray(rough, jnp.float32)
+    return int(chosen(table, rough, jnp.float32(enough)))
 
 
 @given(VALUES, st.integers(0, 9))

@@ -18,7 +18,7 @@ RUNS = 8  # summed before a look whether one of them can still win
 FIRST = 32  # clips that say how good the best is at least
 _TOTAL = 2.0**17  # counts are scaled to this sum
 _MASS, _ENTROPY = 2.0**13, 2.0**10  # and held as integers of these fractions
-_RELATIVE, _ABSOLUTE = 1.00001, 8e-6  # by which the best has to be missed
+_RELATIVE, _ABSOLUTE = 1.00001, 1.2e-5  # by which the best has to be missed
 
 
 class _Sums(NamedTuple):

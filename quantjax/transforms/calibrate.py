@@ -21,9 +21,9 @@ from quantjax.transforms.check import check
 from quantjax.transforms.observe import State
 from quantjax.transforms.operands import (
     Bits,
-    check_signs,
     check_used,
     covering,
+    holding_what_was_seen,
     statistics_for,
     weight_at_hand,
     width_of,
@@ -131,8 +131,6 @@ def calibrate(
                 ranged = _ranged(entry, operand, chosen)
                 reader = f"the rule {ranged.name}" if ranged.reads_distribution else None
                 stats = statistics_for(entry, operand, state, weight, bits, histogram_for=reader)
-                if weight is None:
-                    check_signs(entry, operand, stats)
                 jobs.append(_Job(entry, operand, ranged, stats, quantizer.target(bits, theta)))
     for job, qparams in _by_rule(jobs):
         found[job.entry.site.name, job.operand.key] = qparams
@@ -186,7 +184,8 @@ def _by_rule(jobs: list[_Job]) -> Iterator[tuple[_Job, QParams]]:
         jobs = [job for job in jobs if job.rule is not first]
         found = derive_many(first, [(job.statistics, job.target) for job in same])
         for job, range_found in zip(same, found, strict=True):
-            yield job, covering(job.entry, job.operand, range_found, job.target)
+            qparams = covering(job.entry, job.operand, range_found, job.target)
+            yield job, holding_what_was_seen(job.entry, job.operand, qparams, job.statistics)
 
 
 def _raise_problems(qstate: QState) -> None:

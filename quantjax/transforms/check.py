@@ -29,7 +29,8 @@ REASONS: Mapping[Fault, tuple[str, str]] = {
     ),
     Fault.NEGATIVE: (
         "negative values, for which unsigned codes about zero have none",
-        "symmetric=False with a range rule or HQO_ZERO_POINT, or signed codes, qj.integer()",
+        "symmetric=False with a range rule or HQO_ZERO_POINT, or signed codes, qj.integer(); of "
+        "the presets, lsq_plus",
     ),
     Fault.BITS_OUTSIDE_FORMAT: (
         "the width is outside the format",

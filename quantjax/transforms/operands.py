@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from quantjax import errors, statistics
 from quantjax._compat import concrete
-from quantjax.affine import QParams, clips_negatives
+from quantjax.affine import QParams, mark_negatives
 from quantjax.arguments import expect
 from quantjax.formats import FloatBits, MinifloatFormat, Theta, known_overflow
 from quantjax.interpreter import Role, evaluate_origin, unbroadcast
@@ -86,25 +86,6 @@ def _observed(entry: SitePlan, operand: OperandPlan, state: State, bits: jax.Arr
             fix="run y, state = qj.observe(f, plan)(state, params, x) on calibration data first",
         )
     return stats
-
-
-def check_signs(entry: SitePlan, operand: OperandPlan, stats: Statistics) -> None:
-    """Raise ``DataError`` where unsigned codes about zero would clip what is negative to 0."""
-    quantizer = operand.quantizer
-    assert quantizer is not None
-    low, high = concrete(stats.extremes.low), concrete(stats.extremes.high)
-    if quantizer.format.signed or not quantizer.symmetric or low is None or high is None:
-        return
-    with jax.ensure_compile_time_eval():
-        clips = bool(jnp.any(clips_negatives(jnp.asarray(low), jnp.asarray(high))))
-    if clips:
-        raise errors.DataError(
-            "negative values, for which unsigned codes about zero have none",
-            where=f"site {entry.site.name}, {operand.key}: from {float(low.min()):.3g} to "
-            f"{float(high.max()):.3g}",
-            why="all of them would become 0",
-            fix="symmetric=False, or signed codes, qj.integer(); of the presets, lsq_plus",
-        )
 
 
 def check_used(plan: Plan, bits: Bits | None, role: Role) -> None:
@@ -199,3 +180,15 @@ def covering(entry: SitePlan, operand: OperandPlan, found: Range, target: Target
     found = found._replace(calibrated=jnp.broadcast_to(trailing, shape))
     covered = over_steps(operand.quantizer.qparams_from, entry.site.steps)
     return cast(QParams, covered(found, target.bits, target.theta))
+
+
+def holding_what_was_seen(
+    entry: SitePlan, operand: OperandPlan, qparams: QParams, stats: Statistics
+) -> QParams:
+    """QParams, NaN where unsigned codes about zero would clip to 0 what was seen far below it."""
+    quantizer = operand.quantizer
+    assert quantizer is not None
+    if quantizer.format.signed or not quantizer.symmetric:
+        return qparams
+    marked = over_steps(mark_negatives, entry.site.steps)
+    return cast(QParams, marked(qparams, *stats.extremes))

@@ -146,6 +146,27 @@ def test_negative_activations_are_refused_where_codes_start_at_zero():
             qj.calibrate(plan, state, params)
 
 
+def test_negative_activations_are_marked_under_a_trace():
+    """In each layer of a stack its own; at width 0 nothing is clipped."""
+
+    signs = jnp.asarray([1.0, -1.0, 1.0])[:, None, None]
+    params = {"w": signs * jnp.ones((3, 6, 6))}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
+
+    def layers(params, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), jnp.abs(x), params["w"])[0]
+
+    scheme = qj.Scheme(activations=qj.activation_quantizer(**UNSIGNED))
+    plan = qj.plan(qj.Policy([qj.rule(qj.weighted(), scheme)]), qj.sites(layers, params, x))
+    state = qj.observe(layers, plan)(qj.init(plan), params, x)[1]
+    calibrate = jax.jit(lambda state, bits: qj.calibrate(plan, state, params, activation_bits=bits))
+    marked = calibrate(state, 8.0)
+    (problem,) = qj.check(marked)
+    assert problem.what.startswith("negative values")
+    assert np.isnan(marked["w"]["activation"].scale).ravel().tolist() == [False, False, True]
+    assert qj.check(calibrate(state, 0.0)) == []
+
+
 def test_a_tail_below_zero_is_not():
     """As GELU and Swish have it."""
     f = lambda p, x: jax.nn.gelu(x) @ p["w"]  # noqa: E731

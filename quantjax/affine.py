@@ -8,6 +8,7 @@ The one division by a scale in the library is :func:`quantjax.formats.divide_by_
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -143,6 +144,21 @@ def qparams_from_range(
     Source: Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, 2018,
     sections 2.1 and 2.2.
     """
+    return _from_range(low, high, bits, calibrated, theta, format=format, symmetric=symmetric)
+
+
+# One program where it is called eagerly, and nothing but its operations inside another one.
+@functools.partial(jax.jit, static_argnames=("format", "symmetric"), inline=True)
+def _from_range(
+    low: jax.Array,
+    high: jax.Array,
+    bits: jax.Array,
+    calibrated: jax.Array,
+    theta: Theta,
+    *,
+    format: Format,
+    symmetric: bool,
+) -> QParams:
     low = jnp.asarray(low, jnp.float32)
     high = jnp.asarray(high, jnp.float32)
     bits = jnp.asarray(bits, jnp.float32)

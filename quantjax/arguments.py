@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from quantjax import errors
@@ -54,6 +56,26 @@ def expect_function(f: object, *, where: str, fix: str) -> None:
                 why=f"a module of {package} is not called with its parameters",
                 fix=instead,
             )
+
+
+def why_unwritable(folder: Path, files: Sequence[str] = ()) -> str:
+    """Why the folder, which is made, or one of these files in it could not be written; or "".
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     why_unwritable(Path(folder) / "new", ["results.csv"])
+    ''
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        for file in files:
+            if (folder / file).exists():
+                with (folder / file).open("ab"):
+                    pass
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _takes_parameters(f: Callable[..., Any]) -> bool:

@@ -106,10 +106,7 @@ class QTensor:
 
     def dequantize(self) -> Float[Array, "..."]:
         """``scale · (level - round(zero_point))``, in float32, cast to ``dtype``."""
-        levels = self.levels().astype(jnp.float32)
-        scale = expand(jnp.asarray(self.qparams.scale, jnp.float32), levels.shape)
-        zero_point = expand(jnp.asarray(self.qparams.zero_point, jnp.float32), levels.shape)
-        return ((levels - jnp.round(zero_point)) * scale).astype(self.dtype)
+        return _dequantized(self)
 
     def __repr__(self) -> str:
         # Leaves need not be arrays: trees of shapes, of None, of booleans are printed as well.
@@ -125,6 +122,14 @@ class QTensor:
         else:
             label = self.format.name + ",".join(f"{b:g}" for b in np.ravel(bits)[:4])
         return f"QTensor({label}[{shape}], scale[{scales}], {self.dtype})"
+
+
+@functools.partial(jax.jit, inline=True)  # one program where it is called eagerly
+def _dequantized(tensor: QTensor) -> jax.Array:
+    levels = tensor.levels().astype(jnp.float32)
+    scale = expand(jnp.asarray(tensor.qparams.scale, jnp.float32), levels.shape)
+    zero_point = expand(jnp.asarray(tensor.qparams.zero_point, jnp.float32), levels.shape)
+    return ((levels - jnp.round(zero_point)) * scale).astype(tensor.dtype)
 
 
 def is_quantized(leaf: Any) -> bool:

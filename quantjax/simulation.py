@@ -215,9 +215,11 @@ def _fake_quant_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tupl
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _traced_once(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
+def _traced_once(
+    arithmetic: Arithmetic, x: jax.Array, qparams: QParams, key: jax.Array | None
+) -> jax.Array:
     """:func:`_codes_or_x`; of many operands of one shape the first is traced and lowered."""
-    return _codes_or_x(arithmetic, x, given)
+    return _codes_or_x(arithmetic, *_given(x, qparams, arithmetic, key))
 
 
 def prepare(
@@ -327,7 +329,7 @@ def codes_or_values(
     estimator = arithmetic.estimator
     prepared, resolved = prepare(x, qparams, arithmetic)
     if not (estimator.transform or estimator.asymmetry or estimator.chosen):
-        return _traced_once(arithmetic, *_given(prepared, resolved, arithmetic, key)), resolved
+        return _traced_once(arithmetic, jnp.asarray(prepared), resolved, key), resolved
     codes = centered_codes(prepared, resolved, arithmetic, key)
     codes = with_tangent(codes, expand(resolved.scale, codes.shape), operator.mul)
     return where_bypassed(resolved.bits, x.astype(jnp.float32), codes), resolved
@@ -356,9 +358,21 @@ def apply(
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "..."]:
     """:func:`fake_quant` for QParams and an :class:`Arithmetic`; the dtype of ``x``."""
-    x, estimator = jnp.asarray(x), arithmetic.estimator
+    x = jnp.asarray(x)
     prepared, resolved = prepare(x, qparams, arithmetic)
     resolved = resolved._replace(scale=arithmetic.usable_scale(resolved))
+    return _applied(arithmetic, x, prepared, resolved, key)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # one program where it is called eagerly
+def _applied(
+    arithmetic: Arithmetic,
+    x: jax.Array,
+    prepared: jax.Array,
+    resolved: QParams,
+    key: PRNGKeyArray | None,
+) -> jax.Array:
+    estimator = arithmetic.estimator
     wide, given = _given(prepared, resolved, arithmetic, key)
     if estimator.asymmetry is None:
         y = _fake_quant(arithmetic, wide, given).astype(x.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -125,6 +125,12 @@ def batched(data: Any, *, rows: int | None = None, most: int | None = None) -> I
     for asked, what in ((rows, "rows in a batch"), (most, "batches")):
         if asked is not None and asked < 1:
             raise errors.DataError(f"{asked} {what} are asked for", fix="one or more")
+    if isinstance(data, Mapping):
+        raise errors.DataError(
+            "a dictionary is one batch, and the data has to be several",
+            where=f"keys {', '.join(map(repr, list(data)[:4]))}",
+            fix="[data], a list of batches",
+        )
     if is_array(data):
         whole: Iterable[Any] = [(data,)]
         rows = rows or ROWS

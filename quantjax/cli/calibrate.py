@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 import time
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from quantjax import errors
+from quantjax.arguments import why_unwritable
 from quantjax.calibration.collect import ROWS, batched, collect, is_array
 from quantjax.calibration.files import write_pictures, write_ranges
 from quantjax.calibration.report import calibration_report, check_rules
@@ -24,7 +24,7 @@ from quantjax.policy import uniform_policy
 from quantjax.ranges import FitRule, RangeRule
 from quantjax.site_plan import PlanStatus
 
-HISTOGRAMS = "histograms"
+RANGES, HISTOGRAMS = "ranges.csv", "histograms"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def calibrate(options: CalibrateOptions) -> int:
             report = calibration_report(
                 collected.plan, collected.state, model.params, rules=rules, on_rule=advance
             )
-        table, folder = options.output / "ranges.csv", options.output / HISTOGRAMS
+        table, folder = options.output / RANGES, options.output / HISTOGRAMS
         write_ranges(report, table)
         with progress.task("drawing", len(report)) as advance:
             pictures = write_pictures(report, folder, on_picture=advance)
@@ -118,19 +118,16 @@ def _check(options: CalibrateOptions, rules: Sequence[RangeRule | FitRule]) -> N
             where="--weight-bits 0, no range rules",
             fix="--rules mse, or a width for the weights",
         )
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        pictures = options.output / HISTOGRAMS
-        for folder in (options.output, pictures) if pictures.exists() else (options.output,):
-            with tempfile.TemporaryFile(dir=folder):
-                pass  # it can be written
-    except OSError as error:
+    why = why_unwritable(options.output, [RANGES])
+    pictures = options.output / HISTOGRAMS
+    why = why or (why_unwritable(pictures) if pictures.exists() else "")
+    if why:
         raise errors.DataError(
             f"nothing can be written to {options.output}",
             where="--output",
-            why=str(error),
+            why=why,
             fix="--output outputs/calibrate",
-        ) from error
+        )
 
 
 def _expected(data: Any, rows: int | None, most: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from quantjax.calibration.rules import RULES, RuleName
 from quantjax.cli.named import find_rule, find_study
 from quantjax.cli.progress import RichProgress
+from quantjax.sweep.checks import PLOT, RESULTS
 from quantjax.sweep.grid import Grid
 from quantjax.sweep.plot import plot_accuracy
 from quantjax.sweep.run import run_sweep
@@ -77,7 +78,7 @@ def sweep(options: SweepOptions) -> int:
         execution=None if choice is ExecutionChoice.AUTO else Execution(choice.value),
         progress=RichProgress(),
     )
-    picture = folder / "accuracy_vs_bits.png"
+    picture = folder / PLOT
     seeds = "seed" if len(options.seeds) == 1 else "seeds"
     plot_accuracy(
         result.rows,
@@ -103,6 +104,6 @@ def sweep(options: SweepOptions) -> int:
         f"{result.computed} of {len(result.rows)} cells computed, {result.trained} models trained, "
         f"{time.perf_counter() - start:.1f} s"
     )
-    print(f"results  {folder / 'results.csv'}")
+    print(f"results  {folder / RESULTS}")
     print(f"plot     {picture}")
     return 0

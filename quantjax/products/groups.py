@@ -177,6 +177,7 @@ def times(sums: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
+@functools.partial(jax.jit, inline=True)  # one program where it is called eagerly
 def _times(sums: jax.Array, factor: jax.Array) -> jax.Array:
     # Compilers do not know that the bit pattern is left as it is; the mask is 0 unless the factor
     # is NaN, and so is the product.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -38,6 +40,7 @@ def _settled(y: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
+@functools.partial(jax.jit, inline=True)  # one program where it is called eagerly
 def _held(y: jax.Array, scale: jax.Array) -> jax.Array:
     # The mask is 0 unless a scale is NaN, which compilers do not know.
     mask = jnp.any(jnp.isnan(scale)).astype(jnp.int32)

@@ -45,19 +45,12 @@ def derive_many(
         together.setdefault(_key(statistics, target), []).append(index)
     found: dict[int, Range] = {}
     for indices in together.values():
-        parts = [_groups(*jobs[index]) for index in indices]
-        length = max(_entries(statistics) for statistics, _, _ in parts)
-        parts = [(_padded(s, length), b, t) for s, b, t in parts]
-        groups = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-        ranges = _each_group(rule, jobs[indices[0]][1], groups, max(ENTRIES_AT_ONCE // length, 1))
-        start = 0
-        for index in indices:
-            statistics = jobs[index][0]
-            stop = start + math.prod(statistics.scale_shape)
-            part = jax.tree.map(lambda a, i=start, j=stop: a[i:j], ranges)
-            shaped = jax.tree.map(lambda a, s=statistics.scale_shape: a.reshape(s), part)
-            found[index] = _finite(shaped, statistics)
-            start = stop
+        mine = [jobs[index] for index in indices]
+        length = max(_entries(statistics) for statistics, _ in mine)
+        parts = [(statistics, target.bits, target.theta) for statistics, target in mine]
+        groups = _in_groups(parts, length=length)
+        ranges = _each_group(rule, mine[0][1], groups, max(ENTRIES_AT_ONCE // length, 1))
+        found |= zip(indices, _apart(ranges, [statistics for statistics, _ in mine]), strict=True)
     return [found[index] for index in range(len(jobs))]
 
 
@@ -89,6 +82,7 @@ def _nothing(statistics: Statistics, target: Target) -> Range:
 _NOTHING = {kind: RangeRule("nothing", _nothing, reads_distribution=kind) for kind in (True, False)}
 
 
+@functools.partial(jax.jit, inline=True)  # one program where it is called eagerly
 def _finite(found: Range, statistics: Statistics) -> Range:
     """NaN where statistics are not finite, or where a rule has its bounds in the wrong order."""
     seen = statistics.extremes
@@ -123,7 +117,27 @@ def _entries(statistics: Statistics) -> int:
     return distribution.values.shape[-1] if isinstance(distribution, Sample) else 1
 
 
-def _groups(statistics: Statistics, target: Target) -> tuple[Statistics, jax.Array, Any]:
+@functools.partial(jax.jit, static_argnames="length", inline=True)
+def _in_groups(parts: Sequence[tuple[Statistics, Any, Any]], *, length: int) -> Any:
+    """Statistics, widths and theta of all operands, with one leading axis of all their groups."""
+    every = [_groups(*part) for part in parts]
+    every = [(_padded(statistics, length), bits, theta) for statistics, bits, theta in every]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *every)
+
+
+@functools.partial(jax.jit, inline=True)
+def _apart(ranges: Range, statistics: Sequence[Statistics]) -> list[Range]:
+    """The ranges of the groups of each operand, at the shape of its scale."""
+    found, start = [], 0
+    for one in statistics:
+        shape, stop = one.scale_shape, start + math.prod(one.scale_shape)
+        part = jax.tree.map(lambda a, i=start, j=stop, s=shape: a[i:j].reshape(s), ranges)
+        found.append(_finite(part, one))
+        start = stop
+    return found
+
+
+def _groups(statistics: Statistics, bits: Any, theta: Any) -> tuple[Statistics, jax.Array, Any]:
     """All leaves with one leading axis, of groups; scalars are repeated."""
     shape = statistics.scale_shape
 
@@ -134,9 +148,7 @@ def _groups(statistics: Statistics, target: Target) -> tuple[Statistics, jax.Arr
         spread = leaf.reshape(leaf.shape + (1,) * (len(shape) - leaf.ndim))
         return jnp.broadcast_to(spread, shape).reshape(-1)
 
-    bits, theta = jax.tree.map(
-        lambda leaf: flat(jnp.asarray(leaf, jnp.float32)), (target.bits, target.theta)
-    )
+    bits, theta = jax.tree.map(lambda leaf: flat(jnp.asarray(leaf, jnp.float32)), (bits, theta))
     return jax.tree.map(flat, statistics), bits, theta
 
 

@@ -148,7 +148,8 @@ def _range(statistics: Statistics, target: Target, *numbers: Any, bins: int) -> 
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
     whole = (low >= 0.0) & variant.unsigned_levels & (not target.format.signed)
     exponent = target.bits.astype(jnp.int32) - jnp.where(whole, 0, 1)
-    levels = jnp.left_shift(jnp.int32(1), jnp.clip(exponent, 0, 24))
+    # Of one level the first bin alone has no divergence, whatever was seen.
+    levels = jnp.left_shift(jnp.int32(1), jnp.clip(exponent, 1, 24))
     most = min(1 << target.format.max_bits, bins)
     kept = best_bin(counts, levels, stride=variant.stride, most=most).astype(jnp.float32)
     kept += jnp.where(variant.half_bin, 0.5, 0.0)
@@ -167,12 +168,15 @@ def kl_tensorrt(variant: Variant = PUBLISHED) -> RangeRule:
 
     ``P`` is the clipped histogram, ``Q`` what ``2^(b-1)`` levels make of it (:func:`divergences`);
     ``t = (m + 1/2) · width`` after the best number ``m`` of bins. The range is no wider than what
-    was seen. Implementations differ: see :class:`Variant`.
+    was seen. At 1 bit there are two levels: of one, the first bin alone would be without loss.
+    Implementations differ: see :class:`Variant`.
 
     Sharp edges: the divergence jumps from bin to bin, because a clip at an empty bin is no
     candidate, so that equal distributions give thresholds several percent apart; and bins, stride
-    and the bin at zero are part of the rule. From a histogram, ``|x|`` is put into the rule's bins
-    to within the histogram's own. Levels of formats that are no integers are taken to be uniform.
+    and the bin at zero are part of the rule: where zeros are counted (:data:`PUBLISHED`), those of
+    a ReLU leave 2 bits a thousandth of the range. From a histogram, ``|x|`` is put into the rule's
+    bins to within the histogram's own. Levels of formats that are no integers are taken to be
+    uniform.
 
     >>> kl_tensorrt().name, kl_tensorrt(MODELOPT).name
     ('kl_tensorrt', 'kl_modelopt')

@@ -29,12 +29,14 @@ class Outcome(NamedTuple):
 
     Attributes:
       x: the values.
+      quantized: ``Q(x)``.
       error: ``Q(x) - x``.
       clipped: where the range has no level for ``x``.
       weights: how often each value counts.
     """
 
     x: jax.Array
+    quantized: jax.Array
     error: jax.Array
     clipped: jax.Array
     weights: jax.Array
@@ -103,7 +105,7 @@ def search(
 
     def outcome(low: jax.Array, high: jax.Array) -> Outcome:
         quantized, clipped = target.quantize(values, low, high)
-        return Outcome(values, quantized - values, clipped, weights)
+        return Outcome(values, quantized, quantized - values, clipped, weights)
 
     def tried(best: _Best, low: jax.Array, high: jax.Array) -> _Best:
         """The better of the best so far and the best of some more, the first of equals."""

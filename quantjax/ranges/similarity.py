@@ -56,7 +56,8 @@ def _cosine(statistics: Statistics, target: Target) -> Range:
 
     def loss(outcome: Outcome) -> jax.Array:
         x = outcome.x * unit
-        q = x + outcome.error * unit
+        # Not x and its error: of a range a thousandth as wide their sum has four digits left.
+        q = outcome.quantized * unit
         xx, xq, length = outcome.total(x * x), outcome.total(x * q), outcome.total(q * q)
         some = jnp.where(length > 0.0, length, 1.0)
         # sin² of the angle between x and Q(x), from what is left of x beside its projection:

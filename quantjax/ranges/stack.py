@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -103,7 +103,11 @@ def range_of(rule: RangeRule | IndexedRule, statistics: Statistics, target: Targ
     Raises:
       PolicyError: no range, or bounds of another shape.
     """
-    found = rule.range(statistics, target, *rule.parameters)
+    try:
+        found = rule.range(statistics, target, *rule.parameters)
+    except Exception as error:
+        error.add_note(f"In the range rule {rule.name or getattr(rule.range, '__name__', '')}")
+        raise
     if not isinstance(found, tuple) or len(found) != 3:
         raise errors.PolicyError(
             f"the rule {rule.name} returned no range",
@@ -143,6 +147,12 @@ class RuleStack:
     """An ordered set of rules; ``stack[i]`` takes an array as well as a number."""
 
     rules: tuple[RangeRule | FitRule, ...]
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    def __iter__(self) -> Iterator[IndexedRule]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int | jax.Array) -> IndexedRule:
         known = concrete(index)

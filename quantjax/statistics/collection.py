@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -109,10 +110,14 @@ def of_tensor(
     >>> float(of_tensor(jnp.array([1.0, 3.0]), (1,), with_values=True).moments.mean[0])
     2.0
     """
+    return _of_tensor(x, scale_shape=tuple(scale_shape), with_values=with_values)
+
+
+# One program where it is called eagerly, and nothing but its operations inside another one.
+@functools.partial(jax.jit, static_argnames=("scale_shape", "with_values"), inline=True)
+def _of_tensor(x: jax.Array, *, scale_shape: tuple[int, ...], with_values: bool) -> Statistics:
     seen = update(init(scale_shape, histogram_bins=None), x)
-    if not with_values:
-        return seen
-    return seen._replace(distribution=sample.of_tensor(x, tuple(scale_shape)))
+    return seen._replace(distribution=sample.of_tensor(x, scale_shape)) if with_values else seen
 
 
 def update(
@@ -137,6 +142,15 @@ def update(
     >>> float(s.extremes.low[0]), float(s.extremes.high[0]), int(s.batches)
     (-1.0, 3.0, 1)
     """
+    _kept(statistics)
+    where = None if where is None else jnp.asarray(where)
+    return _updated(statistics, x, where, axis_name=axis_name)
+
+
+@functools.partial(jax.jit, static_argnames="axis_name", inline=True)
+def _updated(
+    statistics: Statistics, x: jax.Array, where: jax.Array | None, *, axis_name: AxisName
+) -> Statistics:
     shape, kept = statistics.scale_shape, _kept(statistics)
     batch = extremes.of_batch(x, shape, where, axis_name=axis_name)
     number = count.of(over_devices(jax.lax.psum, _number(x, shape, where), axis_name))

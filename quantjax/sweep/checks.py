@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from quantjax import errors
+from quantjax.arguments import why_unwritable
 from quantjax.formats import example_theta
 from quantjax.policy import Rule
 from quantjax.quantizer import Quantizer
@@ -16,6 +18,10 @@ from quantjax.ranges import RangeRule
 from quantjax.storage.known import BUILT_IN, FAMILIES, family_of
 from quantjax.sweep.grid import FLOAT_CELL, Grid
 from quantjax.sweep.study import Study
+from quantjax.transforms.observe import check_inputs
+
+RESULTS, PLOT, CHECKPOINTS = "results.csv", "accuracy_vs_bits.png", "checkpoints"
+"""What a sweep leaves in its folder."""
 
 
 def check_study(study: Study, grid: Grid) -> None:
@@ -36,6 +42,46 @@ def check_study(study: Study, grid: Grid) -> None:
                     fix="rounding=qj.rounding.HALF_EVEN",
                 )
         _check_widths(study, grid, scheme_rule)
+
+
+def check_output(folder: Path) -> None:
+    """Raise ``SweepError`` for a folder that results, checkpoints or the plot cannot be put in."""
+    why = why_unwritable(folder, [RESULTS, PLOT])
+    checkpoints = folder / CHECKPOINTS
+    why = why or (why_unwritable(checkpoints) if checkpoints.exists() else "")
+    if why:
+        raise errors.SweepError(
+            f"nothing can be written to {folder}",
+            where="the sweep's output",
+            why=why,
+            fix="another folder, such as outputs/sweep",
+        )
+
+
+def calibration_batches(study: Study) -> list[Any]:
+    """The batches, from an iterator too; raises ``DataError`` for none, and for NaN in one."""
+    batches = list(study.calibration())
+    if not batches:
+        raise errors.DataError(
+            "the study has no calibration batch",
+            where=f"study {study.name}, calibration",
+            why="ranges of activations are derived from what is observed, and nothing is",
+            fix="return a list with at least one batch",
+        )
+    for batch in batches:
+        check_inputs((batch,), None)
+    return batches
+
+
+def check_trained(study: Study, params: Any) -> None:
+    """Raise ``SweepError`` for a tree without parameters, which no checkpoint holds."""
+    if not jax.tree.leaves(params):
+        raise errors.SweepError(
+            "training returned no parameters",
+            where=f"study {study.name}, train",
+            why="weights that apply closes over are constants, the same for every seed",
+            fix="return the parameters from train, and take them as the first argument of apply",
+        )
 
 
 def _check_name(rule: RangeRule, study: Study) -> None:

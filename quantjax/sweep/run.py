@@ -15,7 +15,16 @@ import orbax.checkpoint as ocp
 from quantjax import errors
 from quantjax.planning import Plan, plan
 from quantjax.ranges import RangeRule, stack
-from quantjax.sweep.checks import check_logits, check_study, known_labels
+from quantjax.sweep.checks import (
+    CHECKPOINTS,
+    RESULTS,
+    calibration_batches,
+    check_logits,
+    check_output,
+    check_study,
+    check_trained,
+    known_labels,
+)
 from quantjax.sweep.grid import FLOAT_CELL, Cell, Grid
 from quantjax.sweep.progress import Progress, Silent
 from quantjax.sweep.runner import CellProgram, Execution, compile_cells
@@ -62,11 +71,13 @@ def run_sweep(
       SweepError: an inconsistent grid, random roundings, an unreadable result file or checkpoint,
         labels that are not one for each row of logits, too small a budget; logits that are not
         finite, behind all cells, of which the others are filed.
+      DataError: no calibration batch, or NaN or infinity in one.
       BitsError: widths that the policy's formats do not have, before anything is computed.
     """
     check_study(study, grid)
+    check_output(output)
     progress = progress or Silent()
-    store = ResultStore(output / "results.csv")
+    store = ResultStore(output / RESULTS)
     fingerprint = study.fingerprint()
     wanted = grid.cells()
     missing = {
@@ -75,13 +86,13 @@ def run_sweep(
         for known in [store.known(fingerprint, seed)]
     }
     todo = {seed: cells for seed, cells in missing.items() if cells}
-    checkpoints = output.absolute() / "checkpoints" / fingerprint
+    checkpoints = output.absolute() / CHECKPOINTS / fingerprint
     trained, broken = 0, list[str]()
     program: CellProgram | None = None
     if todo:
         inputs, labels = study.test()
         labels = known_labels(study, labels)
-        batches = study.calibration()
+        batches = calibration_batches(study)
     with progress:
         for seed in todo:
             fresh = not (checkpoints / f"seed_{seed}").exists()
@@ -136,6 +147,7 @@ def _trained(study: Study, seed: int, folder: Path, progress: Progress) -> Any:
             return _restored(checkpointer, folder)
         with progress.task(f"training seed {seed}", study.train_steps) as advance:
             params = study.train(seed, advance)
+        check_trained(study, params)
         checkpointer.save(folder, params)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(folder)

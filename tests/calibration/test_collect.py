@@ -121,6 +121,7 @@ def test_mistakes_in_the_data(data, message):
         ({"rows": 0}, "0 rows in a batch are asked for"),
         ({"most": -1}, "-1 batches are asked for"),
         ({"data": 3.5}, "float is no data"),
+        ({"data": {"x": tiny.array}}, "a dictionary is one batch"),
     ],
 )
 def test_what_cannot_be_cut_into_batches(options, message):

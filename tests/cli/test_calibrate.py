@@ -295,6 +295,14 @@ def test_what_cannot_end_well_ends_before_the_work(
     assert message in capsys.readouterr().err
 
 
+def test_a_table_that_is_a_folder_is_found_ahead_of_the_work(tmp_path, capsys):
+    (tmp_path / "ranges.csv").mkdir()
+    assert run(tmp_path)[0] == 2
+    captured = capsys.readouterr()
+    assert "nothing can be written" in captured.err
+    assert "observing" not in captured.out
+
+
 def test_a_folder_of_pictures_that_is_none_is_found_ahead_of_the_work(tmp_path, capsys):
     (tmp_path / "histograms").write_text("a note")
     assert run(tmp_path)[0] == 2

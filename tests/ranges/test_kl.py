@@ -309,6 +309,17 @@ def test_reaches_of_several_histograms_are_those_of_each():
     assert together.tolist() == [int(reach) for reach in want]
 
 
+@KINDS
+@pytest.mark.parametrize("rule", [KL_TENSORRT, KL_MODELOPT], ids=lambda rule: rule.name)
+def test_at_one_bit_there_are_two_levels(rule, kind):
+    """One level has no loss in the first bin alone, which was the whole range then."""
+    seen = statistics.update(statistics.init((1,)), jnp.float32(oracle.drawn(kind, 0, 5000)))
+    one, two = (ranges.derive(rule, seen, SIGNED._replace(bits=jnp.float32(b))) for b in (1, 2))
+    assert one == two
+    counts = jnp.float32(oracle.magnitudes(oracle.drawn(kind, 0, 5000)))
+    assert int(tensorrt_bin(counts, jnp.int32(1))) == 1 < int(tensorrt_bin(counts, jnp.int32(2)))
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_a_clip_below_the_smallest_magnitude_is_a_range(rule):
     """With one bin kept nothing of ``-3 .. -1`` lies inside; the clip is the range all the same."""

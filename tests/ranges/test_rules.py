@@ -139,6 +139,13 @@ def test_an_index_that_does_not_exist_raises(index):
     assert "0 to 2" in caught.value.fix
 
 
+def test_a_stack_is_a_sequence_of_its_rules():
+    rules = (ranges.MIN_MAX, ranges.MSE, ranges.percentile(0.9))
+    stack = ranges.stack(rules)
+    assert len(stack) == 3
+    assert [one.rules[int(one.chosen)] for one in stack] == list(rules)
+
+
 def test_stacks_are_values_and_never_empty():
     assert ranges.stack(RULES) == ranges.stack(list(RULES))
     assert ranges.stack(RULES).names == ("min_max", "moving_average", "half")

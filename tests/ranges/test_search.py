@@ -269,6 +269,16 @@ def test_a_cosine_that_all_ranges_share_keeps_the_widest(bits):
     assert min(-low, high) > 0.25
 
 
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("size", [0.05, 1.0, 3e-5])
+def test_a_cosine_is_that_of_the_levels_themselves(size, bits):
+    """Of weights that are ±α any range has the direction: their error had too few digits to tell,
+    and the scale came out a thousandth as large."""
+    x = np.float32(size) * np.sign(drawn("gaussian", 5, 256))
+    low, high = derived(COSINE, at_hand(x), SYMMETRIC, bits)
+    assert (low, high) == (-np.float32(size), np.float32(size))
+
+
 @TARGETS
 @pytest.mark.parametrize("kind", ["gaussian", "relu", "student"])
 def test_the_cosine_decides_alike_in_every_program(target, kind):

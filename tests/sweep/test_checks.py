@@ -1,0 +1,69 @@
+"""What a sweep refuses ahead of all work: nothing is trained for it, and nothing filed."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+import quantjax as qj
+from quantjax import errors
+from quantjax.sweep import Grid, run_sweep
+from tests.sweep.tiny import Calls, tiny_study
+
+GRID = Grid(weight_bits=(8,), activation_bits=(8,), rules=(qj.ranges.MIN_MAX,), seeds=(0,))
+BATCH = jnp.ones((4, 6), jnp.float32)
+
+
+@pytest.mark.parametrize("blocked", ["", "results.csv", "accuracy_vs_bits.png", "checkpoints"])
+def test_an_output_that_cannot_be_written(tmp_path, blocked):
+    """It was trained first; then orbax never came back."""
+    calls, output = Calls(), tmp_path / "output"
+    if blocked in ("", "checkpoints"):
+        (output / blocked).parent.mkdir(exist_ok=True)
+        (output / blocked if blocked else output).write_text("a note")
+    else:
+        (output / blocked).mkdir(parents=True)
+    with pytest.raises(errors.SweepError, match="nothing can be written") as caught:
+        run_sweep(tiny_study(calls), GRID, output)
+    assert "another folder" in str(caught.value)
+    assert calls.trained == []
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [([], "no calibration batch"), ([BATCH, BATCH.at[1, 2].set(jnp.nan)], "1 values of the")],
+    ids=["none", "nan"],
+)
+def test_calibration_data_without_a_range(tmp_path, batches, message):
+    calls = Calls()
+    study = dataclasses.replace(tiny_study(calls), calibration=lambda: batches)
+    with pytest.raises(errors.DataError, match=message):
+        run_sweep(study, GRID, tmp_path)
+    assert calls.trained == []
+
+
+def test_calibration_batches_may_come_from_an_iterator(tmp_path):
+    study = tiny_study()
+    lazy = dataclasses.replace(study, calibration=lambda: iter(study.calibration()))
+    found = run_sweep(lazy, GRID, tmp_path / "lazy").rows
+    assert found == run_sweep(study, GRID, tmp_path / "list").rows
+
+
+def test_a_study_that_trains_no_parameters_is_refused(tmp_path):
+    study = dataclasses.replace(tiny_study(), train=lambda seed, on_step: {})
+    with pytest.raises(errors.SweepError, match="training returned no parameters"):
+        run_sweep(study, GRID, tmp_path)
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_an_error_in_a_rule_of_ones_own_names_the_rule(tmp_path):
+    def broken(statistics, target):
+        raise ZeroDivisionError("of mine")
+
+    for reads in (False, True):
+        rule = qj.ranges.RangeRule("my-rule", broken, reads_distribution=reads)
+        grid = dataclasses.replace(GRID, rules=(rule,))
+        with pytest.raises(ZeroDivisionError, match="of mine") as caught:
+            run_sweep(tiny_study(), grid, tmp_path)
+        name = "broken" if reads else "my-rule"  # programs are shared by the function alone
+        assert f"In the range rule {name}" in caught.value.__notes__

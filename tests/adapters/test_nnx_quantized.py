@@ -24,6 +24,7 @@ def test_sites_have_the_names_of_the_module():
         assert [site.name for site in qj.sites(f, params, state, x)] == expected
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("make", "x"), [CASES["mlp"], CASES["cnn"], CASES["list"]])
 def test_quantized_from_end_to_end(make, x):
     f, params, state = qnnx.functional(make())

@@ -43,6 +43,7 @@ def accuracy(logits, labels):
     return float(jnp.mean(jnp.argmax(logits, axis=-1) == labels))
 
 
+@pytest.mark.thinned(3)
 def test_w8a8_predicts_as_simulated(digits, trained):
     """Acceptance: at most one prediction of 900 differs. On CPU no logit does."""
     labels, simulated, executed, frozen = frozen_and_simulated(digits, trained, digits.policy)
@@ -57,6 +58,7 @@ def test_w8a8_predicts_as_simulated(digits, trained):
     )
 
 
+@pytest.mark.thinned(3)
 def test_w4a8_in_groups_predicts_as_simulated(digits, trained):
     policy = qj.Policy([FIRST, *GROUPS.rules])  # one input channel makes no group
     labels, simulated, executed, _ = frozen_and_simulated(digits, trained, policy)

@@ -229,6 +229,7 @@ def derivatives(known: Known, f: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_rebuilding_changes_no_bit_and_counts_every_visit(known, program, wrap):
     names = frozenset(known.sites)

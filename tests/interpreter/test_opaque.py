@@ -85,6 +85,7 @@ def scheme() -> qj.Scheme:
     return qj.Scheme(weights=qj.weight_quantizer(), activations=qj.activation_quantizer())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_a_plan_leaves_it_as_it_is(name):
     """Next to a site that is rewritten, the value of the container is the model's own."""

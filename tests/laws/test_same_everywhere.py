@@ -47,6 +47,7 @@ def looped(function, operands) -> list[np.ndarray]:
     return [np.stack(each) for each in zip(*results, strict=True)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("groups", "dtype"), [*((groups, np.float32) for groups in GROUPS), ((1, 8), jnp.bfloat16)]
 )

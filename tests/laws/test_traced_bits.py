@@ -34,6 +34,7 @@ def same_bits(left, right) -> None:
         assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("signed", "narrow"), FAMILIES)
 def test_a_vector_of_widths_is_the_loop_over_them(signed, narrow, symmetric):

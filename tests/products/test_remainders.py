@@ -167,6 +167,7 @@ def pairs_for(form: Form, weight_scales: tuple[int, ...]) -> list[tuple[Operand,
     ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", FORMS)
 def test_weights_in_groups(name):
     form, numbers = FORMS[name]

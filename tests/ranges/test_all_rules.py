@@ -29,7 +29,7 @@ FITS = (
     ranges.XNOR,
 )
 
-pytestmark = pytest.mark.thinned(5)
+pytestmark = pytest.mark.thinned(9)
 
 ANY_RULE = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 WIDTHS = jnp.float32([2, 3, 4, 8])

@@ -52,6 +52,7 @@ def test_lanes_are_each_alone(indices, seed):
 AXES = [(0, 0, 0), (0, None, 0), (0, 0, None), (0, None, None), (None, 0, 0), (None, 0, None)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("inner", AXES, ids=str)
 @pytest.mark.parametrize("outer", AXES, ids=str)
 def test_any_nesting_of_vmaps_is_a_loop(outer, inner):
@@ -252,6 +253,7 @@ def test_no_trace_outlives_its_function():
     assert got.shape == (4,)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("chosen", [0, 7, 11])
 def test_derivatives_pass_rules_that_have_none(chosen):
     """Searches count and sort; a stack is differentiated by the rule that was chosen."""

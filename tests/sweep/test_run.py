@@ -184,6 +184,7 @@ def test_rules_of_a_family_are_themselves(tmp_path):
     assert run_sweep(tiny_study(), grid, tmp_path).computed == 5
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "behind",
     [{"outputs": qj.activation_quantizer(bits=2)}, {"biases": qj.activation_quantizer(bits=1)}],

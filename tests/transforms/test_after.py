@@ -14,7 +14,7 @@ from quantjax.estimators import LSQ_FEATURES
 from tests.conformance.test_identity import assert_close, fences_hold
 from tests.models import Case, assert_same_bits, linen, normal
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(4)
 
 SIGNED = qj.weight_quantizer(bits=8)
 ACTIVATIONS = qj.activation_quantizer(bits=8)

@@ -111,6 +111,7 @@ class Half(nn.Module):
         return nn.Dense(4, dtype=jnp.bfloat16)(x.mean(axis=(1, 2)))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", ["static_asymmetric", "live_per_token", "w4a8", "groups_static"])
 def test_a_bfloat16_model(mode):
     """Sums are scaled in float32 and cast once."""
@@ -121,6 +122,7 @@ def test_a_bfloat16_model(mode):
     assert {types[1:] for types in product_dtypes(jaxpr)} == {("int8", "int8", "int32")}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", ["static_asymmetric", "unsigned_weights", "groups_static", "w4a8"])
 def test_floats_are_encoded_when_it_runs(mode):
     """``qparams`` may be the model's own parameters, in whole or in part."""

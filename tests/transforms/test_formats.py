@@ -16,7 +16,7 @@ from quantjax.ranges import MIN_MAX
 from tests import models
 from tests.refused import refused
 
-pytestmark = pytest.mark.thinned(7)
+pytestmark = pytest.mark.thinned(13)
 
 LAYERS, WIDTH = 3, 32
 

@@ -17,7 +17,7 @@ from tests.oracles.integers import Integers, codes, reals, spread
 from tests.refused import refused
 from tests.transforms.freeze_cases import WAYS, Way, raw, same, scanned
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 
 def is_quantized(leaf: Any) -> bool:

@@ -45,6 +45,7 @@ QUANTIZERS = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_negative_values_without_codes_are_no_numbers(name):
     """They were 0, half of a normal activation, and nothing said so."""
@@ -140,6 +141,7 @@ SHARDED = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", SHARDED)
 def test_inside_shard_map_loops_have_types(name):
     """With ``check_vma``, the default: what varies over devices does so from a loop's start on."""

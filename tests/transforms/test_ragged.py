@@ -74,6 +74,7 @@ def test_the_site():
     assert site.contraction_size == DEPTH
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_simulation_is_close_to_float_and_execution_equal(name):
     plan, _, qstate = ready(SCHEMES[name])

@@ -53,8 +53,10 @@ def normal(seed: int, *shape: int) -> jax.Array:
 def shuffled(params: Any) -> Any:
     """The same tree with no leaf at its initial 0 or 1, so that each of them matters."""
     leaves, tree = jax.tree.flatten(params)
-    moved = [leaf + 0.1 * jnp.abs(normal(i, *leaf.shape)) for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(tree, moved)
+    moves = [np.float32(0.1) * np.abs(normal(i, *leaf.shape)) for i, leaf in enumerate(leaves)]
+    # In NumPy: each operation on each shape would be a program to compile.
+    moved = [np.asarray(leaf) + move for leaf, move in zip(leaves, moves, strict=True)]
+    return jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in moved])
 
 
 def linen(module: nn.Module, x: jax.Array) -> Case:

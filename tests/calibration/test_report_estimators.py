@@ -49,6 +49,7 @@ def sqnr(plan, rule) -> float:
     return 10 * np.log10((x**2).sum() / ((q - x) ** 2).sum())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("granularity", [qj.PerTensor(), qj.PerChannel()], ids=str)
 @pytest.mark.parametrize("name", sorted(CHANGING))
 def test_figures_are_those_of_the_weight_that_is_multiplied(name, granularity):

@@ -107,6 +107,7 @@ def jitted(case) -> Any:
     return jax.jit(value_and_gradients(case.f))(case.params, case.x)
 
 
+@pytest.mark.thinned(2)
 def test_the_identity_plan_changes_no_bit(case, eager, jitted):
     plan = planned(case, qj.Policy([]))
     qstate = qj.calibrate(plan, qj.init(plan), case.params)
@@ -116,6 +117,7 @@ def test_the_identity_plan_changes_no_bit(case, eager, jitted):
     assert_same_bits(jax.jit(f)(case.params, case.x), jitted)
 
 
+@pytest.mark.thinned(2)
 def test_width_zero_everywhere_changes_no_bit(case, eager, jitted):
     plan = planned(case, qj.uniform_policy())
     assert len(plan.quantized) == len(plan.sites) > 0
@@ -125,6 +127,7 @@ def test_width_zero_everywhere_changes_no_bit(case, eager, jitted):
     assert_same_bits(jax.jit(f)(case.params, case.x), jitted)
 
 
+@pytest.mark.thinned(2)
 def test_a_traced_width_of_zero_changes_no_bit(case, jitted):
     plan = planned(case, qj.uniform_policy())
     given = jax.jit(given_bypass(case, plan))
@@ -199,6 +202,7 @@ def observing(case) -> tuple[qj.Plan, Any]:
     return plan, qj.init(plan)
 
 
+@pytest.mark.thinned(2)
 def test_observing_returns_the_models_own_output(case, observing):
     plan, state = observing
     observe = qj.observe(case.f, plan)

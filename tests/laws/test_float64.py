@@ -68,7 +68,7 @@ print("formats:", done)
 """
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("part", range(4))
 def test_every_format_keeps_its_laws_for_float64(part):
     command = [sys.executable, "-W", "error", "-c", PROGRAM.replace("PART", str(part))]

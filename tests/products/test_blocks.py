@@ -20,7 +20,7 @@ from tests.models import Case, assert_same_bits, normal, planned
 from tests.products.forms import Form, conv, dot
 from tests.products.test_remainders import Axes, Operand, axes_of, by_blocks, check, pairs_for
 
-pytestmark = pytest.mark.thinned(4)
+pytestmark = pytest.mark.thinned(7)
 
 SHORTER = Remainder.SHORTER
 

@@ -55,6 +55,7 @@ def calibrated(case: Any, policy: qj.Policy, **bits: Any) -> tuple[qj.Plan, Any]
     return plan, qj.calibrate(plan, state, case.params, **bits)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("bits", [(8, 8), (0, 8), (8, 0), (0, 0)])
 def test_values_and_gradients_are_those_of_float32(bits, monkeypatch):
     """Sums too long for float32 among them; at a width of 0 on one side nothing is rounded."""

@@ -21,7 +21,7 @@ from tests import models
 from tests.oracles import codebooks as oracle
 from tests.refused import refused
 
-pytestmark = pytest.mark.thinned(3)
+pytestmark = pytest.mark.thinned(5)
 
 SHAPE, WHOLE, MAX_BITS = (12, 16), (1, 1), 4
 FORMAT = learned_codebook(max_bits=MAX_BITS)

@@ -253,7 +253,7 @@ def test_no_trace_outlives_its_function():
     assert got.shape == (4,)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("chosen", [0, 7, 11])
 def test_derivatives_pass_rules_that_have_none(chosen):
     """Searches count and sort; a stack is differentiated by the rule that was chosen."""

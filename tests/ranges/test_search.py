@@ -19,7 +19,7 @@ from tests.ranges import cases
 from tests.ranges.cases import ASYMMETRIC, SYMMETRIC, at_hand, derived, drawn, losses, observed
 from tests.refused import refused
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 KINDS = st.sampled_from(sorted(cases.DRAWS))
 TARGETS = pytest.mark.parametrize(
@@ -188,7 +188,7 @@ LEFT_EARLY = [
     ("format", "symmetric"), LEFT_EARLY, ids=lambda it: it.name if hasattr(it, "name") else str(it)
 )
 @pytest.mark.parametrize("rule", [MSE, ranges.l_p(2.4), SQNR], ids=lambda rule: rule.name)
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(9)
 def test_factors_that_are_left_could_not_have_been_better(format, symmetric, rule, monkeypatch):
     """The range is the one of all factors, at all widths and for all kinds of data."""
     widths = jnp.float32([bits for bits in range(2, 9) if format.known_valid(bits)])
@@ -246,6 +246,7 @@ def test_an_end_that_is_zero_stays(sign):
     assert (low == 0.0 < high) if sign > 0 else (low < 0.0 == high)
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @TARGETS
 def test_whole_numbers_have_a_range_of_their_own(target, bits):

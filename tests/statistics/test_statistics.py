@@ -111,7 +111,10 @@ def test_masked_rows_do_not_count(shape):
         statistics.init(shape, histogram_bins=None), jnp.asarray(x), where=mask
     )
     kept = statistics.update(statistics.init(shape, histogram_bins=None), jnp.asarray(x[:3]))
-    jax.tree.map(np.testing.assert_array_equal, masked, kept)
+    for got, want in zip(masked[:4], kept[:4], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    # Sums over other shapes are other programs, with other last places.
+    np.testing.assert_allclose(masked.moments, kept.moments, rtol=1e-6)
 
 
 @pytest.mark.parametrize("seen", [0, 2])

@@ -166,6 +166,7 @@ def test_a_whole_net_is_executed_as_it_is_simulated(name):
     assert jax.tree.structure(seen) == jax.tree.structure(state)
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("name", ["outputs", "biases", "sums", "rows"])
 def test_at_width_zero_the_model_is_the_float_model(name):
     case = net()

@@ -11,7 +11,7 @@ import quantjax as qj
 from quantjax import estimators as es
 from quantjax import storage
 
-pytestmark = pytest.mark.thinned(9)
+pytestmark = pytest.mark.thinned(13)
 
 RNG = np.random.default_rng(5)
 LAYERS, WIDTH = 3, 8

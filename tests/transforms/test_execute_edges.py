@@ -313,6 +313,7 @@ def _members(params, x):
     return jax.vmap(conv, (None, 0))(x, params["w"])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("f", "kernel", "x"),
     [

@@ -16,7 +16,7 @@ from quantjax.ranges import MIN_MAX
 from tests import models
 from tests.refused import refused
 
-pytestmark = pytest.mark.thinned(13)
+pytestmark = pytest.mark.thinned(23)
 
 LAYERS, WIDTH = 3, 32
 

@@ -40,6 +40,7 @@ def planned(name: str, policy: qj.Policy | None = None):
     return f, params, plan, state, qj.calibrate(plan, state, params)
 
 
+@pytest.mark.thinned(2)
 @NAMES
 def test_the_value_is_that_without_observing(name):
     f, params, plan, _, qstate = planned(name)
@@ -61,6 +62,7 @@ def test_what_is_seen_are_the_operands_of_the_quantized_model():
     ).all()
 
 
+@pytest.mark.thinned(2)
 @NAMES
 def test_in_bypass_it_is_observing_the_float_model(name):
     f, params, plan, state, _ = planned(name)
@@ -71,6 +73,7 @@ def test_in_bypass_it_is_observing_the_float_model(name):
     assert_same_bits(seen, want)
 
 
+@pytest.mark.thinned(2)
 @NAMES
 def test_the_state_goes_in_and_comes_out(name):
     f, params, plan, state, qstate = planned(name)
@@ -111,6 +114,7 @@ def test_no_gradient_flows_through_what_is_seen():
     assert_same_bits(jax.jit(jax.grad(loss))(params), jax.jit(jax.grad(plain))(params))
 
 
+@pytest.mark.thinned(2)
 @NAMES
 def test_random_plans_keep_their_draws(name):
     scheme = qj.Scheme(weights=qj.weight_quantizer(bits=3, rounding=qj.rounding.STOCHASTIC))

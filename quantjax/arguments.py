@@ -58,17 +58,22 @@ def expect_function(f: object, *, where: str, fix: str) -> None:
             )
 
 
-def why_unwritable(folder: Path, files: Sequence[str] = ()) -> str:
-    """Why the folder, which is made, or one of these files in it could not be written; or "".
+def why_unwritable(folder: Path, *, files: Sequence[str], folders: Sequence[str]) -> str:
+    """Why the folder, which is made, or what is to lie in it could not be written; or "".
+
+    Args:
+      files, folders: their names; those that do not exist yet can be made.
 
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     why_unwritable(Path(folder) / "new", ["results.csv"])
+    ...     why_unwritable(Path(folder) / "new", files=["results.csv"], folders=[])
     ''
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        for place in (folder, *(folder / name for name in folders)):
+            if place.exists():
+                with tempfile.TemporaryFile(dir=place):
+                    pass
         for file in files:
             if (folder / file).exists():
                 with (folder / file).open("ab"):

@@ -118,9 +118,7 @@ def _check(options: CalibrateOptions, rules: Sequence[RangeRule | FitRule]) -> N
             where="--weight-bits 0, no range rules",
             fix="--rules mse, or a width for the weights",
         )
-    why = why_unwritable(options.output, [RANGES])
-    pictures = options.output / HISTOGRAMS
-    why = why or (why_unwritable(pictures) if pictures.exists() else "")
+    why = why_unwritable(options.output, files=[RANGES], folders=[HISTOGRAMS])
     if why:
         raise errors.DataError(
             f"nothing can be written to {options.output}",

@@ -142,7 +142,6 @@ def update(
     >>> float(s.extremes.low[0]), float(s.extremes.high[0]), int(s.batches)
     (-1.0, 3.0, 1)
     """
-    _kept(statistics)
     where = None if where is None else jnp.asarray(where)
     return _updated(statistics, x, where, axis_name=axis_name)
 

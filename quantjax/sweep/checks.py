@@ -46,9 +46,7 @@ def check_study(study: Study, grid: Grid) -> None:
 
 def check_output(folder: Path) -> None:
     """Raise ``SweepError`` for a folder that results, checkpoints or the plot cannot be put in."""
-    why = why_unwritable(folder, [RESULTS, PLOT])
-    checkpoints = folder / CHECKPOINTS
-    why = why or (why_unwritable(checkpoints) if checkpoints.exists() else "")
+    why = why_unwritable(folder, files=[RESULTS, PLOT], folders=[CHECKPOINTS])
     if why:
         raise errors.SweepError(
             f"nothing can be written to {folder}",

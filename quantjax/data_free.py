@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from quantjax.arguments import expect
 from quantjax.granularity import OperandAxes, PerChannel, PerGroup
 from quantjax.interpreter import leaves_by_path
 from quantjax.kernels import as_site, is_kernel
+from quantjax.meshes import automatic
 from quantjax.policy import Policy
 from quantjax.printing import shape_text
 from quantjax.qtensor import QTensor, encode, is_quantized, packed
@@ -140,7 +142,7 @@ def _quantize(name: str, leaf: Any, quantizer: Quantizer, key: PRNGKeyArray | No
     leaf = jnp.asarray(leaf)
     shape = granularity.scale_shape(leaf.shape, OperandAxes((), ()), is_weight=True)
     bits = jnp.asarray(quantizer.bits, jnp.float32)
-    qparams = quantizer.qparams_of(leaf, bits, scale_shape=shape)
+    qparams = automatic(partial(quantizer.qparams_of, scale_shape=shape), leaf, bits)
     fault = concrete(qparams.zero_point)
     scale = concrete(qparams.scale)
     if scale is not None and fault is not None and (scale != scale).any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator
 from quantjax.formats import Format, Theta, integer
 from quantjax.granularity import check_scale_shape
+from quantjax.meshes import automatic, spec_of
 from quantjax.rounding import HALF_EVEN, Rounding
 from quantjax.simulation import apply
 
@@ -116,7 +117,12 @@ def fake_quant(
     scale = jnp.asarray(scale, jnp.float32)
     scale = jnp.where(jnp.isnan(width), jnp.nan, scale)
     qparams = QParams(scale, jnp.asarray(zero_point, jnp.float32), width, theta)
-    return apply(x, qparams, Arithmetic(container, rounding, estimator, scaling), key)
+    arithmetic = Arithmetic(container, rounding, estimator, scaling)
+
+    def applied(x: jax.Array, qparams: QParams, key: PRNGKeyArray | None) -> jax.Array:
+        return apply(x, qparams, arithmetic, key)
+
+    return cast(jax.Array, automatic(applied, x, qparams, key, specs=lambda _: spec_of(x)))
 
 
 def check_floating(x: jax.Array, where: str) -> None:

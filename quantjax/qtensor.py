@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from quantjax.arithmetic import Arithmetic
 from quantjax.fake_quant import check_floating
 from quantjax.formats import Format, Theta
 from quantjax.granularity import expand
+from quantjax.meshes import REPLICATED, automatic, spec_of
 from quantjax.packing import Packing, can_pack, pack, unpack
 from quantjax.rounding import HALF_EVEN, Rounding
 from quantjax.simulation import centered_codes
@@ -66,7 +67,10 @@ class QTensor:
     @property
     def codes(self) -> Int[Array, "..."]:
         """One code an entry, in ``format.storage_dtype``."""
-        return self.stored if self.packing is None else unpack(self.stored, self.packing)
+        if self.packing is None:
+            return self.stored
+        unpacked = functools.partial(unpack, packing=self.packing)
+        return cast(jax.Array, automatic(unpacked, self.stored, specs=self._specs))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,7 +99,9 @@ class QTensor:
         codes, (bits, theta) = self.codes, (self.qparams.bits, self.qparams.theta)
         if self.format.largest_centered_code(symmetric=True) is not None:
             return codes
+        return cast(jax.Array, automatic(self._decoded, codes, bits, theta, specs=self._specs))
 
+    def _decoded(self, codes: jax.Array, bits: jax.Array, theta: Theta) -> jax.Array:
         def decode(codes: jax.Array, bits: jax.Array, theta: Theta) -> jax.Array:
             spread = lambda array: expand(array, codes.shape)  # noqa: E731
             return self.format.decode(codes, bits, self.format.map_groups(theta, spread))
@@ -106,7 +112,10 @@ class QTensor:
 
     def dequantize(self) -> Float[Array, "..."]:
         """``scale · (level - round(zero_point))``, in float32, cast to ``dtype``."""
-        return _dequantized(self)
+        return cast(jax.Array, automatic(_dequantized, self, specs=self._specs))
+
+    def _specs(self, whole: jax.Array) -> Any:
+        return spec_of(self.stored, whole.shape)
 
     def __repr__(self) -> str:
         # Leaves need not be arrays: trees of shapes, of None, of booleans are printed as well.
@@ -184,8 +193,22 @@ def encode(
         )
     x = jnp.asarray(x)
     check_floating(x, "qj.encode")
-    codes = encode_codes(x, qparams, format, rounding, key, scaling)
-    return packed(codes, qparams, format, x.dtype)
+
+    def encoded(x: jax.Array, qparams: QParams, key: PRNGKeyArray | None) -> QTensor:
+        codes = encode_codes(x, qparams, format, rounding, key, scaling)
+        return packed(codes, qparams, format, x.dtype)
+
+    return cast(QTensor, automatic(encoded, x, qparams, key, specs=like(x)))
+
+
+def like(x: jax.Array) -> Callable[[QTensor], QTensor]:
+    """How the codes of ``x`` are split over a mesh: as it is, scales copied."""
+
+    def specs(found: QTensor) -> QTensor:
+        spec = spec_of(x, found.stored.shape)
+        return QTensor(spec, REPLICATED, found.format, found.dtype, found.packing)
+
+    return specs
 
 
 def encode_codes(

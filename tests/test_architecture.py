@@ -21,7 +21,7 @@ THIS = Path(__file__).relative_to(ROOT).as_posix()
 
 # A room (module or folder directly below quantjax/) imports from its own layer and earlier ones.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "_compat", "printing", "lean", "arguments"}),
+    frozenset({"errors", "_compat", "printing", "lean", "arguments", "meshes"}),
     frozenset({"formats", "granularity", "rounding", "affine", "packing", "tangents"}),
     frozenset({"arithmetic", "qtensor", "fake_quant", "borders", "simulation", "estimators"}),
     frozenset({"statistics", "ranges", "contract"}),
@@ -38,7 +38,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
 )
 # Rooms that may import less than their layer: the interpreter knows nothing of quantization.
-ONLY: dict[str, frozenset[str]] = {"interpreter": frozenset({"errors", "_compat", "interpreter"})}
+ONLY: dict[str, frozenset[str]] = {
+    "interpreter": frozenset({"errors", "_compat", "meshes", "interpreter"})
+}
 FACE = "__init__"  # quantjax/__init__.py: imports all, and nothing in the library imports it
 NEVER = ("experiments", "tests")  # packages that the library does not import
 PRIVATE = ("jax._src", "jax.interpreters")

@@ -18,6 +18,7 @@ from quantjax.interpreter.sites import Added, Location, Site
 from quantjax.interpreter.sums import summed
 from quantjax.interpreter.trace import Program
 from quantjax.interpreter.turns import NO_TURNS, Turned, turned
+from quantjax.meshes import REPLICATED, automatic, mesh_of, placed, spec_of
 
 
 class Visit(NamedTuple):
@@ -127,7 +128,8 @@ def evaluate(
     after = {loc: added for loc, added in program.additions.items() if added.site.name in names}
     added_by = additions.handler if additions is not None else None
     walk = _Walk((handler, added_by), active, after, program.stacked, collect=collect)
-    outputs = walk.run(program.jaxpr, (), carried.only(handled), jax.tree.leaves(arguments))
+    carried = Carried(*placed(tuple(carried.only(handled)), mesh_of(arguments)))
+    outputs = walk.run(program.jaxpr, (), carried, jax.tree.leaves(arguments))
     result = jax.tree.unflatten(program.out_tree, outputs.arrays)
     return Evaluated(result, {**carried.states, **outputs.states}, dict(outputs.records))
 
@@ -244,9 +246,13 @@ class _Walk:
         self, site: Site, product: Product, operands: Sequence[Any], carried: Carried
     ) -> Outcome:
         value, state = carried.values.get(site.name), carried.states.get(site.name)
-        visit = Visit(site, product, operands[0], operands[1], value, state, carried.shared)
+
+        def handled(rest: Any, *met: Any) -> Outcome:
+            return self._handler(Visit(site, dataclasses.replace(product, rest=rest), *met))
+
+        met = (operands[0], operands[1], value, state, carried.shared)
         with equation_context(product.eqn):
-            outcome = self._handler(visit)
+            outcome = automatic(handled, product.rest, *met, specs=_as_result(product.out))
         _check_result(site, outcome.out, product.out)
         return outcome
 
@@ -259,25 +265,23 @@ class _Walk:
         earlier: _Earlier,
     ) -> Outcome:
         """The sum of a site's product and its bias, whichever of them stands first."""
-        assert self._add_handler is not None
+        handler = self._add_handler
+        assert handler is not None
         name = added.site.name
 
         def add(out: jax.Array, bias: jax.Array) -> jax.Array:
             pair = (out, bias) if added.side == 1 else (bias, out)
             return bind_in_context(eqn, *pair)[0]
 
-        addition = Addition(
-            added.site,
-            operands[1 - added.side],
-            operands[added.side],
-            add,
-            carried.values.get(name),
-            earlier.state,
-            carried.shared,
-            earlier.kept,
-        )
+        value = carried.values.get(name)
+        met = (value, earlier.state, carried.shared, earlier.kept)
+
+        def handled(out: jax.Array, bias: jax.Array, *met: Any) -> Outcome:
+            return handler(Addition(added.site, out, bias, add, *met))
+
+        pair = operands[1 - added.side], operands[added.side]
         with equation_context(eqn):
-            outcome = self._add_handler(addition)
+            outcome = automatic(handled, *pair, *met, specs=_as_result(eqn.outvars[0].aval))
         _check_result(added.site, outcome.out, eqn.outvars[0].aval)
         return outcome
 
@@ -299,6 +303,11 @@ class _Walk:
                 self._stacked[location],
                 collect=self._collect,
             )
+
+
+def _as_result(out: Any) -> Callable[[Any], Outcome]:
+    """How an outcome is split over a mesh: as the equation's own result, all else copied."""
+    return lambda _: Outcome(spec_of(out), REPLICATED, REPLICATED, REPLICATED)
 
 
 def _check_result(site: Site, out: jax.Array, expected: Any) -> None:

@@ -28,6 +28,7 @@ NEUTRAL_MOVES = frozenset(
         "copy_p",
         "pcast",
         "pvary",
+        "reshard",
         "sharding_constraint",
         "stop_gradient",
     }

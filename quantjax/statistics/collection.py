@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.granularity import group_counts, reduce_to
+from quantjax.meshes import automatic
 from quantjax.statistics import count, extremes, histogram, moments, moving, sample
 from quantjax.statistics.count import Count
 from quantjax.statistics.devices import AxisName, over_devices
@@ -110,7 +111,11 @@ def of_tensor(
     >>> float(of_tensor(jnp.array([1.0, 3.0]), (1,), with_values=True).moments.mean[0])
     2.0
     """
-    return _of_tensor(x, scale_shape=tuple(scale_shape), with_values=with_values)
+    shape = tuple(scale_shape)
+    return cast(
+        Statistics,
+        automatic(functools.partial(_of_tensor, scale_shape=shape, with_values=with_values), x),
+    )
 
 
 # One program where it is called eagerly, and nothing but its operations inside another one.
@@ -143,7 +148,8 @@ def update(
     (-1.0, 3.0, 1)
     """
     where = None if where is None else jnp.asarray(where)
-    return _updated(statistics, x, where, axis_name=axis_name)
+    updated = functools.partial(_updated, axis_name=axis_name)
+    return cast(Statistics, automatic(updated, statistics, x, where))
 
 
 @functools.partial(jax.jit, static_argnames="axis_name", inline=True)

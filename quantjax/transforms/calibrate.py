@@ -12,6 +12,7 @@ from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams
 from quantjax.interpreter import Role, leaves_by_path
+from quantjax.meshes import automatic
 from quantjax.planning import Plan
 from quantjax.quantizer import RangeMode
 from quantjax.ranges import FitRule, IndexedRule, RangeRule, Target, checked_rule, derive_many
@@ -124,9 +125,8 @@ def calibrate(
             chosen = quantizer.rule if given is None else given
             weight = weight_at_hand(plan, entry, operand, leaves)
             if weight is not None and _fits(chosen):
-                shape = operand.scale_shape or ()
-                fit = partial(quantizer.qparams_of, scale_shape=shape, rule=chosen)
-                found[name, operand.key] = over_steps(fit, entry.site.steps)(weight, bits, theta)
+                fit = partial(_fitted, entry, operand)
+                found[name, operand.key] = automatic(fit, chosen, weight, bits, theta)
             else:
                 ranged = _ranged(entry, operand, chosen)
                 reader = f"the rule {ranged.name}" if ranged.reads_distribution else None
@@ -174,6 +174,15 @@ class _Job(NamedTuple):
 
 def _fits(rule: AnyRule) -> bool:
     return isinstance(rule, FitRule) or bool(isinstance(rule, IndexedRule) and rule.fits)
+
+
+def _fitted(
+    entry: SitePlan, operand: OperandPlan, rule: AnyRule, weight: jax.Array, *width: Any
+) -> QParams:
+    assert operand.quantizer is not None
+    shape = operand.scale_shape or ()
+    fit = partial(operand.quantizer.qparams_of, scale_shape=shape, rule=rule)
+    return cast(QParams, over_steps(fit, entry.site.steps)(weight, *width))
 
 
 def _by_rule(jobs: list[_Job]) -> Iterator[tuple[_Job, QParams]]:

@@ -31,6 +31,7 @@ from quantjax.interpreter import (
 )
 from quantjax.interpreter.trace import Function
 from quantjax.layout import codes_in_product
+from quantjax.meshes import REPLICATED, automatic, spec_of
 from quantjax.planning import Plan
 from quantjax.products import (
     Coded,
@@ -334,9 +335,15 @@ def _values(
             elif name in program.repeated and not entry.site.op.is_lookup:
                 weight = evaluate_origin(program.weights[name], leaves)
                 code = over_steps(partial(_encoded_weight, operand), entry.site.steps)
-                ready = code(weight, qparams, keys.get(name))
+                given = weight, qparams, keys.get(name)
+                ready = automatic(code, *given, specs=_like(weight))
         values[name] = ExecutionValue(dict(qstate[name]), ready)
     return values
+
+
+def _like(weight: jax.Array) -> Callable[[Any], Codes]:
+    """How its codes are split over a mesh: as it is, scales copied."""
+    return lambda _: Codes(spec_of(weight), REPLICATED, REPLICATED)
 
 
 def _encoded_weight(

@@ -24,6 +24,7 @@ from quantjax.interpreter import (
     leaves_by_path,
 )
 from quantjax.interpreter.trace import Function
+from quantjax.meshes import REPLICATED, automatic, spec_of
 from quantjax.planning import Plan
 from quantjax.products import Coded, coded, in_float, multiply, quantized_rows
 from quantjax.site_plan import OperandPlan, SitePlan, resized
@@ -141,14 +142,14 @@ def fake_quantize(
             seen = updated(visit._replace(state=before), entry, plan, axis_name)
             outcome = bare_product(entry, visit._replace(state=drawn))
             if visit.site.bias is None:
-                seen = with_output(entry, outcome.out, seen, mask, axis_name)
+                seen = with_output(entry, outcome.out, seen, visit.shared, axis_name)
                 outcome = finish(entry, outcome, visit.value.qparams, drawn)
             return outcome._replace(state=_Watched(outcome.state, seen))
 
         def addition(met: Addition) -> Outcome:
             entry, (drawn, before) = planned[met.site.name], met.state
             outcome = sum_with_bias(entry, met, met.value.qparams, drawn)
-            seen = with_output(entry, outcome.out, before, mask, axis_name)
+            seen = with_output(entry, outcome.out, before, met.shared, axis_name)
             outcome = finish(entry, outcome, met.value.qparams, drawn)
             return outcome._replace(state=_Watched(outcome.state, seen))
 
@@ -197,9 +198,15 @@ def site_values(
             if operand.is_weight and name in program.repeated and not entry.site.op.is_lookup:
                 code = over_steps(partial(_coded, operand), entry.site.steps)
                 weight = evaluate_origin(program.weights[name], leaves)
-                shared = code(weight, qstate[name][operand.key], keys.get(name))
+                given = weight, qstate[name][operand.key], keys.get(name)
+                shared = automatic(code, *given, specs=_like(weight))
         values[name] = SiteValue(dict(qstate[name]), shared)
     return values
+
+
+def _like(weight: jax.Array) -> Callable[[Any], Coded]:
+    """How its codes are split over a mesh: as it is, scales copied."""
+    return lambda _: Coded(spec_of(weight), *[REPLICATED] * 3)
 
 
 def quantized_product(planned: SitePlan, visit: Visit) -> Outcome:

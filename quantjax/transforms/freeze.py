@@ -15,8 +15,9 @@ from quantjax._compat import concrete
 from quantjax.affine import QParams, is_bypassed
 from quantjax.interpreter import leaves_by_path
 from quantjax.layout import STEP, casts, scale_in_parameter
+from quantjax.meshes import automatic
 from quantjax.planning import Plan
-from quantjax.qtensor import QTensor, packed
+from quantjax.qtensor import QTensor, like, packed
 from quantjax.simulation import transformed
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.encoding import Encoding, codes_by_parts, encoded_codes
@@ -86,7 +87,11 @@ def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -
         learned = _learned(weights[0], qstate)
         for weight in weights[1:]:
             _check_transforms(weights[0], weight, learned, _learned(weight, qstate))
-        frozen[path] = _encode(weights[0], leaves[path], stated[0], learned, own)
+        leaf = leaves[path]
+        _check_known(weights[0], leaf, stated[0])
+        encode = partial(_encode, weights[0])
+        leaf = jnp.asarray(leaf)
+        frozen[path] = automatic(encode, leaf, stated[0], learned, own, specs=like(leaf))
     flat = [frozen.get(path, leaf) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(params), flat)
 
@@ -158,15 +163,14 @@ def _transformed(
 
 def _encode(
     weight: StoredWeight,
-    leaf: Any,
+    leaf: jax.Array,
     qparams: QParams,
     learned: dict[str, jax.Array],
     key: Key | None,
 ) -> QTensor:
     quantizer = weight.operand.quantizer
     assert quantizer is not None
-    _check_known(weight, leaf, qparams)
-    leaf, format = jnp.asarray(leaf), quantizer.format
+    format = quantizer.format
     stacked = 0  # leading axes of a stack of tensors, each of which has its width
     while stacked < len(weight.moves) and weight.moves[stacked].name == STEP:
         stacked += 1

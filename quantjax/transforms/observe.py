@@ -129,12 +129,12 @@ def observe(
             out = visit.product.bind(visit.lhs, visit.rhs)
             after = updated(visit, entry, plan, axis_name)
             if visit.site.bias is None:
-                after = with_output(entry, out, after, where, axis_name)
+                after = with_output(entry, out, after, visit.shared, axis_name)
             return Outcome(out, after)
 
         def addition(met: Addition) -> Outcome:
             out = met.add(met.out, met.bias)
-            after = with_output(planned[met.site.name], out, met.state, where, axis_name)
+            after = with_output(planned[met.site.name], out, met.state, met.shared, axis_name)
             return Outcome(out, after)
 
         names = frozenset(name for name, entry in planned.items() if entry.planned(Role.OUTPUT))

@@ -18,6 +18,7 @@ from quantjax.affine import QParams, mark_negatives
 from quantjax.arguments import expect
 from quantjax.formats import FloatBits, MinifloatFormat, Theta, known_overflow
 from quantjax.interpreter import Role, evaluate_origin, unbroadcast
+from quantjax.meshes import automatic
 from quantjax.planning import Plan
 from quantjax.ranges import Range, Target
 from quantjax.site_plan import OperandPlan, SitePlan
@@ -60,7 +61,7 @@ def statistics_for(
     if weight is not None:
         shape, values = operand.scale_shape or (), histogram_for is not None
         seen = partial(statistics.of_tensor, scale_shape=shape, with_values=values)
-        return cast(Statistics, over_steps(seen, entry.site.steps)(weight))
+        return cast(Statistics, automatic(over_steps(seen, entry.site.steps), weight))
     stats = _observed(entry, operand, state, bits)
     if histogram_for is not None and stats.distribution is None:
         raise errors.CalibrationError(

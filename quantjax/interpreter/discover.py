@@ -197,6 +197,14 @@ def _note_others(found: _Findings, primitive: str, operands: Sequence[Origin]) -
             found.others.setdefault(operand.paths[0], primitive)
 
 
+def _note_lost(
+    found: _Findings, name: str, before: Sequence[Origin], after: Sequence[Origin]
+) -> None:
+    """Note parameters that go into, or come out of, a loop or a branch as something else."""
+    pairs = zip(before, after, strict=True)
+    _note_others(found, name, [one for one, other in pairs if other.kind is not OriginKind.LEAF])
+
+
 def _enter(
     container: Container,
     operands: list[Origin],
@@ -233,6 +241,7 @@ def _enter(
         for index, (first, *others) in enumerate(zip(*each, strict=True)):
             if first.derivable and all(first.signature == other.signature for other in others):
                 outputs[index] = first
+            _note_lost(found, name, [first, *others], [outputs[index]] * len(each))
         return outputs
     _note_others(found, name, operands)
     inside = around.within(scope, name, opaque=f"inside {name}, which is not rewritten")
@@ -267,6 +276,7 @@ def _enter_scan(
     for index, result in enumerate(results[len(carry) :], len(carry)):
         if result.is_step and result.loops[-1] == loop:  # handed out as it came in
             outputs[index] = result.operands[0]
+    _note_lost(found, "scan", [*init, *results], [*carry, *outputs])
     return outputs
 
 
@@ -287,7 +297,8 @@ def _enter_while(
         return _walk(body, [*body_consts, *carry], (*here, 1), inside, found)
 
     mark = len(found.sites)
-    carry, _ = _settle(run, init, outputs, here, found)
+    carry, results = _settle(run, init, outputs, here, found)
+    _note_lost(found, "while", [*init, *results], [*carry, *outputs])
     in_body, found.sites[mark:] = found.sites[mark:], []
     refused = dataclasses.replace(
         inside, opaque=around.opaque or "in the condition of a while loop, which is not rewritten"

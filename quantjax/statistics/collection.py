@@ -176,9 +176,10 @@ def _updated(
 
 
 def _number(x: jax.Array, scale_shape: tuple[int, ...], where: jax.Array | None) -> jax.Array:
-    if where is None:
+    known = all(isinstance(n, int) for n in x.shape)  # an export may have symbols
+    if where is None and known:
         return jnp.asarray(group_counts(x.shape, scale_shape), jnp.uint32)
-    mask = jnp.broadcast_to(jnp.asarray(where), x.shape)
+    mask = jnp.broadcast_to(jnp.asarray(True if where is None else where), x.shape)
     # Under jax_enable_x64 a sum of 32 bits has 64.
     return reduce_to(mask.astype(jnp.uint32), scale_shape, jnp.sum).astype(jnp.uint32)
 

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from quantjax import errors
+from quantjax._compat import varying_like
 from quantjax.formats import power_of_two
 from quantjax.granularity import expand
 from quantjax.statistics import count
@@ -147,7 +148,8 @@ def _moved(histogram: Histogram, exponent: jax.Array, origin: jax.Array) -> Hist
         return jax.tree.map(lambda words: words.reshape(old.low.shape), moved)
 
     stays = jnp.all((exponent == histogram.exponent) & (origin == histogram.origin))
-    counts = lax.cond(stays, lambda old: old, move, histogram.counts)
+    counts = varying_like(histogram.counts, (exponent, origin))
+    counts = lax.cond(stays, lambda old: old, move, counts)
     return Histogram(counts, exponent, origin)
 
 

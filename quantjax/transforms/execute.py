@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax import errors
-from quantjax._compat import concrete
+from quantjax._compat import concrete, varying_like
 from quantjax.affine import QParams, where_bypassed
 from quantjax.data_free import dequantize_params
 from quantjax.granularity import expand
@@ -206,7 +206,7 @@ def executed_product(planned: SitePlan, visit: Visit) -> Executed:
         if operand.quantizer is None:
             found[side] = None
         elif operand.is_weight and value.weight is not None:
-            found[side] = value.weight
+            found[side] = varying_like(value.weight, raw[side])
         else:
             qparams = live_qparams(operand, raw[side], value.qparams[operand.key])
             found[side] = encoded(raw[side], qparams, operand.quantizer, keys.sides[side])
@@ -223,7 +223,7 @@ def _looked_up(entry: SitePlan, visit: Visit, keys: SiteKeys) -> Executed:
         arithmetic = _for_every_entry(operand.quantizer).arithmetic
         rows = quantized_rows(visit.product, visit.lhs, qparams, arithmetic, keys.sides[0])
     else:
-        rows = decoded_rows(visit.product, *codes)
+        rows = decoded_rows(visit.product, *varying_like(codes, visit.lhs))
     return Executed(rows, (codes, None), keys.after)
 
 

@@ -227,6 +227,38 @@ def axes_may_be_explicit_in_part() -> None:
     agree(qj.calibrate(plan, seen, spread), qj.calibrate(plan, state, params))
 
 
+def frozen_weights_are_executed_inside_shard_map() -> None:
+    """Where the product runs in float, codes have to vary over devices as the weight would."""
+    f, params, _ = MODELS["rows of a batch"]
+    weights_only = qj.uniform_policy(weight_bits=8, activation_bits=None)
+    for policy in (weights_only, qj.presets.fp8(), POLICIES["W8A8"]):
+        plan = qj.plan(policy, qj.sites(f, params, WHOLE))
+        state = qj.observe(f, plan)(qj.init(plan), params, WHOLE)[1]
+        qstate = qj.calibrate(plan, state, params)
+        frozen, execute = qj.freeze(plan, qstate, params), qj.execute(f, plan)
+        specs = {"mesh": MESH, "in_specs": (P(), P(), P("data")), "out_specs": P("data")}
+        want = jax.jit(execute)(qstate, frozen, WHOLE)
+        got = jax.jit(jax.shard_map(execute, **specs))(qstate, frozen, split(WHOLE, P("data")))
+        agree(got, want)
+
+
+def shards_start_their_own_statistics_inside_shard_map() -> None:
+    f, params, _ = MODELS["rows of a batch"]
+    plan = qj.plan(POLICIES["W8A8"], qj.sites(f, params, WHOLE))
+
+    def of_shard(params, x):
+        state = qj.observe(f, plan)(qj.init(plan), params, x)[1]
+        return jax.tree.map(lambda leaf: leaf[None], state)
+
+    specs = {"mesh": MESH, "in_specs": (P(), P("data")), "out_specs": P("data")}
+    shards = jax.jit(jax.shard_map(of_shard, **specs))(params, split(WHOLE, P("data")))
+    shards = jax.tree.map(np.asarray, shards)
+    each = [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), shards) for i in range(4)]
+    whole = functools.reduce(qj.merge_states, each)
+    want = qj.observe(f, plan)(qj.init(plan), params, WHOLE)[1]
+    agree(qj.calibrate(plan, whole, params), qj.calibrate(plan, want, params))
+
+
 CASES = {
     **{
         f"{name}, {label}": functools.partial(all_verbs, name, POLICIES[label])
@@ -244,6 +276,8 @@ CASES = {
             steps_of_training_are_those_of_one_device,
             single_tensors_keep_how_they_lie,
             axes_may_be_explicit_in_part,
+            frozen_weights_are_executed_inside_shard_map,
+            shards_start_their_own_statistics_inside_shard_map,
         )
     },
 }

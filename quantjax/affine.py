@@ -127,7 +127,8 @@ def qparams_from_range(
 
     A format with another scale rule than real numbers has the scale of that rule.
 
-    All arithmetic is float32. An empty span (all zeros) has scale 1; where the quotient would be
+    All arithmetic is float32. An empty span (all zeros) has scale 1, or the smallest normal number
+    where symmetric codes have no 0, which would otherwise become 1; where the quotient would be
     subnormal or infinite, the scale is the nearest normal number; bypass has scale 1 and zero
     point 0. A subnormal span is empty to a backend that flushes subnormals, as CPU does.
 
@@ -169,14 +170,15 @@ def _from_range(
     if symmetric:
         largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
         span = Span(largest, divide_by_scale(largest, steps), q_max, unit)
-        scale = _usable(rule.scale(span), largest)
+        empty = jnp.where(format.holds_zero(largest, bits, theta), 1.0, SMALLEST_SCALE)
+        scale = _usable(rule.scale(span), largest, empty)
         zero_point = jnp.zeros_like(scale)
     else:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
         largest = high - low
         halves = divide_by_scale(high, steps) - divide_by_scale(low, steps)
         quotient = jnp.where(jnp.isinf(largest), halves, divide_by_scale(largest, steps))
-        scale = _usable(rule.scale(Span(largest, quotient, steps, unit)), largest)
+        scale = _usable(rule.scale(Span(largest, quotient, steps, unit)), largest, jnp.float32(1.0))
         zero_point = jnp.clip(q_min - jnp.round(divide_by_scale(low, scale)), q_min, q_max)
     return mark_faults(
         QParams(scale, zero_point, bits, theta),
@@ -187,9 +189,9 @@ def _from_range(
     )
 
 
-def _usable(scale: jax.Array, span: jax.Array) -> jax.Array:
-    """A normal number. The span decides on 1: a quotient of a tiny one is flushed to 0 on CPU."""
-    return jnp.where(span == 0.0, 1.0, jnp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE))
+def _usable(scale: jax.Array, span: jax.Array, empty: jax.Array) -> jax.Array:
+    """A normal number. The span says what is empty: a tiny one's quotient is flushed to 0 on CPU."""
+    return jnp.where(span == 0.0, empty, jnp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE))
 
 
 def mark_faults(

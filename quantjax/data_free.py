@@ -140,6 +140,12 @@ def _quantize(name: str, leaf: Any, quantizer: Quantizer, key: PRNGKeyArray | No
             fix=f"qj.{type(granularity).__name__}({axis})",
         )
     leaf = jnp.asarray(leaf)
+    if not leaf.size:
+        raise errors.DataError(
+            "a kernel without entries has no range",
+            where=where,
+            fix="leave it out of the tree, or exempt it: a rule with qj.Scheme()",
+        )
     shape = granularity.scale_shape(leaf.shape, OperandAxes((), ()), is_weight=True)
     bits = jnp.asarray(quantizer.bits, jnp.float32)
     qparams = automatic(partial(quantizer.qparams_of, scale_shape=shape), leaf, bits)

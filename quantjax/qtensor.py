@@ -222,7 +222,8 @@ def encode_codes(
     """The codes alone, one an entry, nothing checked."""
     zero_point = jnp.round(expand(jnp.asarray(qparams.zero_point, jnp.float32), x.shape))
     arithmetic = Arithmetic(format, rounding, scaling=scaling)
-    levels = centered_codes(x, qparams, arithmetic, key) + zero_point
+    levels = centered_codes(x, qparams, arithmetic, key)
+    levels = levels + zero_point if format.has_zero_point else levels  # -0 + 0 is 0
     spread = lambda array: expand(jnp.asarray(array, jnp.float32), x.shape)  # noqa: E731
     theta = format.map_groups(qparams.theta, spread)
     return format.encode(levels, jnp.asarray(qparams.bits, jnp.float32), theta)

@@ -5,12 +5,14 @@ import pickle
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax import lax
 from numpy.testing import assert_array_equal
 
 from quantjax import QParams, QTensor, encode, errors, fake_quant, integer
+from quantjax.formats import E2M1, E4M3FN, E5M2
 from tests.oracles import integers as oracle
 from tests.oracles.integers import Integers
 
@@ -199,3 +201,15 @@ def test_plain_numbers_as_parameters():
     tensor = encode([0.1, -0.3], QParams(0.1, 0.0, 8.0), integer())
     assert tensor.codes.tolist() == [1, -3]
     assert_array_equal(tensor.dequantize(), fake_quant(jnp.array([0.1, -0.3]), 0.1))
+
+
+@pytest.mark.parametrize("format", [E2M1, E4M3FN, E5M2], ids=lambda format: format.name)
+def test_the_sign_of_zero_is_a_bit_of_a_code(format):
+    """As casts have it: what underflows below zero is another pattern than what does above."""
+    peer = {E2M1: "float4_e2m1fn", E4M3FN: "float8_e4m3fn", E5M2: "float8_e5m2"}[format]
+    x = np.float32([-0.0, 0.0, -1e-9, 1e-9, -1.0])
+    p = QParams(jnp.float32(1), jnp.float32(0), jnp.float32(format.max_bits))
+    tensor = encode(jnp.asarray(x), p, format)
+    cast = x.astype(getattr(ml_dtypes, peer))
+    assert_array_equal(tensor.codes, cast.view(np.uint8))
+    assert_array_equal(np.signbit(tensor.dequantize()), np.signbit(x))

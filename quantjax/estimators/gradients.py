@@ -48,7 +48,8 @@ def scale_gradient(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 @scale_gradient.defjvp
 def _scale_gradient_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return primals[0], tangents[0] * jax.lax.stop_gradient(primals[1])
+    # By itself, not x: its derivative has the factor, too.
+    return scale_gradient(*primals), tangents[0] * jax.lax.stop_gradient(primals[1])
 
 
 @jax.custom_vjp

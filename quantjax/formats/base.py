@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.formats.scales import REAL, ScaleRule
-from quantjax.rounding import Rounding
+from quantjax.rounding import HALF_EVEN, Rounding
 
 Theta = Any
 """A dictionary of float32 arrays, or ``()``; see the formats that have one."""
@@ -127,6 +127,11 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def level_range(self, bits: jax.Array, theta: Theta = ()) -> tuple[jax.Array, jax.Array]:
         """Lowest and highest level at width ``bits`` (float32, the shape of ``bits``)."""
+
+    def holds_zero(self, like: jax.Array, bits: jax.Array, theta: Theta = ()) -> jax.Array:
+        """Whether what is 0 stays 0, of the shape of ``like``, that of a scale."""
+        zero = jnp.zeros_like(like)
+        return self.snap(zero, zero, bits, HALF_EVEN, theta).level == 0.0
 
     def steps(self, bits: jax.Array, *, symmetric: bool, theta: Theta = ()) -> jax.Array:
         """How many scales a range spans: ``scale = span / steps``.

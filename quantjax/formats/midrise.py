@@ -63,12 +63,15 @@ class MidriseFormat(Format):
     ) -> Snapped:
         """``2 round((x/s - 1)/2) + 1``, clipped.
 
-        The whole part is taken off first: beside it, half of a small distance would be rounded.
+        The whole part is taken off first: beside it, half of a small distance would be rounded. A
+        tie keeps it, since the parity and the sign of what is rounded decide there.
         """
         low, high = self.level_range(bits, theta)
         half = 0.5 * (scaled + zero_point)
         whole = jnp.where(jnp.isinf(half), 0.0, jnp.floor(half))
-        unclipped = 2.0 * (whole + rounding.apply(half - whole - 0.5)) + 1.0
+        tie = half == whole
+        rounded = rounding.apply(jnp.where(tie, whole, half - whole) - 0.5)
+        unclipped = 2.0 * (jnp.where(tie, 0.0, whole) + rounded) + 1.0
         return Snapped(jnp.clip(unclipped, low, high), unclipped)
 
     def encode(self, levels: jax.Array, bits: jax.Array, theta: Theta = ()) -> jax.Array:

@@ -13,14 +13,14 @@ from jaxtyping import Array, Float, Int
 from quantjax import errors
 from quantjax._compat import varying_like
 from quantjax.affine import LARGEST_SCALE, SMALLEST_SCALE, QParams
-from quantjax.formats import Format, Span, divide_by_scale, power_of_two
+from quantjax.formats import Format, Span, divide_by_scale, exponent_of, power_of_two
 from quantjax.formats.codebook import CodebookFormat
 from quantjax.granularity import expand, reduce_to
 from quantjax.ranges.base import Configured, FitRule
 
 ITERATIONS = 100
 _UNIT = 23  # entries are summed as multiples of 2^-23
-_WHOLE_BITS = 25  # with a sign and |x/s| < 2, which some scale rules allow
+_WHOLE_BITS = 25  # with a sign, of numbers below 2
 
 
 class _Ordered(NamedTuple):
@@ -123,7 +123,8 @@ def _scale(
     # Levels are not known yet. They fill [-1, 1], and are about this far apart.
     one, unit = jnp.float32(1.0), power_of_two(1 - bits.astype(jnp.int32))
     scale = format.scale_rule.scale(Span(largest, largest, one, unit))
-    return jnp.where(largest == 0.0, 1.0, jnp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE))
+    # No level need be 0: an all-zero group becomes as small as there are numbers.
+    return jnp.clip(jnp.where(largest == 0.0, 0.0, scale), SMALLEST_SCALE, LARGEST_SCALE)
 
 
 def _fit(
@@ -142,11 +143,15 @@ def _fit(
     if x.size == 0:
         levels = jnp.zeros(size, jnp.float32)
     else:
-        ordered = _ordered(divide_by_scale(x, expand(scale, x.shape)).ravel())
+        scaled = divide_by_scale(x, expand(scale, x.shape)).ravel()
+        largest = jnp.max(jnp.abs(scaled))
+        # A scale rule may leave x as it is. Powers of two change no digit.
+        unit = jnp.where(largest > 0.0, power_of_two(exponent_of(largest)), 1.0)
+        ordered = _ordered(divide_by_scale(scaled, unit))
         start = _start(ordered.values, count, size)
         start = varying_like(start, (ordered, count))
         levels = lax.fori_loop(0, iterations, lambda _, c: _means(ordered, c, count), start)
-        levels = levels[jnp.minimum(jnp.arange(size, dtype=jnp.int32), count - 1)]
+        levels = levels[jnp.minimum(jnp.arange(size, dtype=jnp.int32), count - 1)] * unit
     return QParams(scale, jnp.zeros_like(scale), bits, {"levels": levels})
 
 

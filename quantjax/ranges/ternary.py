@@ -45,7 +45,8 @@ def _twn(
 ) -> QParams:
     learned = _ternary(format, "twn").learned
     magnitudes = jnp.abs(tensor.astype(jnp.float32))
-    delta = TWN_FACTOR * reduce_to(magnitudes, scale_shape, jnp.mean)
+    reduce = jnp.mean if tensor.size else jnp.sum  # of nothing there is no mean
+    delta = TWN_FACTOR * reduce_to(magnitudes, scale_shape, reduce)
     above = magnitudes > expand(delta, magnitudes.shape)
     alpha, _ = _mean_where(magnitudes, above, scale_shape)
     # Nothing lies above NaN or infinity: without this, a broken tensor would look all-zero.
@@ -98,7 +99,7 @@ def _ttq(
             fix="quantjax.formats.ternary(learned=True)",
         )
     tensor = tensor.astype(jnp.float32)
-    largest = reduce_to(jnp.abs(tensor), scale_shape, jnp.max)
+    largest = reduce_to(jnp.abs(tensor), scale_shape, jnp.max, initial=0.0)
     qparams = _symmetric(largest, format, bits)
     border = divide_by_scale(threshold * largest, qparams.scale)
     # The quotient that the format compares, so that regions are those of the codes.

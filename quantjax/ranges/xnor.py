@@ -22,8 +22,8 @@ def _fit(
             fix="qj.integer(max_bits=1)",
         )
     magnitudes = jnp.abs(tensor.astype(jnp.float32))
-    mean = reduce_to(magnitudes, scale_shape, jnp.mean)
-    largest = reduce_to(magnitudes, scale_shape, jnp.max)
+    largest = reduce_to(magnitudes, scale_shape, jnp.max, initial=0.0)
+    mean = reduce_to(magnitudes, scale_shape, jnp.mean) if tensor.size else largest
     # At one bit a range spans one scale, so the mean itself becomes the scale.
     reach = jnp.where(bits == 1.0, mean, largest)
     return qparams_from_range(
@@ -36,8 +36,8 @@ XNOR = FitRule("xnor", _fit)
 
 That is a rule for one bit, codes -1 and +1. At every other width of a sweep, the scale is that of
 the largest magnitude, ``max |w| / steps``, as by ``MIN_MAX`` with symmetric codes. The zero point
-is 0, an all-zero group has scale 1. A format with another scale rule than real numbers has the
-scale of that rule for the mean.
+is 0; an all-zero group has scale 1, and at one bit, where 0 is no level, the smallest normal one. A
+format with another scale rule than real numbers has the scale of that rule for the mean.
 
 Raises:
   FormatError: a format that is no signed integer.

@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from quantjax import Estimator, QParams, fake_quant, integer
 from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, STRAIGHT_THROUGH
+from quantjax.estimators.gradients import scale_gradient
 from quantjax.simulation import apply, centered_codes
 from tests.laws.cases import GROUPS, SHAPE, spread_scale
 from tests.oracles import gradients as oracle
@@ -235,3 +236,18 @@ def test_estimators_are_asked_at_bypass_for_the_widest_codes():
     assert float(jax.grad(lambda a: loss(a, jnp.float32(4)))(alpha)) > 0.0
     assert float(loss(alpha, jnp.float32(0))) == float(jnp.sum(jnp.linspace(-1.0, 3.0, 9) ** 2))
     assert set(seen) == {8.0, 4.0}
+
+
+def test_second_derivatives_have_the_factor_of_the_gradient_too():
+    """LSQ's own ``x g + stop_gradient(x - x g)``, differentiated as often as one likes."""
+
+    def composed(x, g):
+        return x * g + lax.stop_gradient(x - x * g)
+
+    x, g = jnp.float32(3.0), jnp.float32(0.25)
+    for loss in (lambda y: y**2, lambda y: y**3 + jnp.sin(y)):
+        got, want = (
+            jax.grad(jax.grad(lambda x, scaled=scaled, loss=loss: loss(scaled(x, g))))(x)
+            for scaled in (scale_gradient, composed)
+        )
+        assert_allclose(got, want, rtol=1e-6)

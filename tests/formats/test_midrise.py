@@ -9,7 +9,7 @@ from numpy.testing import assert_array_equal
 import quantjax as qj
 from quantjax import errors
 from quantjax.formats import POWER_OF_TWO, Law, midrise
-from quantjax.rounding import FLOOR, STOCHASTIC
+from quantjax.rounding import FLOOR, HALF_AWAY, HALF_EVEN, STOCHASTIC
 from tests.refused import refused
 
 X = np.random.default_rng(0).uniform(-1.3, 1.3, 20_000).astype(np.float32)
@@ -25,6 +25,21 @@ def test_values_are_the_formula_of_the_paper(bits):
     assert tie.mean() < 0.01
     np.testing.assert_allclose(got[~tie], want[~tie], rtol=1e-6)
     assert np.unique(got).size == 2**bits
+
+
+TIES = {HALF_EVEN: np.rint, HALF_AWAY: lambda x: np.copysign(np.floor(np.abs(x) + 0.5), x)}
+
+
+@pytest.mark.parametrize("rounding", TIES, ids=lambda rounding: rounding.name)
+@pytest.mark.parametrize("bits", [1, 2, 4, 6])
+def test_ties_go_where_the_formula_has_them(bits, rounding):
+    x = np.arange(-(2 ** (bits + 1)), 2 ** (bits + 1) + 0.25, 0.25, dtype=np.float32)
+    rounded = 2.0 * TIES[rounding]((np.float64(x) - 1.0) / 2.0) + 1.0
+    got = qj.fake_quant(jnp.asarray(x), 1.0, bits=bits, format=midrise(), rounding=rounding)
+    assert_array_equal(got, np.clip(rounded, 1 - 2**bits, 2**bits - 1))
+    if rounding == HALF_EVEN and bits > 1:  # without bias: each tie with the next one
+        inside = np.abs(x) < 2**bits
+        assert abs(np.sum((np.asarray(got) - x)[inside])) <= 1.0  # of an odd number of ties
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

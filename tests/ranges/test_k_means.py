@@ -13,8 +13,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import quantjax as qj
 from quantjax import errors, formats
+from quantjax.affine import SMALLEST_SCALE
 from quantjax.arithmetic import Arithmetic
-from quantjax.formats import learned_codebook
+from quantjax.formats import UNIT, learned_codebook
 from quantjax.ranges import K_MEANS, k_means
 from quantjax.simulation import apply
 from tests import models
@@ -228,7 +229,7 @@ def test_scales_are_the_largest_magnitude_of_each_group(groups):
 def test_constant_and_zero_tensors_and_those_that_are_mostly_zero():
     zero, y = fitted(np.zeros(SHAPE, np.float32), 4)
     assert_array_equal(y, np.zeros(SHAPE))
-    assert zero.scale.item() == 1.0
+    assert zero.scale.item() == SMALLEST_SCALE
     for value in (3.7, -1e-3, 1e30):
         x = np.full(SHAPE, value, np.float32)
         qparams, y = fitted(x, 2)
@@ -248,9 +249,22 @@ def test_a_group_of_zeros_beside_others():
     x = drawn("normal", 13)
     x[2] = 0.0
     qparams, y = fitted(x, 4, (12, 1))
-    assert qparams.scale[2, 0] == 1.0
+    assert qparams.scale[2, 0] == SMALLEST_SCALE
     assert np.isfinite(y).all()
-    assert np.abs(y[2]).max() < 0.1
+    assert np.abs(y[2]).max() <= SMALLEST_SCALE
+
+
+@pytest.mark.parametrize("factor", [2.0**-24, 1.0, 100.0, 1e4, 3e30])
+def test_levels_without_a_scale_follow_the_tensor(factor):
+    """Where the scale is always 1, levels are the values themselves, however large."""
+    format = learned_codebook(max_bits=3, scale_rule=UNIT)
+    x = drawn("normal", 15) * np.float32(factor)
+    qparams = K_MEANS.fit(jnp.asarray(x), (1, 1), format, jnp.float32(3))
+    assert qparams.scale.item() == 1.0
+    unit = np.float64(x.std())
+    y = np.float64(qj.encode(jnp.asarray(x), qparams, format).dequantize())
+    least = oracle.least_squared_errors(x / unit, 8)[-1]
+    assert np.mean(((y - x) / unit) ** 2) < 1.2 * least
 
 
 def test_an_empty_tensor_and_low_precision():

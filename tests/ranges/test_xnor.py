@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from quantjax import errors
-from quantjax.affine import Fault, qparams_from_range
+from quantjax.affine import SMALLEST_SCALE, Fault, qparams_from_range
 from quantjax.arithmetic import Arithmetic
 from quantjax.formats import POWER_OF_TWO, integer
 from quantjax.formats.logarithmic import lognet
@@ -104,7 +104,7 @@ def test_the_scale_rule_of_the_format_is_followed():
 def test_zero_one_element_and_broken_groups():
     w = jnp.array([[0.0, 0.0], [1.0, 3.0], [jnp.nan, 1.0], [jnp.inf, 1.0]])
     got = XNOR.fit(w, (4, 1), BINARY, ONE)
-    assert_array_equal(got.scale, [[1.0], [2.0], [np.nan], [np.nan]])
+    assert_array_equal(got.scale, [[SMALLEST_SCALE], [2.0], [np.nan], [np.nan]])
     assert got.zero_point[2:].tolist() == [[float(Fault.NOT_FINITE)]] * 2
     single = XNOR.fit(jnp.array([-0.37]), (1,), BINARY, ONE)
     assert_array_equal(single.scale, np.float32([0.37]))

@@ -17,9 +17,14 @@ from tests.devices import DEVICES
 from tests.models import assert_same_bits
 
 GENERATOR = np.random.default_rng(0)
-MESH = jax.make_mesh((DEVICES // 2, 2), ("data", "model"))
 X = jnp.asarray(GENERATOR.normal(size=(16, 8)), jnp.float32)
 WHOLE = jnp.asarray(GENERATOR.integers(-9, 10, (16, 8)), jnp.float32)  # all sums are exact
+
+
+@functools.cache
+def mesh():
+    """Made when it is needed: a process with one device imports this file, too."""
+    return jax.make_mesh((DEVICES // 2, 2), ("data", "model"))
 
 
 def weights(**shapes):
@@ -31,7 +36,7 @@ def split(tree, *specs):
     leaves, structure = jax.tree.flatten(tree)
     specs = specs * len(leaves) if len(specs) == 1 else specs
     put = [
-        jax.device_put(leaf, NamedSharding(MESH, s)) for leaf, s in zip(leaves, specs, strict=True)
+        jax.device_put(leaf, NamedSharding(mesh(), s)) for leaf, s in zip(leaves, specs, strict=True)
     ]
     return jax.tree.unflatten(structure, put)
 
@@ -50,9 +55,9 @@ def contracted(params, x):
 
 def gathered(params, x):
     """Weights lie in parts and are put together before each product."""
-    mesh = jax.typeof(params["a"]).sharding.mesh
-    if not mesh.empty:
-        params = jax.tree.map(lambda w: reshard(w, NamedSharding(mesh, P())), params)
+    lies_on = jax.typeof(params["a"]).sharding.mesh
+    if not lies_on.empty:
+        params = jax.tree.map(lambda w: reshard(w, NamedSharding(lies_on, P())), params)
     return two_layers(params, x)
 
 
@@ -156,7 +161,7 @@ def a_grid_of_widths_is_that_of_one_device() -> None:
     together = functools.partial(every, lambda f, bits: jax.vmap(f)(bits))
     want = jax.jit(mapped)(params, WHOLE)
     spread, rows = split(params, *specs), split(WHOLE, P("data"))
-    with jax.set_mesh(MESH):
+    with jax.set_mesh(mesh()):
         for run in (mapped, together):
             agree(jax.jit(run)(spread, rows), want)
 
@@ -181,7 +186,7 @@ def steps_of_training_are_those_of_one_device() -> None:
         return jax.lax.scan(step, (params, optimizer.init(params)), None, length=3)
 
     (want, _), values = jax.jit(trained)(params, X)
-    with jax.set_mesh(MESH):
+    with jax.set_mesh(mesh()):
         (got, _), others = jax.jit(trained)(split(params, *specs), split(X, P("data")))
     np.testing.assert_allclose(others, values, rtol=1e-5)
     for path, leaf in want.items():
@@ -212,16 +217,16 @@ def single_tensors_keep_how_they_lie() -> None:
 
 def axes_may_be_explicit_in_part() -> None:
     kinds = (AxisType.Explicit, AxisType.Auto)
-    mesh = jax.make_mesh((DEVICES // 2, 2), ("data", "model"), axis_types=kinds)
+    in_part = jax.make_mesh((DEVICES // 2, 2), ("data", "model"), axis_types=kinds)
     f, params, _ = MODELS["rows of a batch"]
     plan = qj.plan(POLICIES["W8A8"], qj.sites(f, params, WHOLE))
-    rows = jax.device_put(WHOLE, NamedSharding(mesh, P("data")))
+    rows = jax.device_put(WHOLE, NamedSharding(in_part, P("data")))
     spread = {
-        "a": jax.device_put(params["a"], NamedSharding(mesh, P())),
-        "b": jax.device_put(params["b"], NamedSharding(mesh, P())),
+        "a": jax.device_put(params["a"], NamedSharding(in_part, P())),
+        "b": jax.device_put(params["b"], NamedSharding(in_part, P())),
     }
     want, state = jax.jit(qj.observe(f, plan))(qj.init(plan), params, WHOLE)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(in_part):
         got, seen = jax.jit(qj.observe(f, plan))(qj.init(plan), spread, rows)
     agree(got, want)
     agree(qj.calibrate(plan, seen, spread), qj.calibrate(plan, state, params))
@@ -236,7 +241,7 @@ def frozen_weights_are_executed_inside_shard_map() -> None:
         state = qj.observe(f, plan)(qj.init(plan), params, WHOLE)[1]
         qstate = qj.calibrate(plan, state, params)
         frozen, execute = qj.freeze(plan, qstate, params), qj.execute(f, plan)
-        specs = {"mesh": MESH, "in_specs": (P(), P(), P("data")), "out_specs": P("data")}
+        specs = {"mesh": mesh(), "in_specs": (P(), P(), P("data")), "out_specs": P("data")}
         want = jax.jit(execute)(qstate, frozen, WHOLE)
         got = jax.jit(jax.shard_map(execute, **specs))(qstate, frozen, split(WHOLE, P("data")))
         agree(got, want)
@@ -250,7 +255,7 @@ def shards_start_their_own_statistics_inside_shard_map() -> None:
         state = qj.observe(f, plan)(qj.init(plan), params, x)[1]
         return jax.tree.map(lambda leaf: leaf[None], state)
 
-    specs = {"mesh": MESH, "in_specs": (P(), P("data")), "out_specs": P("data")}
+    specs = {"mesh": mesh(), "in_specs": (P(), P("data")), "out_specs": P("data")}
     shards = jax.jit(jax.shard_map(of_shard, **specs))(params, split(WHOLE, P("data")))
     shards = jax.tree.map(np.asarray, shards)
     each = [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), shards) for i in range(4)]
@@ -285,7 +290,7 @@ CASES = {
 
 def main() -> None:
     assert jax.device_count() == DEVICES, jax.devices()
-    assert set(MESH.axis_types) == {AxisType.Explicit}
+    assert set(mesh().axis_types) == {AxisType.Explicit}
     for name, case in CASES.items():
         case()
         print(f"{name} holds", flush=True)

@@ -190,7 +190,7 @@ def _from_range(
 
 
 def _usable(scale: jax.Array, span: jax.Array, empty: jax.Array) -> jax.Array:
-    """A normal number. The span says what is empty: a tiny one's quotient is flushed to 0 on CPU."""
+    """A normal number. The span says what is empty: a tiny quotient is flushed to 0 on CPU."""
     return jnp.where(span == 0.0, empty, jnp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE))
 
 

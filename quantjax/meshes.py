@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, reshard, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
-REPLICATED = P()
+REPLICATED: Any = P()  # specs stand in the places of arrays
 
 
 def mesh_of(tree: Any) -> Mesh | AbstractMesh | None:
@@ -30,7 +30,7 @@ def mesh_of(tree: Any) -> Mesh | AbstractMesh | None:
     return found
 
 
-def spec_of(x: Any, shape: Sequence[int] | None = None) -> P:
+def spec_of(x: Any, shape: Sequence[int] | None = None) -> Any:
     """Along which mesh axes an array, or the type of one, is split.
 
     Args:

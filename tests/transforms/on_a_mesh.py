@@ -36,7 +36,8 @@ def split(tree, *specs):
     leaves, structure = jax.tree.flatten(tree)
     specs = specs * len(leaves) if len(specs) == 1 else specs
     put = [
-        jax.device_put(leaf, NamedSharding(mesh(), s)) for leaf, s in zip(leaves, specs, strict=True)
+        jax.device_put(leaf, NamedSharding(mesh(), s))
+        for leaf, s in zip(leaves, specs, strict=True)
     ]
     return jax.tree.unflatten(structure, put)
 

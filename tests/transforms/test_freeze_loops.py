@@ -36,9 +36,7 @@ def beside(use):
 
 HANDED_ON = {
     "carry that shrinks": beside(lambda w, p, x: lax.fori_loop(0, 3, lambda i, c: c * 0.9, w)),
-    "carry of a scan": beside(
-        lambda w, p, x: lax.scan(lambda c, t: (c + t.sum(), None), w, x)[0]
-    ),
+    "carry of a scan": beside(lambda w, p, x: lax.scan(lambda c, t: (c + t.sum(), None), w, x)[0]),
     "a row as carry": lambda p, x: lax.scan(
         lambda h, t: (jnp.tanh(t @ p["w"] + h), None), p["w"][0], x
     )[0],
@@ -95,9 +93,7 @@ KEPT = {
     "w, handed out as it came in": lambda p, x: (
         x @ lax.scan(lambda h, q: (h + x.sum(), q), 0.0, p["w"])[1]
     ),
-    "w, from both branches": lambda p, x: (
-        x @ lax.cond(x.sum() > 0, lambda: p["w"], lambda: p["w"])
-    ),
+    "w, from both branches": lambda p, x: x @ lax.cond(x.sum() > 0, lambda: p["w"], lambda: p["w"]),
 }
 
 

@@ -174,7 +174,7 @@ def test_kernels_without_a_range_raise(value):
 
 
 def test_an_empty_kernel_raises():
-    with pytest.raises(errors.DataError, match="never calibrated"):
+    with pytest.raises(errors.DataError, match="without entries"):
         quantize_params({"kernel": jnp.zeros((0, 4))}, whole())
 
 

@@ -102,6 +102,12 @@ class IntegerFormat(Format):
         half = _two_to(bits, 1)
         return jnp.maximum(half - 1.0, 1.0) if self.narrow else half
 
+    def holds_zero(self, like: jax.Array, bits: jax.Array, theta: Theta = ()) -> jax.Array:
+        """Not one signed bit, and not unsigned narrow codes of more."""
+        low, _ = self.level_range(bits, theta)
+        held = jnp.asarray(bits) != 1.0 if self.signed else low == 0.0
+        return jnp.broadcast_to(held, like.shape)
+
     def is_elementwise(self, theta: Theta) -> bool:
         """The level is the code."""
         del theta

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.oracles.integers import Integers, bounds
+from tests.oracles.integers import Integers, bounds, levels
 
 SMALLEST_NORMAL = np.finfo(np.float32).tiny
 LARGEST = np.finfo(np.float32).max
@@ -48,7 +48,7 @@ def float32_parameters(
     count = np.float32(step_count(family, symmetric=symmetric))
     if symmetric:
         span = np.maximum(np.abs(low), np.abs(high))
-        scale = usable(span / count, span)
+        scale = usable(span / count, span, empty=empty_scale(family))
         return Parameters(scale, np.zeros_like(scale))
     low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
     with np.errstate(over="ignore"):
@@ -59,6 +59,11 @@ def float32_parameters(
     return Parameters(scale, np.clip(bottom - np.rint(low / scale), bottom, top))
 
 
-def usable(scale: np.ndarray, span: np.ndarray) -> np.ndarray:
-    """1 for an empty span, neither subnormal nor infinite otherwise."""
-    return np.float32(np.where(span == 0, 1, np.clip(scale, SMALLEST_NORMAL, LARGEST)))
+def empty_scale(family: Integers) -> float:
+    """Of a symmetric range of zeros: 1 where 0 is a code, or zeros would become ±1."""
+    return 1.0 if 0 in levels(family) else float(SMALLEST_NORMAL)
+
+
+def usable(scale: np.ndarray, span: np.ndarray, *, empty: float = 1.0) -> np.ndarray:
+    """``empty`` for an empty span, neither subnormal nor infinite otherwise."""
+    return np.float32(np.where(span == 0, empty, np.clip(scale, SMALLEST_NORMAL, LARGEST)))

@@ -83,3 +83,13 @@ def test_of_nothing_fits_find_a_finite_scale(name):
     )  # fmt: skip
     with refused(errors.DataError, "a kernel without entries has no range", "w"):
         qj.quantize_params({"w": jnp.zeros((0, 4))}, policy)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("narrow", [True, False])
+def test_integers_say_of_zero_what_rounding_it_says(signed, narrow):
+    format, one = qj.integer(signed=signed, narrow=narrow), jnp.ones((2, 1))
+    for bits in map(float, range(1, 9)):
+        stated = format.holds_zero(one, jnp.float32(bits))
+        rounded = qj.formats.Format.holds_zero(format, one, jnp.float32(bits))
+        np.testing.assert_array_equal(stated, rounded)

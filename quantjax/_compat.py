@@ -19,6 +19,8 @@ from jax._src import core as _core
 from jax._src import source_info_util as _source_info
 from jax.extend import core as jex_core
 
+from quantjax.meshes import has_automatic_axes
+
 JIT_PRIMITIVES = ("jit", "pjit")
 
 BARRIERS_HOLD = jax.__version_info__ >= (0, 11)
@@ -40,7 +42,7 @@ def bind_in_context(eqn: jex_core.JaxprEqn, *operands: Any) -> list[Any]:
 def bind_altered(eqn: jex_core.JaxprEqn, changes: Mapping[str, Any], *operands: Any) -> list[Any]:
     """:func:`bind_in_context` with some parameters of the equation replaced."""
     options = {**eqn.params, **changes}
-    if options.get("out_sharding") is not None and _has_automatic_axes():
+    if options.get("out_sharding") is not None and has_automatic_axes():
         options["out_sharding"] = None  # said for a mesh with explicit axes
     params = eqn.primitive.get_bind_params(options)
     subfuns: tuple[Any, ...] = ()
@@ -50,11 +52,6 @@ def bind_altered(eqn: jex_core.JaxprEqn, changes: Mapping[str, Any], *operands: 
         return [_jitted(eqn.primitive, tuple(params.items()))(*operands)]
     out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def _has_automatic_axes() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and jax.sharding.AxisType.Explicit not in mesh.axis_types
 
 
 def _is_eager() -> bool:

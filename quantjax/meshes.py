@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, reshard, use_abstract_mesh
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    get_abstract_mesh,
+    reshard,
+    use_abstract_mesh,
+)
 from jax.sharding import PartitionSpec as P
 
 REPLICATED: Any = P()  # specs stand in the places of arrays
@@ -62,6 +70,25 @@ def placed(tree: Any, mesh: Mesh | AbstractMesh | None) -> Any:
     return jax.tree.map(leaf, tree)
 
 
+def together(*trees: Any) -> Any:
+    """All of them on the mesh with explicit axes that some leaf lies on, if there is one.
+
+    A program that was traced for one device cannot be mapped over an axis of a mesh.
+    """
+    return placed(trees, mesh_of(trees))
+
+
+def moved(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """``tree`` with the type that a copy on each device has on this mesh."""
+    return jax.tree.map(lambda x: _as(x, REPLICATED, mesh), tree)
+
+
+def has_automatic_axes() -> bool:
+    """Whether the program around is on a mesh of which no axis is explicit."""
+    mesh = get_abstract_mesh()
+    return not mesh.empty and AxisType.Explicit not in mesh.axis_types
+
+
 def automatic(
     function: Callable[..., Any], *arguments: Any, specs: Callable[[Any], Any] | None = None
 ) -> Any:
@@ -80,7 +107,7 @@ def automatic(
         {name: AxisType.Auto for name, kind in axes if kind is AxisType.Explicit}
     )
     # No statement of how they are split: automatic axes keep what is there.
-    arguments = jax.tree.map(lambda x: _as(x, REPLICATED, free), arguments)
+    arguments = moved(arguments, free)
     with use_abstract_mesh(free):
         found = function(*arguments)
     return jax.tree.map(

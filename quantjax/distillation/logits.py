@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from quantjax import errors
 from quantjax._compat import concrete
+from quantjax.meshes import automatic, spec_of
 from quantjax.printing import shape_text
 
 _SERIES = 0.1  # below it, the remainder of the exponential series beyond d^6 is under float32
@@ -76,7 +78,9 @@ def kd_loss(
     a = jnp.where((a >= 0.0) & (a <= 1.0), a, jnp.nan)
     loss = _share(a, _divergence(teacher, student, t))
     if labels is not None:
-        loss += _share(1.0 - a, _cross_entropy(student, jnp.asarray(labels)))
+        rows = lambda _: P(*spec_of(student)[:-1])  # noqa: E731
+        entropy = automatic(_cross_entropy, student, jnp.asarray(labels), specs=rows)
+        loss += _share(1.0 - a, entropy)
     if where is None:
         return jnp.mean(loss) if loss.size else jnp.zeros((), jnp.float32)
     counted = jnp.broadcast_to(where, loss.shape)

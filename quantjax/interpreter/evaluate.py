@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax.extend import core as jex_core
+from jax.sharding import get_abstract_mesh
 
 from quantjax import errors
 from quantjax._compat import bind_equation, bind_in_context, equation_context
@@ -18,7 +19,15 @@ from quantjax.interpreter.sites import Added, Location, Site
 from quantjax.interpreter.sums import summed
 from quantjax.interpreter.trace import Program
 from quantjax.interpreter.turns import NO_TURNS, Turned, turned
-from quantjax.meshes import REPLICATED, automatic, mesh_of, placed, spec_of
+from quantjax.meshes import (
+    REPLICATED,
+    automatic,
+    has_automatic_axes,
+    mesh_of,
+    moved,
+    placed,
+    spec_of,
+)
 
 
 class Visit(NamedTuple):
@@ -252,7 +261,7 @@ class _Walk:
 
         met = (operands[0], operands[1], value, state, carried.shared)
         with equation_context(product.eqn):
-            outcome = automatic(handled, product.rest, *met, specs=_as_result(product.out))
+            outcome = _computed(handled, product.out, product.rest, *met)
         _check_result(site, outcome.out, product.out)
         return outcome
 
@@ -281,7 +290,7 @@ class _Walk:
 
         pair = operands[1 - added.side], operands[added.side]
         with equation_context(eqn):
-            outcome = automatic(handled, *pair, *met, specs=_as_result(eqn.outvars[0].aval))
+            outcome = _computed(handled, eqn.outvars[0].aval, *pair, *met)
         _check_result(added.site, outcome.out, eqn.outvars[0].aval)
         return outcome
 
@@ -305,9 +314,18 @@ class _Walk:
             )
 
 
-def _as_result(out: Any) -> Callable[[Any], Outcome]:
-    """How an outcome is split over a mesh: as the equation's own result, all else copied."""
-    return lambda _: Outcome(spec_of(out), REPLICATED, REPLICATED, REPLICATED)
+def _computed(handled: Callable[..., Outcome], result: Any, *met: Any) -> Outcome:
+    """The outcome on a mesh with explicit axes: the result as the equation has it, copies of else.
+
+    Where the equation itself lies in a part of the program with automatic axes (``auto_axes``, a
+    lookup with ``out_sharding``), what comes from around it goes there and back.
+    """
+    mesh = mesh_of(met)
+    if mesh is None or not has_automatic_axes():
+        specs = lambda _: Outcome(spec_of(result), REPLICATED, REPLICATED, REPLICATED)  # noqa: E731
+        return cast(Outcome, automatic(handled, *met, specs=specs))
+    outcome = handled(*moved(met, get_abstract_mesh()))
+    return Outcome(outcome.out, *moved(tuple(outcome[1:]), mesh))
 
 
 def _check_result(site: Site, out: jax.Array, expected: Any) -> None:

@@ -250,7 +250,9 @@ def results(eqn: jex_core.JaxprEqn, operands: Sequence[Origin]) -> list[Origin]:
         kind = OriginKind.FUNCTION
     if kind is OriginKind.DATA or eqn.effects:
         return [data(operands)] * len(eqn.outvars)
-    paths = tuple(sorted({path for operand in operands for path in operand.paths}))
+    # A leaf is that parameter, whichever others say which of its entries are taken.
+    sources = operands[:1] if kind is OriginKind.LEAF else operands
+    paths = tuple(sorted({path for operand in sources for path in operand.paths}))
     inner = ",".join(operand.signature for operand in operands)
     stated = ADDRESS.sub("", repr(sorted(eqn.params.items(), key=str)))
     params = hashlib.sha256(stated.encode()).hexdigest()[:12]

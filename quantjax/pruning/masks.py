@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import numbers
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from quantjax._compat import concrete
 from quantjax.arguments import expect
 from quantjax.interpreter import leaves_by_path
 from quantjax.kernels import as_site, is_kernel
+from quantjax.meshes import automatic, spec_of
 from quantjax.printing import shape_text
 from quantjax.pruning.criteria import Criterion, magnitude
 from quantjax.pruning.structures import ELEMENTS, Scope, Structure, kept
@@ -108,9 +109,10 @@ def prune_mask(
     scores = criterion.scores(kernels)
     _check_scores(scores, kernels, criterion)
     if scope is Scope.GLOBAL:
-        masks = _together(scores, sparsity)
+        specs = lambda _: jax.tree.map(spec_of, scores)  # noqa: E731
+        masks = automatic(_together, scores, sparsity, specs=specs)
     else:
-        masks = {n: structure.mask(s, sparsity, f"parameter {n}") for n, s in scores.items()}
+        masks = {name: _alone(structure, name, score, sparsity) for name, score in scores.items()}
     leaves = [masks.get(name, jnp.ones((), bool)) for name in named]
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), leaves)
 
@@ -143,6 +145,15 @@ def _selected(named: Any, select: Selector) -> dict[str, jax.Array]:
             fix="qj.path('*kernel'), or leave select out",
         )
     return found
+
+
+def _alone(
+    structure: Structure, name: str, score: jax.Array, sparsity: float | jax.Array
+) -> jax.Array:
+    def mask(score: jax.Array, sparsity: float | jax.Array) -> jax.Array:
+        return structure.mask(score, sparsity, f"parameter {name}")
+
+    return cast(jax.Array, automatic(mask, score, sparsity, specs=lambda _: spec_of(score)))
 
 
 def _together(scores: Any, sparsity: float | jax.Array) -> dict[str, jax.Array]:

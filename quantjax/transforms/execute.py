@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from quantjax.interpreter import (
 )
 from quantjax.interpreter.trace import Function
 from quantjax.layout import codes_in_product
-from quantjax.meshes import REPLICATED, automatic, spec_of
+from quantjax.meshes import REPLICATED, automatic, spec_of, together
 from quantjax.planning import Plan
 from quantjax.products import (
     Coded,
@@ -52,7 +51,15 @@ from quantjax.transforms.live import live_qparams
 from quantjax.transforms.qstate import checked_qstate, whole_widths
 from quantjax.transforms.sites import check_arguments, check_program
 from quantjax.transforms.steps import over_steps
-from quantjax.transforms.stored import StoredWeight, frozen_leaves, stored_weights, with_frozen
+from quantjax.transforms.stored import (
+    StoredWeight,
+    check_uses,
+    for_every_entry,
+    frozen_leaves,
+    not_frozen,
+    stored_weights,
+    with_frozen,
+)
 
 INTEGER_FORMS = (Execution.INTEGER, Execution.GROUPED)
 
@@ -110,8 +117,10 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
         qstate = with_frozen(plan, stored, whole_widths(qstate), frozen)
         qstate = checked_qstate(plan, qstate)
         _check_widths(plan, qstate)
+        qstate, params, inputs = together(qstate, params, inputs)
         program = programs(params, *inputs)
         check_program(plan, program)
+        check_uses(plan, program, stored, frozen)
 
         def handler(visit: Visit) -> Outcome:
             entry = planned[visit.site.name]
@@ -126,7 +135,7 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
         def addition(met: Addition) -> Outcome:
             return added(planned[met.site.name], met, met.value.qparams, met.state)
 
-        keys = site_keys(_not_frozen(plan, stored, frozen), key)
+        keys = site_keys(not_frozen(plan, stored, frozen), key)
         values = _values(plan, program, stored, qstate, frozen, params, keys)
         carried, additions = Carried(values, keys), additions_of(planned, addition)
         return evaluate(
@@ -134,26 +143,6 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
         ).result
 
     return executing
-
-
-def _not_frozen(
-    plan: Plan, stored: Mapping[str, StoredWeight], frozen: Mapping[str, QTensor]
-) -> Plan:
-    """The plan without the quantizers of weights that are codes already: they need no key."""
-
-    def left(entry: SitePlan) -> SitePlan:
-        name = entry.site.name
-        ready = name in stored and stored[name].path in frozen
-        operands = []
-        for operand in entry.operands:
-            quantizer = operand.quantizer
-            if quantizer is not None:
-                gone = ready and operand.is_weight
-                quantizer = None if gone else _for_every_entry(quantizer)
-            operands.append(dataclasses.replace(operand, quantizer=quantizer))
-        return dataclasses.replace(entry, operands=tuple(operands))
-
-    return dataclasses.replace(plan, sites=tuple(map(left, plan.sites)))
 
 
 def _sums(entry: SitePlan, visit: Visit, executed: Executed) -> Sums | None:
@@ -220,7 +209,7 @@ def _looked_up(entry: SitePlan, visit: Visit, keys: SiteKeys) -> Executed:
     if codes is None:  # still a float
         assert operand.quantizer is not None
         qparams = live_qparams(operand, visit.lhs, visit.value.qparams[operand.key])
-        arithmetic = _for_every_entry(operand.quantizer).arithmetic
+        arithmetic = for_every_entry(operand.quantizer).arithmetic
         rows = quantized_rows(visit.product, visit.lhs, qparams, arithmetic, keys.sides[0])
     else:
         rows = decoded_rows(visit.product, *varying_like(codes, visit.lhs))
@@ -255,20 +244,13 @@ def _multiplied(
 
 def encoded(x: jax.Array, qparams: QParams, quantizer: Quantizer, key: Key | None) -> Codes:
     """The codes of a tensor that comes in float, as floats."""
-    arithmetic = _for_every_entry(quantizer).arithmetic
+    arithmetic = for_every_entry(quantizer).arithmetic
     x, qparams = prepare(x, qparams, arithmetic)
     zero_point = jnp.round(jnp.asarray(qparams.zero_point, jnp.float32))
     centered = centered_codes(x, qparams, arithmetic, key)
     centered = jnp.where(jnp.isnan(centered), 0.0, centered)
     scale = where_bypassed(qparams.bits, jnp.nan, qparams.scale)  # no codes to execute
     return Codes(centered + expand(zero_point, x.shape), zero_point, scale)
-
-
-def _for_every_entry(quantizer: Quantizer) -> Quantizer:
-    """Without the draws of an estimator, which are for training."""
-    if not quantizer.estimator.is_random:
-        return quantizer
-    return dataclasses.replace(quantizer, estimator=quantizer.estimator._replace(chosen=None))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -24,7 +24,7 @@ from quantjax.interpreter import (
     leaves_by_path,
 )
 from quantjax.interpreter.trace import Function
-from quantjax.meshes import REPLICATED, automatic, spec_of
+from quantjax.meshes import REPLICATED, automatic, spec_of, together
 from quantjax.planning import Plan
 from quantjax.products import Coded, coded, in_float, multiply, quantized_rows
 from quantjax.site_plan import OperandPlan, SitePlan, resized
@@ -107,12 +107,14 @@ def fake_quantize(
         plan.check_params(params)
         qstate = checked_qstate(plan, qstate, leave_integers=True)
         keys = site_keys(plan, key)
+        qstate, params, inputs = together(qstate, params, inputs)
         program = programs(params, *inputs)
         check_program(plan, program)
-        return _Prepared(program, keys, site_values(plan, program, qstate, params, keys))
+        values = site_values(plan, program, qstate, params, keys)
+        return _Prepared(program, keys, values, (params, *inputs))
 
     def quantized(qstate: QState, params: Any, *inputs: Any, key: Key | None = None) -> Any:
-        program, keys, values = prepared(qstate, params, inputs, key)
+        program, keys, values, given = prepared(qstate, params, inputs, key)
 
         def handler(visit: Visit) -> Outcome:
             return quantized_product(planned[visit.site.name], visit)
@@ -122,7 +124,7 @@ def fake_quantize(
 
         carried, additions = Carried(values, keys), additions_of(planned, addition)
         return evaluate(
-            program, handler, frozenset(planned), carried, params, *inputs, additions=additions
+            program, handler, frozenset(planned), carried, *given, additions=additions
         ).result
 
     def observing(
@@ -135,7 +137,7 @@ def fake_quantize(
     ) -> tuple[Any, State]:
         mask = None if where is None else jnp.asarray(where)
         check_inputs(inputs, mask)
-        program, keys, values = prepared(qstate, params, inputs, key)
+        program, keys, values, given = prepared(qstate, params, inputs, key)
 
         def handler(visit: Visit) -> Outcome:
             entry, (drawn, before) = planned[visit.site.name], visit.state
@@ -157,7 +159,7 @@ def fake_quantize(
         watched = {name: _Watched(keys.get(name), seen.get(name, {})) for name in planned}
         carried, additions = Carried(values, watched, mask), additions_of(planned, addition)
         result, after, _ = evaluate(
-            program, handler, frozenset(planned), carried, params, *inputs, additions=additions
+            program, handler, frozenset(planned), carried, *given, additions=additions
         )
         found = {name: after[name].statistics for name in seen}
         check_statistics(found)
@@ -170,6 +172,7 @@ class _Prepared(NamedTuple):
     program: Program
     keys: Mapping[str, Key]
     values: dict[str, SiteValue]
+    arguments: tuple[Any, ...]
 
 
 class _Watched(NamedTuple):

@@ -27,10 +27,12 @@ from quantjax.transforms.sites import check_plan
 from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import (
     StoredWeight,
+    agreement,
     parameter_qparams,
     same_arrays,
     same_qparams,
     stored_weights,
+    unless,
 )
 
 
@@ -85,8 +87,11 @@ def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -
         _check_agreement(weights, stated)
         own = _key_for(weights[0], key, number)
         learned = _learned(weights[0], qstate)
-        for weight in weights[1:]:
-            _check_transforms(weights[0], weight, learned, _learned(weight, qstate))
+        for weight, other in zip(weights[1:], stated[1:], strict=True):
+            its = _learned(weight, qstate)
+            _check_transforms(weights[0], weight, learned, its)
+            agrees = agreement((stated[0], learned), (other, its))
+            stated[0] = stated[0]._replace(scale=unless(agrees, stated[0].scale))
         leaf = leaves[path]
         _check_known(weights[0], leaf, stated[0])
         encode = partial(_encode, weights[0])

@@ -15,12 +15,12 @@ from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams
 from quantjax.formats import Format
-from quantjax.interpreter import leaves_by_path
+from quantjax.interpreter import Program, leaves_by_path
 from quantjax.layout import Move, moves_of, scale_in_parameter, scale_in_product
 from quantjax.planning import Plan
 from quantjax.printing import shape_text
 from quantjax.qtensor import QTensor, is_quantized
-from quantjax.quantizer import RangeMode
+from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.steps import over_steps
@@ -104,10 +104,44 @@ def same_arrays(first: Any, other: Any) -> bool:
     return True
 
 
+def agreement(first: Any, other: Any) -> jax.Array | None:
+    """Whether trees of equal shapes are equal, where a trace hides it; None where it is known.
+
+    Up to what another program makes of the same numbers.
+    """
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
+    hidden = [pair for pair in pairs if any(concrete(side) is None for side in pair)]
+    if not hidden:
+        return None
+    each = [jnp.all(jnp.isclose(a, b, rtol=1e-5, atol=0.0, equal_nan=True)) for a, b in hidden]
+    return jnp.all(jnp.stack(each))
+
+
+def unless(agrees: jax.Array | None, scale: jax.Array) -> jax.Array:
+    """The scale; NaN where what has to agree turns out not to."""
+    return scale if agrees is None else jnp.where(agrees, scale, jnp.nan)
+
+
 def frozen_leaves(qparams: Any) -> dict[str, QTensor]:
     """The quantized leaves of a tree, by path."""
     named = leaves_by_path(qparams, is_leaf=is_quantized)
     return {path: leaf for path, leaf in named.items() if is_quantized(leaf)}
+
+
+def check_uses(
+    plan: Plan, program: Program, stored: Mapping[str, StoredWeight], frozen: Mapping[str, QTensor]
+) -> None:
+    """Raise ``FreezeError`` where a program uses a frozen weight in float, and the planned one,
+    which is all that ``freeze`` knows, does not."""
+    for weight in stored.values():
+        use = program.others.get(weight.path)
+        if weight.path in frozen and use is not None and weight.path not in plan.others:
+            raise errors.FreezeError(
+                f"the parameter {weight.path} is used in float as well",
+                where=f"{weight.where}; also used by {use}, in this program alone",
+                why="it is frozen, and was planned with inputs of which nothing else used it",
+                fix="plan and freeze with inputs of these shapes: qj.sites(f, params, x)",
+            )
 
 
 def with_frozen(
@@ -124,8 +158,9 @@ def with_frozen(
         if tensor is None or quantizer is None:
             continue
         _check_format(weight, tensor.format, quantizer.format)
+        agrees = None
         if key in merged.get(name, {}):
-            _check_same(weight, parameter_qparams(weight, merged), tensor.qparams)
+            agrees = _check_same(weight, parameter_qparams(weight, merged), tensor.qparams)
         given = merged.setdefault(name, {}).get(key)
         widths = jnp.max(tensor.qparams.bits) if given is None else given.bits
 
@@ -135,10 +170,38 @@ def with_frozen(
             return scale_in_product(fitted, weight.moves, shape)
 
         scale, zero_point = moved(tensor.qparams.scale), moved(tensor.qparams.zero_point)
+        scale = unless(agrees, scale)
         bits = jnp.broadcast_to(widths, weight.entry.site.steps)
         theta = tensor.format.map_groups(tensor.qparams.theta, moved)
         merged[name][key] = QParams(scale, zero_point, bits, theta)
     return {entry.site.name: merged.get(entry.site.name, {}) for entry in plan.quantized}
+
+
+def not_frozen(
+    plan: Plan, stored: Mapping[str, StoredWeight], frozen: Mapping[str, QTensor]
+) -> Plan:
+    """The plan without the quantizers of weights that are codes already: they need no key."""
+
+    def left(entry: SitePlan) -> SitePlan:
+        name = entry.site.name
+        ready = name in stored and stored[name].path in frozen
+        operands = []
+        for operand in entry.operands:
+            quantizer = operand.quantizer
+            if quantizer is not None:
+                gone = ready and operand.is_weight
+                quantizer = None if gone else for_every_entry(quantizer)
+            operands.append(dataclasses.replace(operand, quantizer=quantizer))
+        return dataclasses.replace(entry, operands=tuple(operands))
+
+    return dataclasses.replace(plan, sites=tuple(map(left, plan.sites)))
+
+
+def for_every_entry(quantizer: Quantizer) -> Quantizer:
+    """Without the draws of an estimator, which are for training."""
+    if not quantizer.estimator.is_random:
+        return quantizer
+    return dataclasses.replace(quantizer, estimator=quantizer.estimator._replace(chosen=None))
 
 
 def _fitted(weight: StoredWeight, array: jax.Array, planned: tuple[int, ...]) -> jax.Array:
@@ -169,15 +232,17 @@ def _check_format(weight: StoredWeight, found: Format, planned: Format) -> None:
         )
 
 
-def _check_same(weight: StoredWeight, stated: QParams, stored: QParams) -> None:
+def _check_same(weight: StoredWeight, stated: QParams, stored: QParams) -> jax.Array | None:
     shape = stated.zero_point.shape
     if stored.zero_point.shape != shape and stored.zero_point.ndim == len(shape):
         # One zero point for all that share it; symmetric weights are frozen so.
         stored = stored._replace(zero_point=jnp.broadcast_to(stored.zero_point, shape))
-    if not same_qparams(stated._replace(bits=stored.bits), stored):
+    stated = stated._replace(bits=stored.bits)
+    if not same_qparams(stated, stored):
         raise errors.FreezeError(
             "the weight was frozen with other QParams than those of the qstate",
             where=weight.where,
             why="codes have no meaning but by the QParams that made them",
             fix="qparams = qj.freeze(plan, qstate, params) with this qstate",
         )
+    return agreement(stated, stored)

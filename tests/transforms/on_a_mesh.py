@@ -233,6 +233,82 @@ def axes_may_be_explicit_in_part() -> None:
     agree(qj.calibrate(plan, seen, spread), qj.calibrate(plan, state, params))
 
 
+def parts_of_a_program_may_have_automatic_axes() -> None:
+    """``auto_axes`` around a product, which is also how a lookup says how its rows lie."""
+
+    def lies(params):
+        return jax.typeof(params["e"]).sharding.mesh
+
+    def f(params, tokens):
+        around, e = lies(params), params["e"]
+        if around.empty:
+            return jnp.tanh(e[tokens] @ params["w"])
+        rows = NamedSharding(around, P("data", None, None))
+        h = e.at[tokens].get(out_sharding=rows)
+        product = jax.sharding.auto_axes(lambda h, w: jnp.tanh(h @ w))
+        return product(h, params["w"], out_sharding=rows)
+
+    params = weights(e=(12, 8), w=(8, 8))
+    tokens = jnp.asarray(GENERATOR.integers(0, 12, (8, 3)), jnp.int32)
+    scheme = qj.Scheme(
+        weights=WEIGHT(), activations=qj.activation_quantizer(), outputs=qj.activation_quantizer()
+    )
+    plan = qj.plan(qj.Policy([qj.rule(qj.everything(), scheme)]), qj.sites(f, params, tokens))
+    y, state = jax.jit(qj.observe(f, plan))(qj.init(plan), params, tokens)
+    qstate = qj.calibrate(plan, state, params)
+    spread = split(params, P("model"), P(None, "model"))
+    rows = split(tokens, P("data"))
+    got, seen = jax.jit(qj.observe(f, plan))(qj.init(plan), spread, rows)
+    agree(got, y)
+    agree(qj.calibrate(plan, seen, spread), qstate)
+    want = jax.jit(qj.fake_quantize(f, plan))(qstate, params, tokens)
+    agree(jax.jit(qj.fake_quantize(f, plan))(qstate, spread, rows), want)
+    frozen = qj.freeze(plan, qstate, spread)
+    agree(jax.jit(qj.execute(f, plan))(qstate, frozen, rows), want)
+    report = jax.jit(qj.compare(f, plan))(qstate, spread, rows)
+    alone = jax.jit(qj.compare(f, plan))(qstate, params, tokens)
+    np.testing.assert_allclose(report["w"].sqnr, alone["w"].sqnr, rtol=1e-4)
+
+
+def masks_and_losses_are_those_of_one_device() -> None:
+    params = {name: X[:, :8] * number for number, name in enumerate("ab", 1)}
+    two = qj.pruning.NOfM(m=4)
+    for spec in (P("data", "model"), P(None, "model"), P("data")):
+        spread = split(params, spec)
+        for scope in qj.pruning.Scope:
+            masks = qj.prune_mask(spread, 0.5, scope=scope)
+            agree(masks, qj.prune_mask(params, 0.5, scope=scope))
+            assert masks["a"].sharding.is_equivalent_to(spread["a"].sharding, 2)
+            agree(qj.apply_mask(spread, masks), qj.apply_mask(params, masks))
+        pair = qj.prune_mask(spread, 0.5, structure=two)
+        agree(pair, qj.prune_mask(params, 0.5, structure=two))
+    labels = jnp.arange(16, dtype=jnp.int32) % 8
+    want = qj.kd_loss(X, 2.0 * X, labels)
+    for spec in (P("data"), P("data", "model"), P(None, "model")):
+        got = jax.jit(qj.kd_loss)(split(X, spec), split(2.0 * X, spec), split(labels, P(spec[0])))
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def cells_may_be_spread_over_devices() -> None:
+    f, params, _ = MODELS["rows of a batch"]
+    plan = qj.plan(POLICIES["W8A8"], qj.sites(f, params, WHOLE))
+    state = qj.observe(f, plan)(qj.init(plan), params, WHOLE)[1]
+
+    def every(widths, params, x):
+        def cell(bits):
+            qstate = qj.calibrate(plan, state, params, weight_bits=bits, activation_bits=bits)
+            return qj.fake_quantize(f, plan)(qstate, params, x)
+
+        return jax.vmap(cell)(widths)
+
+    widths = jnp.array([2.0, 4.0, 8.0, 0.0])
+    want = jax.jit(every)(widths, params, WHOLE)
+    with jax.set_mesh(mesh()):
+        got = jax.jit(every)(split(widths, P("data")), params, WHOLE)
+    assert got.sharding.spec[0] == "data"
+    agree(got, want)
+
+
 def frozen_weights_are_executed_inside_shard_map() -> None:
     """Where the product runs in float, codes have to vary over devices as the weight would."""
     f, params, _ = MODELS["rows of a batch"]
@@ -282,6 +358,9 @@ CASES = {
             steps_of_training_are_those_of_one_device,
             single_tensors_keep_how_they_lie,
             axes_may_be_explicit_in_part,
+            parts_of_a_program_may_have_automatic_axes,
+            masks_and_losses_are_those_of_one_device,
+            cells_may_be_spread_over_devices,
             frozen_weights_are_executed_inside_shard_map,
             shards_start_their_own_statistics_inside_shard_map,
         )

@@ -1,4 +1,5 @@
-"""A weight that loops and branches hand on as a float is used in float, and is not frozen."""
+"""Uses of a weight in float that are hard to see: by loops and branches, by indices that are
+parameters, in another program than the planned one; and what a trace hides when it is frozen."""
 
 import jax
 import jax.numpy as jnp
@@ -107,3 +108,68 @@ def test_a_weight_that_loops_leave_as_it_is_is_frozen(name):
     want = jax.jit(qj.fake_quantize(f, plan))(qstate, LAYERS, X)
     got = jax.jit(qj.execute(f, plan))(qstate, frozen, X)
     assert jnp.allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def by_index(p, x):
+    return x @ p["w"] + p["w"][p["i"]][None]
+
+
+def by_slice(p, x):
+    return x @ p["w"] + lax.dynamic_slice(p["w"], (p["i"], 0), (1, 6))
+
+
+@pytest.mark.parametrize("f", [by_index, by_slice])
+@pytest.mark.parametrize("index", ["i", "z"], ids=["sorted ahead", "sorted behind"])
+def test_entries_that_a_parameter_chooses_are_those_of_the_weight(f, index):
+    """Both paths flow in; the weight is the one that is used in float."""
+    params = {index: jnp.int32(2), "w": PARAMS["w"]}
+    g = lambda p, x: f({"i": p[index], "w": p["w"]}, x)  # noqa: E731
+    plan = planned(g, params)
+    assert "w" in plan.others
+    with refused(errors.FreezeError, "the parameter w is used in float as well"):
+        qj.freeze(plan, qj.calibrate(plan, {}, params), params)
+
+
+def test_a_site_is_named_by_its_weight_and_not_by_what_chooses_from_it():
+    params = {"i": jnp.int32(1), "s": normal(3, 3, 6, 6)}
+    table = qj.sites(lambda p, x: x @ p["s"][p["i"]], params, X)
+    assert [site.name for site in table] == ["s"]
+
+
+def test_a_use_in_float_that_only_another_batch_has():
+    f = lambda p, x: x @ p["w"] + (p["w"][:1] if len(x) > 4 else 0.0)  # noqa: E731
+    plan = planned(f, PARAMS)
+    qstate = qj.calibrate(plan, {}, PARAMS)
+    frozen = qj.freeze(plan, qstate, PARAMS)
+    qj.execute(f, plan)(qstate, frozen, X)
+    with refused(errors.FreezeError, "the parameter w is used in float as well", "program alone"):
+        qj.execute(f, plan)(qstate, frozen, normal(4, 8, 6))
+
+
+def tied(p, x):
+    return jnp.tanh(x @ p["w"]) @ p["w"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_scales_of_a_tied_weight_that_a_trace_hides(factor):
+    """Eagerly those that differ are refused; under ``jit`` what comes of them is NaN."""
+    plan = planned(tied, PARAMS)
+    qstate = qj.calibrate(plan, {}, PARAMS)
+    other = qstate["w#1"]["weight"]
+    qstate["w#1"]["weight"] = other._replace(scale=factor * other.scale)
+    frozen = jax.jit(lambda q, p: qj.freeze(plan, q, p))(qstate, PARAMS)
+    y = jax.jit(qj.execute(tied, plan))({}, frozen, X)
+    assert jnp.isnan(y).all() == (factor != 1.0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_frozen_scale_that_is_not_the_one_of_a_traced_qstate(factor):
+    plan = planned(tied, PARAMS)
+    qstate = qj.calibrate(plan, {}, PARAMS)
+    frozen = qj.freeze(plan, qstate, PARAMS)
+    moved = {
+        name: {"weight": site["weight"]._replace(scale=factor * site["weight"].scale)}
+        for name, site in qstate.items()
+    }
+    y = jax.jit(qj.execute(tied, plan))(moved, frozen, X)
+    assert jnp.isnan(y).all() == (factor != 1.0)

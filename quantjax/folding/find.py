@@ -39,7 +39,8 @@ def batch_norms(f: Function, params: Any, *inputs: Any) -> BatchNorms:
       Rows in program order; prints as a table.
 
     Sharp edges: a scale and shift without a variance, as of a frozen batch norm that was folded
-    into two vectors, is no batch norm here. ``f`` may return its statistics as they are; what else
+    into two vectors, is no batch norm here; nor is one over another axis than the channels of the
+    product, or behind a reshape or transposition that moves them. ``f`` may return its statistics as they are; what else
     it does with a parameter of a batch norm, or with its kernel, forbids folding.
 
     >>> import jax.numpy as jnp

@@ -63,6 +63,7 @@ def prune_mask(
       A tree of booleans. Works under ``jit`` and ``vmap``: a grid of sparsities is one program.
 
     Raises:
+      ArgumentError: text, say, where one of these is needed.
       PruningError: a concrete sparsity outside [0, 1] or that the structure cannot have; a global
         scope for a structure of groups; a selector that matches nothing; a tree without kernels.
 
@@ -81,6 +82,13 @@ def prune_mask(
     fix = "sparsity=0.5, or an array of rank 0"
     kinds = numbers.Real, jax.Array, np.ndarray
     expect(sparsity, kinds, argument="sparsity", where="qj.prune_mask", fix=fix)
+    for name, value, kind, example in (
+        ("scope", scope, Scope, "qj.pruning.Scope.GLOBAL"),
+        ("structure", structure, Structure, "qj.pruning.NOfM(4)"),
+        ("criterion", criterion or magnitude(), Criterion, "qj.pruning.magnitude()"),
+        ("select", select or everything(), Selector, "qj.path('*kernel')"),
+    ):
+        expect(value, kind, argument=name, where="qj.prune_mask", fix=f"{name}={example}")
     if jnp.ndim(sparsity):
         raise errors.PruningError(
             f"sparsities of shape {jnp.shape(sparsity)}, where one is needed",
@@ -175,6 +183,7 @@ def apply_mask(
       gradient: what pruned weights get.
 
     Raises:
+      ArgumentError: a gradient that is no :class:`MaskGradient`.
       PruningError: a mask of another structure, shape or dtype; a quantized leaf that it would
         change.
 
@@ -185,6 +194,8 @@ def apply_mask(
     Source: Bengio, Léonard and Courville, Estimating or propagating gradients through stochastic
     neurons for conditional computation, 2013, for the straight-through form.
     """
+    fix = "gradient=qj.pruning.MaskGradient.STRAIGHT_THROUGH"
+    expect(gradient, MaskGradient, argument="gradient", where="qj.apply_mask", fix=fix)
     leaves, masks = (leaves_by_path(tree, is_leaf=is_quantized) for tree in (params, mask))
     if list(leaves) != list(masks):
         odd = sorted(set(leaves) ^ set(masks))

@@ -143,9 +143,16 @@ def known_labels(study: Study, labels: Any) -> jax.Array:
     """The labels as an array of integers, ahead of any training.
 
     Raises:
-      SweepError: they are none.
+      SweepError: they are no integers, or there are none.
     """
     array = jnp.asarray(labels)
+    if not array.size:
+        raise errors.SweepError(
+            "the study has no test example",
+            where=f"study {study.name}, test",
+            why="an accuracy is a share of them",
+            fix="return inputs and labels with at least one row from test",
+        )
     if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
         raise errors.SweepError(
             f"labels of {array.dtype}",
@@ -157,7 +164,7 @@ def known_labels(study: Study, labels: Any) -> jax.Array:
 
 
 def check_logits(study: Study, logits: Any, labels: jax.Array) -> None:
-    """Raise unless there is a label for each row of logits.
+    """Raise unless there is a label for each row of logits, one of its classes.
 
     Args:
       logits: what ``study.apply`` returns, of shapes alone.
@@ -177,4 +184,12 @@ def check_logits(study: Study, logits: Any, labels: jax.Array) -> None:
             where=f"study {study.name}, test",
             why="each row of logits, whose last axis are the classes, has one",
             fix="labels of the logits' shape without its last axis",
+        )
+    least, most, classes = int(labels.min()), int(labels.max()), logits.shape[-1]
+    if least < 0 or most >= classes:
+        raise errors.SweepError(
+            f"a label {least if least < 0 else most} for {classes} classes",
+            where=f"study {study.name}, test",
+            why="no prediction could be right there",
+            fix=f"labels from 0 to {classes - 1}",
         )

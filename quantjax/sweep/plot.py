@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from quantjax.sweep.summary import Summary, summarize
 def plot_accuracy(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """Draw mean accuracy against weight bits, one line for each activation width, one panel a rule.
 
-    Error bars are one standard deviation over seeds; the dashed line is the float model. Needs
+    Error bars are one standard deviation over seeds; the dashed line is the float model. Operands
+    that stay float, at 0 bits, stand behind the widest. Needs
     matplotlib (``pip install "quantjax[experiments]"``).
 
     Args:
@@ -28,8 +30,9 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, title: str) -> None:
     cells = {summary.cell: summary for summary in summarize(rows)}
     grid = [cell for cell in cells if cell != FLOAT_CELL]
     rules = list(dict.fromkeys(cell.rule for cell in grid))
-    weights = sorted({cell.weight_bits for cell in grid})
-    activations = sorted({cell.activation_bits for cell in grid})
+    weights = sorted({cell.weight_bits for cell in grid}, key=_finest_last)
+    activations = sorted({cell.activation_bits for cell in grid}, key=_finest_last)
+    places = {bits: bits or max(weights) + 1 for bits in weights}
     colors = colormaps["viridis"]
     figure = Figure(figsize=(4.8 * len(rules) + 1.2, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -38,7 +41,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, title: str) -> None:
         for index, bits in enumerate(activations):
             line = [cells[c] for w in weights if (c := Cell(w, bits, rule)) in cells]
             panel.errorbar(
-                [summary.cell.weight_bits + _offset(index, len(activations)) for summary in line],
+                [places[s.cell.weight_bits] + _offset(index, len(activations)) for s in line],
                 [100 * summary.mean for summary in line],
                 yerr=_bars(line),
                 color=colors(0.9 * index / max(len(activations) - 1, 1)),
@@ -53,7 +56,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, title: str) -> None:
             panel.axhline(level, color="0.35", linestyle="--", linewidth=1, label="float")
         panel.set_title(rule.replace("_", " "), fontsize=10)
         panel.set_xlabel("weight bits")
-        panel.set_xticks(weights)
+        panel.set_xticks(list(places.values()), [str(bits or "float") for bits in weights])
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("test accuracy, %")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -63,6 +66,10 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, title: str) -> None:
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _finest_last(bits: int) -> float:
+    return bits or math.inf
 
 
 def _offset(index: int, count: int) -> float:

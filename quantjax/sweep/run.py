@@ -32,7 +32,7 @@ from quantjax.sweep.store import ResultStore, Row
 from quantjax.sweep.study import Study
 from quantjax.transforms.calibrate import QState, calibrate
 from quantjax.transforms.fake_quantize import fake_quantize
-from quantjax.transforms.observe import init, observe
+from quantjax.transforms.observe import check_inputs, init, observe
 from quantjax.transforms.sites import sites
 
 
@@ -55,7 +55,7 @@ class SweepResult(NamedTuple):
 def run_sweep(
     study: Study,
     grid: Grid,
-    output: Path,
+    output: Path | str,
     *,
     memory_budget_bytes: int = 1 << 30,
     execution: Execution | None = None,
@@ -69,11 +69,12 @@ def run_sweep(
 
     Raises:
       SweepError: an inconsistent grid, random roundings, an unreadable result file or checkpoint,
-        labels that are not one for each row of logits, too small a budget; logits that are not
+        labels that are not a class for each row of logits, too small a budget; logits that are not
         finite, behind all cells, of which the others are filed.
-      DataError: no calibration batch, or NaN or infinity in one.
+      DataError: no calibration batch, or NaN or infinity in one or in what is tested.
       BitsError: widths that the policy's formats do not have, before anything is computed.
     """
+    output = Path(output)
     check_study(study, grid)
     check_output(output)
     progress = progress or Silent()
@@ -92,6 +93,7 @@ def run_sweep(
     if todo:
         inputs, labels = study.test()
         labels = known_labels(study, labels)
+        check_inputs((inputs,), None)
         batches = calibration_batches(study)
     with progress:
         for seed in todo:

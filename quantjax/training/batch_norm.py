@@ -36,12 +36,14 @@ def reestimate(update: Update, statistics: PyTree, batches: Iterable[Any]) -> Py
 
     Args:
       update: one pass of the user's model, best jitted; called once a batch and once more.
-      statistics: a tree of floating-point arrays; leaves of other dtypes stay as they are.
+      statistics: a tree of floating-point arrays; leaves of other dtypes stay as they are. Those
+        narrower than float32 are handed to ``update`` in float32, and come back in their dtype.
       batches: batches of the training data; each counts the same.
 
     Raises:
       TrainingError: no batch; a tree of another structure from ``update``; a concrete statistic
-        that ``update`` does not move (``m = 1``), as in evaluation mode. Under a trace that is NaN.
+        that ``update`` does not move (``m = 1``), as in evaluation mode (under a trace that is NaN);
+        one that it returns in less than float32.
 
     Sharp edges: the mean of variances within batches, as batch norm has it, not the variance of all
     data. The same momentum in all steps is taken for granted: averages that correct their start, as
@@ -64,6 +66,7 @@ def reestimate(update: Update, statistics: PyTree, batches: Iterable[Any]) -> Py
     for batch in batches:
         of_batch = update(zeros, batch)
         _check_structure(structure, jax.tree.structure(of_batch))
+        _check_wide(of_batch)
         if rest is None:
             probes = jax.tree.map(lambda leaf: _filled(leaf, _probe(leaf)), statistics)
             rest = jax.tree.map(_rest, probes, update(probes, batch))
@@ -93,20 +96,21 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _filled(leaf: Any, value: float) -> jax.Array:
-    return jnp.full_like(leaf, value) if _is_floating(leaf) else jnp.asarray(leaf)
+    """A float in float32 or wider: in bfloat16 a momentum and what it leaves are not 1 together."""
+    return jnp.full_like(_wide(leaf), value) if _is_floating(leaf) else jnp.asarray(leaf)
 
 
 def _wide(leaf: Any) -> jax.Array:
     """In float32 or wider, for sums."""
     leaf = jnp.asarray(leaf)
-    return leaf.astype(jnp.float32) if leaf.dtype.itemsize < 4 else leaf
+    return leaf.astype(jnp.float32) if _is_floating(leaf) and leaf.dtype.itemsize < 4 else leaf
 
 
 def _probe(leaf: Any) -> float:
     """A power of two beside which statistics vanish, so that what comes back is ``m`` times it."""
     if not _is_floating(leaf):
         return 0.0
-    return float(2.0 ** (int(np.log2(float(jnp.finfo(jnp.result_type(leaf)).max))) - 1))
+    return float(2.0 ** (int(np.log2(float(jnp.finfo(_wide(leaf).dtype).max))) - 1))
 
 
 def _rest(probe: jax.Array, moved: Any) -> jax.Array:
@@ -125,6 +129,17 @@ def _check_structure(expected: Any, found: Any) -> None:
             why=f"{found} for {expected}",
             fix='update=lambda stats, x: f({**v, "batch_stats": stats}, x)[1]["batch_stats"]',
         )
+
+
+def _check_wide(of_batch: PyTree) -> None:
+    for path, leaf in leaves_by_path(of_batch).items():
+        if _is_floating(leaf) and jnp.result_type(leaf).itemsize < 4:
+            raise errors.TrainingError(
+                f"update rounds the running statistic {path} to {jnp.result_type(leaf)}",
+                where="qj.training.reestimate",
+                why="beside a momentum that is rounded, what it leaves to a batch is off by percents",
+                fix="let update return it in float32, which it is given it in",
+            )
 
 
 def _check_moving(statistics: PyTree, rest: PyTree) -> None:

@@ -294,3 +294,20 @@ def test_a_vector_of_sparsities_names_vmap():
         qj.prune_mask(TREE, jnp.array([0.5, 0.6]))
     with refused(errors.PruningError, "sparsity=0.75"):
         qj.prune_mask({"w": jnp.ones((8, 2))}, 0.99, structure=NOfM(4))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"scope": "global"}, {"structure": "2:4"}, {"criterion": "magnitude"}, {"select": "w"}],
+    ids=lambda given: next(iter(given)),
+)
+def test_text_stands_for_nothing(given):
+    """It was taken for the default: a local mask where a global one was asked for."""
+    (name,) = given
+    with refused(errors.ArgumentError, f"{name} is a str", "qj.prune_mask"):
+        qj.prune_mask(TREE, 0.5, **given)
+
+
+def test_a_gradient_is_no_text():
+    with refused(errors.ArgumentError, "gradient is a str", "qj.apply_mask"):
+        qj.apply_mask(TREE, qj.prune_mask(TREE, 0.5), gradient="straight_through")

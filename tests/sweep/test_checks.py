@@ -67,3 +67,37 @@ def test_an_error_in_a_rule_of_ones_own_names_the_rule(tmp_path):
             run_sweep(tiny_study(), grid, tmp_path)
         name = "broken" if reads else "my-rule"  # programs are shared by the function alone
         assert f"In the range rule {name}" in caught.value.__notes__
+
+
+@pytest.mark.parametrize(
+    ("test", "kind", "message"),
+    [
+        (lambda x, y: (x[:0], y[:0]), errors.SweepError, "no test example"),
+        (lambda x, y: (x.at[0, 0].set(jnp.nan), y), errors.DataError, "1 values of the"),
+    ],
+    ids=["none", "nan"],
+)
+def test_test_data_of_which_there_is_no_accuracy(tmp_path, test, kind, message):
+    calls = Calls()
+    study = tiny_study(calls)
+    inputs, labels = study.test()
+    changed = dataclasses.replace(study, test=lambda: test(jnp.asarray(inputs), labels))
+    with pytest.raises(kind, match=message):
+        run_sweep(changed, GRID, tmp_path)
+    assert calls.trained == []
+
+
+@pytest.mark.parametrize("moved", [-1, 1])
+def test_labels_that_are_no_class_are_refused(tmp_path, moved):
+    """They were all wrong, the float model's too: classes that count from 1."""
+    study = tiny_study()
+    inputs, labels = study.test()
+    wrong = jnp.asarray(labels) + moved
+    changed = dataclasses.replace(study, test=lambda: (inputs, wrong))
+    with pytest.raises(errors.SweepError, match=r"a label -?\d+ for \d+ classes"):
+        run_sweep(changed, GRID, tmp_path)
+
+
+def test_an_output_may_be_text(tmp_path):
+    assert run_sweep(tiny_study(), GRID, str(tmp_path)).rows
+    assert (tmp_path / "results.csv").exists()

@@ -68,3 +68,23 @@ def test_the_plot_is_written_and_shows_something(tmp_path, seeds):
     assert image.shape[1] > 1000  # two panels
     dark = np.mean(image.mean(axis=-1) < 0.9)
     assert 0.005 < dark < 0.3
+
+
+def test_what_stays_float_stands_behind_the_widest(tmp_path, monkeypatch):
+    """At 0 bits it stood in front of all others, and 1 bit looked like a fall from it."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    extra = [
+        Row("f", "s", 0, weights, activations, "min_max", 0.5, 0, 0)
+        for weights, activations in ((0, 4), (0, 0), (2, 0))
+    ]
+    plot_accuracy([*rows((0,)), *extra], tmp_path / "plot.png", title="")
+    panel = drawn[0].axes[0]
+    ticks = [text.get_text() for text in panel.get_xticklabels()]
+    assert ticks[-1] == "float"
+    assert ticks[:-1] == sorted(ticks[:-1], key=int)
+    assert panel.get_xticks()[-1] == max(panel.get_xticks())
+    labels = [label for label in panel.get_legend_handles_labels()[1] if label != "float"]
+    assert labels[-1] == "A float"

@@ -40,8 +40,9 @@ def batch_norms(f: Function, params: Any, *inputs: Any) -> BatchNorms:
 
     Sharp edges: a scale and shift without a variance, as of a frozen batch norm that was folded
     into two vectors, is no batch norm here; nor is one over another axis than the channels of the
-    product, or behind a reshape or transposition that moves them. ``f`` may return its statistics as they are; what else
-    it does with a parameter of a batch norm, or with its kernel, forbids folding.
+    product, or behind a reshape or transposition that moves them. ``f`` may return its statistics
+    as they are; what else it does with a parameter of a batch norm, or with its kernel, forbids
+    folding.
 
     >>> import jax.numpy as jnp
     >>> def f(p, x):

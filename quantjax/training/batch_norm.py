@@ -42,8 +42,8 @@ def reestimate(update: Update, statistics: PyTree, batches: Iterable[Any]) -> Py
 
     Raises:
       TrainingError: no batch; a tree of another structure from ``update``; a concrete statistic
-        that ``update`` does not move (``m = 1``), as in evaluation mode (under a trace that is NaN);
-        one that it returns in less than float32.
+        that ``update`` does not move (``m = 1``), as in evaluation mode (under a trace that is
+        NaN), or that it returns in less than float32.
 
     Sharp edges: the mean of variances within batches, as batch norm has it, not the variance of all
     data. The same momentum in all steps is taken for granted: averages that correct their start, as
@@ -137,7 +137,7 @@ def _check_wide(of_batch: PyTree) -> None:
             raise errors.TrainingError(
                 f"update rounds the running statistic {path} to {jnp.result_type(leaf)}",
                 where="qj.training.reestimate",
-                why="beside a momentum that is rounded, what it leaves to a batch is off by percents",
+                why="what a rounded momentum leaves to a batch is off by percents",
                 fix="let update return it in float32, which it is given it in",
             )
 

@@ -56,6 +56,14 @@ def spec_of(x: Any, shape: Sequence[int] | None = None) -> Any:
     return P(*(axes if axes and size % parts(axes) == 0 else None for size, axes in pairs))
 
 
+def first_as(x: Any) -> Callable[[Any], Any]:
+    """Specs of a named tuple: its first part as ``x`` is split, copies of the others.
+
+    So are codes and their scales, a result and the state beside it.
+    """
+    return lambda found: type(found)(spec_of(x), *[REPLICATED] * (len(found) - 1))
+
+
 def placed(tree: Any, mesh: Mesh | AbstractMesh | None) -> Any:
     """``tree`` with the type of a copy on each device, where it is on no mesh yet.
 

@@ -3,10 +3,21 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import jax
 
 ROOT = Path(__file__).parents[1]
 DEVICES = 8
+
+
+def run_all(cases: Mapping[str, Callable[[], None]]) -> None:
+    """Say of each case that it holds, in a program that was started with eight devices."""
+    assert jax.device_count() == DEVICES, jax.devices()
+    for name, case in cases.items():
+        case()
+        print(f"{name} holds", flush=True)
 
 
 def report_of(module: str) -> str:

@@ -19,15 +19,7 @@ from quantjax.interpreter.sites import Added, Location, Site
 from quantjax.interpreter.sums import summed
 from quantjax.interpreter.trace import Program
 from quantjax.interpreter.turns import NO_TURNS, Turned, turned
-from quantjax.meshes import (
-    REPLICATED,
-    automatic,
-    has_automatic_axes,
-    mesh_of,
-    moved,
-    placed,
-    spec_of,
-)
+from quantjax.meshes import automatic, first_as, has_automatic_axes, mesh_of, moved, placed
 
 
 class Visit(NamedTuple):
@@ -322,8 +314,7 @@ def _computed(handled: Callable[..., Outcome], result: Any, *met: Any) -> Outcom
     """
     mesh = mesh_of(met)
     if mesh is None or not has_automatic_axes():
-        specs = lambda _: Outcome(spec_of(result), REPLICATED, REPLICATED, REPLICATED)  # noqa: E731
-        return cast(Outcome, automatic(handled, *met, specs=specs))
+        return cast(Outcome, automatic(handled, *met, specs=first_as(result)))
     outcome = handled(*moved(met, get_abstract_mesh()))
     return Outcome(outcome.out, *moved(tuple(outcome[1:]), mesh))
 

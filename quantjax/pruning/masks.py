@@ -79,14 +79,16 @@ def prune_mask(
 
     Source: Zhu and Gupta, To prune, or not to prune, 2017, section 3, for masks by magnitude.
     """
+    criterion = magnitude() if criterion is None else criterion
+    select = everything() if select is None else select
     fix = "sparsity=0.5, or an array of rank 0"
     kinds = numbers.Real, jax.Array, np.ndarray
     expect(sparsity, kinds, argument="sparsity", where="qj.prune_mask", fix=fix)
     for name, value, kind, example in (
         ("scope", scope, Scope, "qj.pruning.Scope.GLOBAL"),
         ("structure", structure, Structure, "qj.pruning.NOfM(4)"),
-        ("criterion", criterion or magnitude(), Criterion, "qj.pruning.magnitude()"),
-        ("select", select or everything(), Selector, "qj.path('*kernel')"),
+        ("criterion", criterion, Criterion, "qj.pruning.magnitude()"),
+        ("select", select, Selector, "qj.path('*kernel')"),
     ):
         expect(value, kind, argument=name, where="qj.prune_mask", fix=f"{name}={example}")
     if jnp.ndim(sparsity):
@@ -112,8 +114,7 @@ def prune_mask(
             fix="scope=qj.pruning.Scope.LOCAL",
         )
     named = leaves_by_path(params, is_leaf=is_quantized)
-    kernels = _selected(named, select or everything())
-    criterion = criterion or magnitude()
+    kernels = _selected(named, select)
     scores = criterion.scores(kernels)
     _check_scores(scores, kernels, criterion)
     if scope is Scope.GLOBAL:

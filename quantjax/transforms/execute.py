@@ -30,7 +30,7 @@ from quantjax.interpreter import (
 )
 from quantjax.interpreter.trace import Function
 from quantjax.layout import codes_in_product
-from quantjax.meshes import REPLICATED, automatic, spec_of, together
+from quantjax.meshes import automatic, first_as, together
 from quantjax.planning import Plan
 from quantjax.products import (
     Coded,
@@ -318,14 +318,9 @@ def _values(
                 weight = evaluate_origin(program.weights[name], leaves)
                 code = over_steps(partial(_encoded_weight, operand), entry.site.steps)
                 given = weight, qparams, keys.get(name)
-                ready = automatic(code, *given, specs=_like(weight))
+                ready = automatic(code, *given, specs=first_as(weight))
         values[name] = ExecutionValue(dict(qstate[name]), ready)
     return values
-
-
-def _like(weight: jax.Array) -> Callable[[Any], Codes]:
-    """How its codes are split over a mesh: as it is, scales copied."""
-    return lambda _: Codes(spec_of(weight), REPLICATED, REPLICATED)
 
 
 def _encoded_weight(

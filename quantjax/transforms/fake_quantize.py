@@ -24,7 +24,7 @@ from quantjax.interpreter import (
     leaves_by_path,
 )
 from quantjax.interpreter.trace import Function
-from quantjax.meshes import REPLICATED, automatic, spec_of, together
+from quantjax.meshes import automatic, first_as, together
 from quantjax.planning import Plan
 from quantjax.products import Coded, coded, in_float, multiply, quantized_rows
 from quantjax.site_plan import OperandPlan, SitePlan, resized
@@ -202,14 +202,9 @@ def site_values(
                 code = over_steps(partial(_coded, operand), entry.site.steps)
                 weight = evaluate_origin(program.weights[name], leaves)
                 given = weight, qstate[name][operand.key], keys.get(name)
-                shared = automatic(code, *given, specs=_like(weight))
+                shared = automatic(code, *given, specs=first_as(weight))
         values[name] = SiteValue(dict(qstate[name]), shared)
     return values
-
-
-def _like(weight: jax.Array) -> Callable[[Any], Coded]:
-    """How its codes are split over a mesh: as it is, scales copied."""
-    return lambda _: Coded(spec_of(weight), *[REPLICATED] * 3)
 
 
 def quantized_product(planned: SitePlan, visit: Visit) -> Outcome:

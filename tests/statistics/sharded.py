@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import quantjax as qj
 from quantjax import statistics
 from quantjax.statistics import Statistics, as_integer
-from tests.devices import DEVICES
+from tests.devices import DEVICES, run_all
 from tests.models import assert_same_bits
 
 ROWS, BATCHES, BINS = 16, 3, 64
@@ -189,12 +189,5 @@ CASES = {
 }
 
 
-def main() -> None:
-    assert jax.device_count() == DEVICES, jax.devices()
-    for name, case in CASES.items():
-        case()
-        print(f"{name} holds")
-
-
 if __name__ == "__main__":
-    main()
+    run_all(CASES)

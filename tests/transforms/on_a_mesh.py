@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 import quantjax as qj
-from tests.devices import DEVICES
+from tests.devices import DEVICES, run_all
 from tests.models import assert_same_bits
 
 GENERATOR = np.random.default_rng(0)
@@ -24,7 +24,9 @@ WHOLE = jnp.asarray(GENERATOR.integers(-9, 10, (16, 8)), jnp.float32)  # all sum
 @functools.cache
 def mesh():
     """Made when it is needed: a process with one device imports this file, too."""
-    return jax.make_mesh((DEVICES // 2, 2), ("data", "model"))
+    made = jax.make_mesh((DEVICES // 2, 2), ("data", "model"))
+    assert set(made.axis_types) == {AxisType.Explicit}
+    return made
 
 
 def weights(**shapes):
@@ -368,13 +370,5 @@ CASES = {
 }
 
 
-def main() -> None:
-    assert jax.device_count() == DEVICES, jax.devices()
-    assert set(mesh().axis_types) == {AxisType.Explicit}
-    for name, case in CASES.items():
-        case()
-        print(f"{name} holds", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_all(CASES)

@@ -27,6 +27,7 @@ from quantjax.formats import IntegerFormat, Snapped, Theta, divide_by_scale
 from quantjax.granularity import expand
 from quantjax.lean import elementwise
 from quantjax.rounding import HALF_AWAY, HALF_EVEN
+from quantjax.symbolic import at_most
 from quantjax.tangents import instantiated, moves, sum_of, with_tangent
 
 ENTRIES_PER_SCALE = 64
@@ -101,15 +102,19 @@ def _has_borders(arithmetic: Arithmetic, x: jax.Array, given: _Given, d: _Given)
     """Whether ``x`` alone moves, and its slope is 1 between two numbers and 0 elsewhere.
 
     Comparing costs a fraction of dividing and rounding once more. It pays where many entries have
-    a scale in common, for which the two numbers are found.
+    a scale in common, for which the two numbers are found; of a batch of any size they are many,
+    unless it has a scale for each row.
     """
+    pays = at_most(given.scale.size * ENTRIES_PER_SCALE, x.size)
+    if pays is None:
+        pays = isinstance(given.scale.size, int)
     return (
         not moves(d)
         and isinstance(arithmetic.format, IntegerFormat)
         and arithmetic.rounding in (HALF_EVEN, HALF_AWAY)
         and arithmetic.estimator.slope is inside
         and arithmetic.scaling == DIVIDED
-        and given.scale.size * ENTRIES_PER_SCALE <= x.size
+        and pays
     )
 
 

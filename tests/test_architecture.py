@@ -21,7 +21,7 @@ THIS = Path(__file__).relative_to(ROOT).as_posix()
 
 # A room (module or folder directly below quantjax/) imports from its own layer and earlier ones.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "_compat", "printing", "lean", "arguments", "meshes"}),
+    frozenset({"errors", "_compat", "printing", "lean", "arguments", "meshes", "symbolic"}),
     frozenset({"formats", "granularity", "rounding", "affine", "packing", "tangents"}),
     frozenset({"arithmetic", "qtensor", "fake_quant", "borders", "simulation", "estimators"}),
     frozenset({"statistics", "ranges", "contract"}),
@@ -36,6 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"adapters", "storage", "transforms"}),
     frozenset({"sweep", "calibration", "folding", "training"}),
     frozenset({"cli"}),
+    frozenset({"__main__"}),
 )
 # Rooms that may import less than their layer: the interpreter knows nothing of quantization.
 ONLY: dict[str, frozenset[str]] = {

@@ -41,23 +41,22 @@ def place(
 ) -> Place:
     """The place of a set: ``data_dir``, else the folder that ``QUANTJAX_DATA`` names, else mirrors.
 
-    With a folder nothing is downloaded, even where the folder lacks a file. An empty
-    ``QUANTJAX_DATA`` counts as unset.
+    With a folder nothing is downloaded, even where the folder lacks a file. Empty text counts as
+    unset, of the argument and of ``QUANTJAX_DATA``.
 
     Raises:
       DataUnavailableError: there is no such folder.
     """
     named = os.environ.get(ENVIRONMENT, "")
-    folder = Path(data_dir) if data_dir is not None else Path(named) if named else None
-    if folder is not None:
-        folder = folder.expanduser()
-        if not folder.is_dir():
-            raise DataUnavailableError(
-                f"{name}: the data folder does not exist",
-                where=str(folder),
-                why=f"named by {ENVIRONMENT if data_dir is None else 'data_dir'}",
-                fix=two_ways(layout),
-            )
+    given = data_dir or named
+    folder = Path(os.path.expanduser(given)) if given else None  # an unknown ~name stays as it is
+    if folder is not None and not folder.is_dir():
+        raise DataUnavailableError(
+            f"{name}: the data folder does not exist",
+            where=str(folder),
+            why=f"named by {'data_dir' if data_dir else ENVIRONMENT}",
+            fix=two_ways(layout),
+        )
     return Place(folder, None if cache_dir is None else Path(cache_dir), name, tuple(layout))
 
 
@@ -142,11 +141,12 @@ def download(file: RemoteFile, at: Place) -> Path:
             f"{at.name}: downloads need {missing.name}",
             fix='pip install "quantjax[experiments]"',
         ) from missing
-    root = at.cache.expanduser() if at.cache is not None else pooch.os_cache("quantjax") / "data"
+    root = at.cache if at.cache is not None else pooch.os_cache("quantjax") / "data"
     target = root / file.path
     try:
+        target = root.expanduser() / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # a RuntimeError is a ~name that nobody has
         raise DataUnavailableError(
             f"{at.name}: the cache cannot be written",
             where=str(target.parent),

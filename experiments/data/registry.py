@@ -76,16 +76,25 @@ def named(name: str) -> SetName:
     return SetName(name)
 
 
+def _member(name: SetName) -> SetName:
+    """The member itself; text in its place is refused."""
+    if not isinstance(name, SetName):
+        raise DataUnavailableError(
+            f"{name!r:.80} is no SetName", where="the set to load", fix='named("mnist")'
+        )
+    return name
+
+
 def load(
     name: SetName, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
 ) -> ImageSet | Text | Stories:
     """Any set; the arguments are those of :class:`Loader`.
 
     Raises:
-      DataUnavailableError: neither folder nor mirror has it.
+      DataUnavailableError: neither folder nor mirror has it, or ``name`` is no member.
       DataFileError: a file of it is damaged or another one.
     """
-    return LOADERS[name](data_dir=data_dir, cache_dir=cache_dir)
+    return LOADERS[_member(name)](data_dir=data_dir, cache_dir=cache_dir)
 
 
 def load_images(
@@ -97,7 +106,7 @@ def load_images(
       DataUnavailableError: neither folder nor mirror has it, or it is a set of text.
       DataFileError: a file of it is damaged or another one.
     """
-    if name not in IMAGE_LOADERS:
+    if _member(name) not in IMAGE_LOADERS:
         raise DataUnavailableError(
             f"{name.value} is no set of images",
             where=f"sets of images: {', '.join(image.value for image in IMAGE_LOADERS)}",

@@ -169,6 +169,19 @@ def _split(batch: Any, rows: int | None) -> Iterator[Arguments]:
         )
 
 
+def _check_integers(given: Any, held: jax.Array, where: str) -> None:
+    """Raise for integers of 64 bits that are others in JAX's 32, which wraps them silently."""
+    if not jnp.issubdtype(held.dtype, jnp.integer):
+        return
+    changed = int(np.sum(np.asarray(given) != np.asarray(held)))
+    if changed:
+        raise errors.DataError(
+            f"{changed} integers of a batch do not fit {held.dtype}",
+            where=where,
+            fix="smaller ones, or jax_enable_x64",
+        )
+
+
 def _checked(batch: Arguments, number: int) -> Arguments:
     """The batch as JAX arrays, which hold finite numbers."""
     try:
@@ -179,7 +192,7 @@ def _checked(batch: Arguments, number: int) -> Arguments:
             why=_first_line(error),
             fix="a batch is an array, a tree of arrays, or a tuple of arguments",
         ) from error
-    leaves = jax.tree.leaves(inputs)
+    leaves, given = jax.tree.leaves(inputs), jax.tree.leaves(batch)
     if not leaves:
         raise errors.DataError(
             f"batch {number} has no array", fix="a batch is an array or a tuple of arguments"
@@ -188,6 +201,7 @@ def _checked(batch: Arguments, number: int) -> Arguments:
         where = f"batch {number}, array {index} of shape {shape_text(leaf.shape)}"
         if leaf.size == 0:
             raise errors.DataError("a batch is empty", where=where, fix="one sample or more")
+        _check_integers(given[index], leaf, where)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))

@@ -19,7 +19,7 @@ from quantjax.calibration.rules import RULES
 from quantjax.interpreter import Role, leaves_by_path
 from quantjax.planning import Plan
 from quantjax.quantizer import Quantizer, RangeMode
-from quantjax.ranges import FitRule, RangeRule, Target, derive_many
+from quantjax.ranges import FitRule, RangeRule, Target, derive_many, several
 from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.statistics import Statistics, as_integer
 from quantjax.transforms.check import check
@@ -139,7 +139,7 @@ class _Applied(NamedTuple):
 
 def check_rules(rules: Any) -> tuple[Rule, ...]:
     """Raise ``PolicyError`` for no rules, the same twice, or something else than a rule."""
-    chosen = tuple(rules)
+    chosen = several(rules)
     names = [getattr(rule, "name", repr(rule)) for rule in chosen]
     wrong = [
         name

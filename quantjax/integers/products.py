@@ -176,7 +176,7 @@ def padded(product: Product, lhs: IntegerOperand) -> tuple[jax.Array, _Padding]:
     if zero.size == 1:
         return lax.pad(lhs.codes, zero.reshape(()).astype(jnp.int8), config), left
     # Zero points of rows or of groups of channels: lax.pad knows only one value.
-    inside = lax.pad(np.ones(lhs.codes.shape, bool), np.False_, config)
+    inside = lax.pad(jnp.ones(lhs.codes.shape, bool), np.False_, config)
     codes = lax.pad(lhs.codes, np.int8(0), config)
     return jnp.where(inside, codes, expand(zero, codes.shape).astype(jnp.int8)), left
 

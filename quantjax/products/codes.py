@@ -36,6 +36,7 @@ from quantjax.products.groups import (
     sum_of_groups,
 )
 from quantjax.simulation import codes_or_values
+from quantjax.symbolic import at_most
 from quantjax.tangents import instantiated, moves, sum_of
 
 ALIGNED = 64
@@ -301,8 +302,10 @@ def _sums_fit(product: Product, sizing: Sizing, lhs: jax.Array, rhs: jax.Array) 
 
     ``max Σ |code|`` of the smaller operand, usually the weight, times the other's bound. Weights
     are far from their bound on the whole, so sums several times longer than the worst case fit.
+    Of a batch of any size that is the operand whose size is known.
     """
-    side = 0 if lhs.size < rhs.size else 1
+    is_right = at_most(rhs.size, lhs.size)
+    side = int(isinstance(rhs.size, int) if is_right is None else is_right)
     _, contracted, window = product.axes(side)
     longest = jnp.max(jnp.sum(jnp.abs((lhs, rhs)[side]), axis=contracted + window))
     return longest * float(sizing.bounds[1 - side]) <= 0.999 * FLOAT32_EXACT

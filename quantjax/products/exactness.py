@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from quantjax.symbolic import at_most
+
 FLOAT32_EXACT = 1 << 24
 BFLOAT16_EXACT = 1 << 8
 INT32_LIMIT = 1 << 31
@@ -54,6 +56,7 @@ def sizing(
     not split after all; that is decided when it runs.
 
     Args:
+      contraction: may be symbolic; without a bound of it that float32 holds, sums are rounded.
       lhs_bound, rhs_bound: largest ``|code - zero_point|``; None for a float operand.
       taps: products that cannot be separated (the window of a convolution).
       grouped: whether the sum is one group's; groups are not split further.
@@ -64,10 +67,12 @@ def sizing(
     if lhs_bound is None or rhs_bound is None:
         return Sizing(Exactness.FLOAT, contraction)
     largest, bounds = lhs_bound * rhs_bound, (lhs_bound, rhs_bound)
-    if largest * contraction <= FLOAT32_EXACT:
+    if at_most(largest * contraction, FLOAT32_EXACT):
         return Sizing(Exactness.EXACT, contraction, bounds)
     block = FLOAT32_EXACT // largest
-    if largest * contraction >= INT32_LIMIT:
+    if not isinstance(contraction, int):
+        why = f"sums of {contraction} products cannot be split before the number is known"
+    elif largest * contraction >= INT32_LIMIT:
         why = f"sums of {contraction} products up to {largest} exceed int32"
     elif block < max(SHORTEST_BLOCK, taps):
         why = f"float32 sums {block} products up to {largest} exactly, too few to split by"

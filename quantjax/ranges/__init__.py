@@ -19,7 +19,7 @@ from quantjax.ranges.percentile import percentile
 from quantjax.ranges.sawb import SAWB
 from quantjax.ranges.sigma import sigma
 from quantjax.ranges.similarity import COSINE, SQNR, sqnr
-from quantjax.ranges.stack import IndexedRule, RuleStack, checked_rule, stack
+from quantjax.ranges.stack import IndexedRule, RuleStack, checked_rule, several, stack
 from quantjax.ranges.ternary import TTQ, TWN, ttq
 from quantjax.ranges.xnor import XNOR
 
@@ -67,6 +67,7 @@ __all__ = [
     "l_p",
     "least_squares",
     "percentile",
+    "several",
     "sigma",
     "sqnr",
     "stack",

@@ -176,6 +176,18 @@ class RuleStack:
         return tuple(rule.name for rule in self.rules)
 
 
+def several(rules: Any) -> tuple[Any, ...]:
+    """The rules of a sequence or a stack, unchecked; one rule, a tuple itself, is one of them.
+
+    >>> from quantjax.ranges import MIN_MAX, MSE
+    >>> several(MIN_MAX) == (MIN_MAX,), several(stack([MIN_MAX, MSE])) == several([MIN_MAX, MSE])
+    (True, True)
+    """
+    if isinstance(rules, RangeRule | FitRule | IndexedRule):
+        return (rules,)
+    return rules.rules if isinstance(rules, RuleStack) else tuple(rules)
+
+
 def checked_rule(rule: Any, where: str) -> RangeRule | FitRule | IndexedRule:
     """The rule itself; ``PolicyError`` for a name, a stack or a function in its place."""
     if isinstance(rule, RangeRule | FitRule | IndexedRule):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from quantjax import errors
-from quantjax.ranges import FitRule, RangeRule
+from quantjax.ranges import FitRule, RangeRule, several
 
 
 class Cell(NamedTuple):
@@ -28,9 +29,12 @@ class Grid:
     """All combinations of widths and range rules, evaluated for each seed.
 
     Attributes:
-      weight_bits, activation_bits: widths; 0 is float.
-      rules: range rules.
+      weight_bits, activation_bits: widths; 0 is float. Any whole numbers, also those of an array.
+      rules: range rules, or a stack of them.
       seeds: one trained model each.
+
+    Raises:
+      SweepError: an axis that is empty, repeats a value, or holds something else.
     """
 
     weight_bits: tuple[int, ...]
@@ -39,7 +43,9 @@ class Grid:
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _check_rules(self.rules)
+        for name in ("weight_bits", "activation_bits", "seeds"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        object.__setattr__(self, "rules", _checked(several(self.rules)))
         axes: dict[str, tuple[object, ...]] = {
             "weight_bits": self.weight_bits,
             "activation_bits": self.activation_bits,
@@ -63,7 +69,24 @@ class Grid:
         return len(self.cells()) * len(self.seeds)
 
 
-def _check_rules(rules: Sequence[object]) -> None:
+def _whole(axis: str, values: Any) -> tuple[int, ...]:
+    """The values of an axis as Python's integers, which results are filed by."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        array = np.asarray(None)
+    is_whole = array.ndim == 1 and array.dtype.kind in "iuf" and bool(np.all(array % 1 == 0))
+    if not is_whole:
+        raise errors.SweepError(
+            f"{axis} {values!r:.80}",
+            where="a grid",
+            why="results are filed by whole numbers",
+            fix=f"{axis}=(2, 4, 8), or a range",
+        )
+    return tuple(int(value) for value in array)
+
+
+def _checked(rules: tuple[Any, ...]) -> tuple[RangeRule, ...]:
     for rule in rules:
         if not isinstance(rule, RangeRule):
             shown = rule.name if isinstance(rule, FitRule) else f"{rule!r:.80}"
@@ -75,3 +98,4 @@ def _check_rules(rules: Sequence[object]) -> None:
                 else "",
                 fix="rules=(qj.ranges.MIN_MAX, qj.ranges.MSE)",
             )
+    return rules

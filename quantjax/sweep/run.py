@@ -150,7 +150,12 @@ def _trained(study: Study, seed: int, folder: Path, progress: Progress) -> Any:
         with progress.task(f"training seed {seed}", study.train_steps) as advance:
             params = study.train(seed, advance)
         check_trained(study, params)
-        checkpointer.save(folder, params)
+        try:
+            checkpointer.save(folder, params)
+        except ValueError:
+            if not folder.exists():
+                raise
+            return _restored(checkpointer, folder)  # another sweep has saved it meanwhile
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(folder)
     if str(jax.tree.structure(restored)) != str(jax.tree.structure(params)):

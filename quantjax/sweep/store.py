@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -56,8 +57,10 @@ class ResultStore:
         """
         if not self.path.exists():
             return []
+        data = self.path.read_bytes()
         try:
-            text = self.path.read_text(encoding="utf-8")
+            # Cut ahead of decoding: an interrupt may leave a part of a letter.
+            complete = data[: data.rfind(b"\n") + 1].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise errors.SweepError(
                 "this is no text file",
@@ -65,8 +68,7 @@ class ResultStore:
                 why=str(error),
                 fix="move the file away, or choose another output folder",
             ) from None
-        complete = text[: text.rfind("\n") + 1]
-        lines = list(csv.reader(complete.splitlines()))
+        lines = [line for line in csv.reader(io.StringIO(complete, newline="")) if line]
         if lines and tuple(lines[0]) != Row._fields:
             raise errors.SweepError(
                 "this is not a result file of this version",

@@ -33,8 +33,9 @@ class Study:
       test: inputs and integer labels, never seen in training or calibration.
       policy: where to quantize; its formats' containers bound the widths.
       identity: text that changes whenever anything changes that the results depend on: data,
-        model, training, and the code of range rules and selectors of your own, which the sweep
-        knows by name only. Results of another identity are never mixed in.
+        model, training, and the code of range rules, selectors, formats and estimators of your
+        own, which the sweep knows by their names and fields only. Results of another identity are
+        never mixed in.
     """
 
     name: str

@@ -105,6 +105,7 @@ def test_data_is_not_read_ahead():
         (lambda: [()], "batch 1 has no array"),
         (lambda: [tiny.array, (tiny.array, tiny.array)], "it has float32 72x6, float32 72x6"),
         (lambda: [tiny.array, tiny.array.astype(np.int32)], "it has int32 72x6"),
+        (lambda: [np.int64([1, 2**33, 5])], "1 integers of a batch do not fit int32"),
         (lambda: [np.float32(np.inf) * tiny.array], "432 values of a batch"),
     ],
 )

@@ -252,6 +252,12 @@ def test_refusals(two_layers, options, error, message):
     assert "try:" in str(caught.value)
 
 
+def test_one_rule_and_a_stack_are_rules(two_layers):
+    for rules, names in ((MIN_MAX, ["min_max"]), (stack([MIN_MAX, MSE]), ["min_max", "mse"])):
+        for operand in report(two_layers, rules):
+            assert [one.rule for one in operand.rules] == names
+
+
 def test_what_was_never_observed_or_without_a_histogram(two_layers):
     model, collected = two_layers
     for state, message in (

@@ -119,7 +119,7 @@ def test_half_names(name):
 
 def test_the_module_runs_as_the_command():
     ended = subprocess.run(
-        [sys.executable, "-m", "quantjax.cli", "studies"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "quantjax", "studies"], capture_output=True, text=True, cwd=ROOT
     )
     assert ended.returncode == 0, ended.stderr
     assert "digits  experiments.digits.study:study" in ended.stdout

@@ -252,11 +252,21 @@ def test_the_argument_wins_over_the_environment(bare, tmp_path):
     assert kind.load(kind.source(data=other)).text == "another text"
 
 
-def test_an_empty_variable_is_no_folder(bare, mirror, cache):
+@pytest.mark.parametrize("argument", [None, ""])
+def test_empty_text_is_no_folder(argument, bare, mirror, cache):
     kind = KINDS["text"]
     bare.setenv(ENVIRONMENT, "")
-    kind.load(kind.source(mirror.put("one", kind.served)), cache_dir=cache)
+    kind.load(kind.source(mirror.put("one", kind.served)), data_dir=argument, cache_dir=str(cache))
     assert mirror.requests == ["one/input.txt"]
+
+
+@pytest.mark.parametrize("argument", ["data_dir", "cache_dir"])
+def test_the_home_of_nobody(argument, mirror):
+    what = {"data_dir": "the data folder does not exist", "cache_dir": "cannot be written"}
+    with pytest.raises(DataUnavailableError, match=what[argument]) as caught:
+        load_idx(idx_source(mirror.base("one")), **{argument: "~nobody-of-that-name/data"})
+    assert_complete(str(caught.value))
+    assert mirror.requests == []
 
 
 @pytest.mark.parametrize("by_argument", [True, False])

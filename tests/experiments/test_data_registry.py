@@ -84,6 +84,13 @@ def test_digits_by_name():
     assert same(loaded, load_images(SetName.DIGITS))
 
 
+@pytest.mark.parametrize("loading", [load, load_images])
+def test_text_is_no_member(loading):
+    with pytest.raises(DataUnavailableError, match="'mnist' is no SetName") as caught:
+        loading("mnist")
+    assert eval(caught.value.fix, {"named": named}) is SetName.MNIST
+
+
 @pytest.mark.parametrize("name", [SetName.TINY_SHAKESPEARE, SetName.TINY_STORIES])
 def test_a_set_of_text_is_no_set_of_images(name):
     with pytest.raises(DataUnavailableError, match=f"{name.value} is no set of images"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.export import symbolic_shape
 
 import quantjax as qj
 from quantjax.products import Exactness, sizing
@@ -43,6 +44,7 @@ def test_the_reasons_differ():
     assert "exceed int32" in sizing(100, 65535, 32768).reason
     assert "exceed int32" in sizing(10**6, 255, 128).reason
     assert "too few to split by" in sizing(200, 65535, 128).reason
+    assert "before the number is known" in sizing(symbolic_shape("t")[0], 255, 255).reason
     assert "too few to split by" in sizing(49 * 64, 4095, 128, taps=49).reason
 
 

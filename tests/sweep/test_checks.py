@@ -56,6 +56,24 @@ def test_a_study_that_trains_no_parameters_is_refused(tmp_path):
     assert not (tmp_path / "results.csv").exists()
 
 
+def test_text_among_the_parameters_is_refused(tmp_path):
+    """Orbax raised it from a thread of its own."""
+    train = lambda seed, on_step: {"w": jnp.ones(3), "name": "mlp"}  # noqa: E731
+    study = dataclasses.replace(tiny_study(), train=train)
+    with pytest.raises(errors.SweepError, match="returned 'mlp' among the parameters"):
+        run_sweep(study, GRID, tmp_path)
+
+
+def test_a_model_that_another_sweep_saved_meanwhile_is_taken(tmp_path):
+    study, found = tiny_study(), []
+
+    def train(seed, on_step):
+        found.append(run_sweep(tiny_study(), GRID, tmp_path).rows)
+        return study.train(seed, on_step)
+
+    assert run_sweep(dataclasses.replace(study, train=train), GRID, tmp_path).rows == found[0]
+
+
 def test_an_error_in_a_rule_of_ones_own_names_the_rule(tmp_path):
     def broken(statistics, target):
         raise ZeroDivisionError("of mine")

@@ -21,6 +21,7 @@ from quantjax.sweep import (
     Silent,
     run_sweep,
 )
+from tests.refused import refused
 from tests.sweep.tiny import Calls, alone, tiny_study
 
 RULES = (qj.ranges.MIN_MAX, qj.ranges.MOVING_AVERAGE)
@@ -315,11 +316,35 @@ def test_weights_with_nan_raise_and_file_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     ("axis", "values", "what"),
-    [("weight_bits", (), "is empty"), ("seeds", (1, 1), "repeats"), ("rules", (), "is empty")],
+    [
+        ("weight_bits", (), "is empty"),
+        ("weight_bits", (4, 4.0), "repeats"),
+        ("seeds", (1, 1), "repeats"),
+        ("rules", (), "is empty"),
+    ],
 )
 def test_a_grid_that_makes_no_sense_raises(axis, values, what):
     axes = {"weight_bits": (8,), "activation_bits": (8,), "rules": RULES, "seeds": (0,)}
     with pytest.raises(errors.SweepError, match=f"{axis} {what}"):
+        Grid(**{**axes, axis: values})
+
+
+@pytest.mark.parametrize(
+    "widths", [(2.0, 3.0), np.arange(2, 4), jnp.arange(2.0, 4), range(2, 4), [np.int8(2), 3]]
+)
+def test_widths_are_pythons_integers(widths):
+    """2.0 was filed as text that no later sweep could read."""
+    grid = Grid(weight_bits=widths, activation_bits=(8,), rules=qj.ranges.MIN_MAX, seeds=(0,))
+    assert grid.weight_bits == (2, 3)
+    assert {type(bits) for bits in grid.weight_bits} == {int}
+    assert grid.rules == RULES[:1] == (qj.ranges.MIN_MAX,)
+
+
+@pytest.mark.parametrize("axis", ["weight_bits", "activation_bits", "seeds"])
+@pytest.mark.parametrize("values", [4, (True,), (2.5,), ("8",), ((2, 3), 4), None, (np.nan,)])
+def test_whatever_is_no_whole_number_is_no_width(axis, values):
+    axes = {"weight_bits": (8,), "activation_bits": (8,), "rules": RULES, "seeds": (0,)}
+    with refused(errors.SweepError, f"{axis} {values!r}", "by whole numbers"):
         Grid(**{**axes, axis: values})
 
 

@@ -44,9 +44,25 @@ def test_a_line_cut_short_is_left_out_and_then_replaced(store):
     assert "min_m\n" not in store.path.read_text()
 
 
+def test_a_line_cut_within_a_letter_is_left_out(store):
+    """The whole file was called no text, with the advice to move it away."""
+    own = ROWS[2]._replace(study="größe", rule='a,"b"\nc')
+    store.add([ROWS[0], own])
+    store.path.write_bytes(store.path.read_bytes() + "abc,grö".encode()[:-1])
+    assert store.rows() == [ROWS[0], own]
+    store.add(ROWS[3:])
+    assert store.rows() == [ROWS[0], own, ROWS[3]]
+
+
+def test_empty_lines_and_the_mark_of_an_editor_are_no_rows(store):
+    store.add(ROWS)
+    store.path.write_text(store.path.read_text() + "\n\n", encoding="utf-8-sig")
+    assert store.rows() == ROWS
+
+
 def test_a_file_that_is_no_text_raises(store):
     store.path.parent.mkdir()
-    store.path.write_bytes(b"\xff\xfe\x00")
+    store.path.write_bytes(b"\xff\xfe\x00\n")
     with pytest.raises(errors.SweepError, match="no text file"):
         store.rows()
 

@@ -166,20 +166,3 @@ def test_inside_shard_map_long_sums_are_added_up():
     sharded = jax.shard_map(quantized, mesh=mesh, in_specs=(P(), P(), rows), out_specs=rows)
     out = jax.jit(sharded)(qstate, params, x)
     assert_array_equal(out, jax.jit(quantized)(qstate, params, x))
-
-
-@pytest.mark.parametrize(
-    "policy", [qj.presets.w8a8_dynamic(), qj.presets.mxfp4()], ids=["tokens", "blocks"]
-)
-def test_an_exported_program_takes_batches_of_any_size(policy):
-    x = jnp.tile(X, (1, 2))
-    params = {"w": jnp.tile(PARAMS["w"], (2, 1))}
-    plan = qj.plan(policy, qj.sites(f, params, x))
-    qstate = qj.calibrate(plan, {}, params)
-    frozen = qj.freeze(plan, qstate, params)
-    rows = jax.export.symbolic_shape("rows")[0]
-    for verb, given in ((qj.fake_quantize, params), (qj.execute, frozen)):
-        run = jax.jit(lambda x, verb=verb, given=given: verb(f, plan)(qstate, given, x))
-        exported = jax.export.export(run)(jax.ShapeDtypeStruct((rows, 32), jnp.float32))
-        for some in (x, x[:3]):
-            assert_array_equal(exported.call(some), run(some))

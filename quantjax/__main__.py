@@ -1,4 +1,4 @@
-"""``python -m quantjax.cli``."""
+"""``python -m quantjax``, the command line."""
 
 import sys
 

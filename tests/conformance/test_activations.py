@@ -14,7 +14,7 @@ import quantjax as qj
 from tests.conformance.test_identity import assert_close
 from tests.models import assert_same_bits, normal
 
-pytestmark = pytest.mark.thinned(21)
+pytestmark = pytest.mark.thinned(41)
 
 ACTIVATIONS = {
     "relu": nn.relu,

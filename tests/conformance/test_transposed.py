@@ -40,7 +40,7 @@ def calibrated(f, params, x, bits):
     return plan, qj.calibrate(plan, state, params, weight_bits=bits, activation_bits=bits)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 def test_width_zero_changes_no_bit(f, shape, compiled):

@@ -20,7 +20,7 @@ from experiments.qat.learner import Distillation, Recipe, inner_bits, learner, p
 from experiments.qat.results import Results, Row
 from experiments.training.errors import RunMismatchError
 
-pytestmark = pytest.mark.thinned(13)
+pytestmark = pytest.mark.thinned(21)
 
 RECIPE = Recipe(steps=12, batch=64, calibration=128)
 EVERY = (*methods.METHODS, *methods.LEARNED_WIDTHS, *methods.BINARY)

@@ -13,7 +13,7 @@ from tests.frameworks import equinox_layers, haiku_layers, linen_layers, nnx_lay
 from tests.frameworks.layer import Layer, variants
 from tests.models import assert_same_bits
 
-pytestmark = pytest.mark.thinned(13)
+pytestmark = pytest.mark.thinned(23)
 
 TABLES = {
     "linen": linen_layers.CLASSES,

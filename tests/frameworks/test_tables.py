@@ -61,7 +61,7 @@ def test_classes_without_a_kernel_have_a_reason(name):
         assert isinstance(row, str) or all(map(callable, row.values()))
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(13)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_sites_of_a_layer_are_those_of_the_table(name):
     layer = LAYERS[name]()

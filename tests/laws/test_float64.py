@@ -21,7 +21,7 @@ from quantjax.formats import BUILT_IN, example_theta
 from tests.laws.contract_cases import some_widths
 
 done = 0
-for format in BUILT_IN[PART::4]:
+for format in BUILT_IN[PART::8]:
     theta = example_theta(format)
     trial = Trial(dtype=jnp.float64, theta=theta)
     for bits in some_widths(format):
@@ -68,11 +68,11 @@ print("formats:", done)
 """
 
 
-@pytest.mark.thinned(4)
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("part", range(8))
 def test_every_format_keeps_its_laws_for_float64(part):
     command = [sys.executable, "-W", "error", "-c", PROGRAM.replace("PART", str(part))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert int(ran.stdout.split("formats: ")[1]) >= 9
+    assert int(ran.stdout.split("formats: ")[1]) >= 4

@@ -30,9 +30,9 @@ found = {}
 plan = qj.plan(qj.uniform_policy(weight_bits=4, activation_bits=8), qj.sites(f, params, x))
 y, state = jax.jit(qj.observe(f, plan))(qj.init(plan), params, x)
 found["observed"] = y, state
-rules = qj.ranges.stack(list(RULES.values()))
+rules = qj.ranges.stack([r for r in RULES.values() if r.name not in ("cosine", "l_p(2.4)")])
 derive = lambda index: qj.calibrate(plan, state, params, activation_rule=rules[index])
-found["rules"] = jax.jit(lambda: jax.lax.map(derive, jnp.arange(len(RULES), dtype=jnp.int32)))()
+found["rules"] = jax.jit(lambda: jax.lax.map(derive, jnp.arange(len(rules), dtype=jnp.int32)))()
 qstate = jax.jit(lambda: qj.calibrate(plan, state, params, weight_rule=qj.ranges.MSE))()
 frozen = qj.freeze(plan, qstate, params)
 found["frozen"] = frozen

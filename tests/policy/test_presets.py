@@ -12,7 +12,7 @@ import quantjax as qj
 from quantjax.products import Execution
 from tests.models import Case, assert_same_bits, linen, normal
 
-pytestmark = pytest.mark.thinned(8)
+pytestmark = pytest.mark.thinned(9)
 
 
 class Net(nn.Module):

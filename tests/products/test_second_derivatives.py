@@ -37,7 +37,7 @@ def hessian_vector(loss: Any, arguments: Any, tangents: Any) -> Any:
     return jax.jit(lambda a, t: jax.jvp(gradient, (a,), (t,))[1])(arguments, tangents)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", CASES)
 def test_hessian_vector_products_are_those_of_reals(name):
     form_name, quantizers = CASES[name]

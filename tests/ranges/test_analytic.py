@@ -17,7 +17,7 @@ from tests.ranges import cases
 from tests.ranges.cases import ASYMMETRIC, SYMMETRIC, at_hand, derived, drawn, losses, observed
 from tests.refused import refused
 
-pytestmark = pytest.mark.thinned(3)
+pytestmark = pytest.mark.thinned(6)
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 KINDS = st.sampled_from(sorted(cases.DRAWS))

@@ -15,7 +15,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import quantjax as qj
 from quantjax import ranges, statistics
-from quantjax.calibration import RULES
 from quantjax.ranges import lanes
 from quantjax.ranges.lanes import choose
 
@@ -254,10 +253,10 @@ def test_no_trace_outlives_its_function():
 
 
 @pytest.mark.thinned(4)
-@pytest.mark.parametrize("chosen", [0, 7, 11])
+@pytest.mark.parametrize("chosen", [0, 2, 3])
 def test_derivatives_pass_rules_that_have_none(chosen):
     """Searches count and sort; a stack is differentiated by the rule that was chosen."""
-    rules = list(RULES.values())
+    rules = [ranges.MIN_MAX, ranges.percentile(0.99), ranges.MSE, ranges.KL_TENSORRT]
     stacked = ranges.stack(rules)
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
     quantizer = qj.Quantizer(

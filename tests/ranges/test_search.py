@@ -188,7 +188,7 @@ LEFT_EARLY = [
     ("format", "symmetric"), LEFT_EARLY, ids=lambda it: it.name if hasattr(it, "name") else str(it)
 )
 @pytest.mark.parametrize("rule", [MSE, ranges.l_p(2.4), SQNR], ids=lambda rule: rule.name)
-@pytest.mark.thinned(9)
+@pytest.mark.thinned(23)
 def test_factors_that_are_left_could_not_have_been_better(format, symmetric, rule, monkeypatch):
     """The range is the one of all factors, at all widths and for all kinds of data."""
     widths = jnp.float32([bits for bits in range(2, 9) if format.known_valid(bits)])
@@ -297,6 +297,7 @@ def test_the_cosine_decides_alike_in_every_program(target, kind):
             assert np.asarray(mapped.high)[index] == pytest.approx(np.asarray(other.high), rel=1e-5)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("rule", [*cases.SEARCHED, ranges.ADMM, ranges.LEAST_SQUARES])
 def test_ranges_that_were_searched_for_are_constant_to_a_gradient(rule):
     """Calibrating inside of a loss: the straight-through gradient, with the range as it is."""

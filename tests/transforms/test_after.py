@@ -151,6 +151,7 @@ SCHEMES = {
 }
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_whole_net_is_executed_as_it_is_simulated(name):
     case = net()

@@ -39,7 +39,7 @@ from tests.transforms.coded import (
 )
 from tests.transforms.integer_zoo import GROUP, MODELS, MODES
 
-pytestmark = pytest.mark.thinned(23)
+pytestmark = pytest.mark.thinned(31)
 
 INTEGERS = (Execution.INTEGER, Execution.GROUPED)
 

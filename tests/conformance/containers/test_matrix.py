@@ -16,7 +16,7 @@ from tests.conformance.containers.cases import CASES, build
 from tests.conformance.test_identity import assert_close, fences_hold
 from tests.models import assert_same_bits
 
-pytestmark = pytest.mark.thinned(13)
+pytestmark = pytest.mark.thinned(29)
 
 IDENTITY = qj.Policy([])
 EVERY_ROLE = qj.Scheme(

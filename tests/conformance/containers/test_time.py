@@ -15,7 +15,7 @@ from tests.conformance.containers.raw_cases import affine
 from tests.conformance.test_identity import assert_close
 from tests.models import assert_same_bits, normal, policy
 
-pytestmark = pytest.mark.thinned(6)
+pytestmark = pytest.mark.thinned(11)
 
 SHORT, LONG = 5, 9
 RECURRENT = sorted(name for name in CASES if name.split("/")[1].startswith("time"))

@@ -189,7 +189,7 @@ class Format(abc.ABC):
         known = [concrete(leaf) for leaf in jax.tree.leaves((bits, theta))]
         if any(array is None for array in known):
             return None
-        with jax.ensure_compile_time_eval():
+        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):  # of one number
             valid = self.valid_bits(jnp.asarray(bits, jnp.float32), theta)
             return bool(jnp.all(valid))
 

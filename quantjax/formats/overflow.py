@@ -31,5 +31,5 @@ def known_overflow(format: Format, bits: Any, theta: Theta = ()) -> bool:
     """Whether they do so at these widths; False where one is not known yet."""
     if not format.known_valid(bits, theta):
         return False
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         return bool(jnp.any(levels_overflow(format, jnp.asarray(bits, jnp.float32), theta)))

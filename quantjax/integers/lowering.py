@@ -6,14 +6,14 @@ primitive return the same integers; which is fastest is a matter of measurement.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax.integers import gpu
+from quantjax.integers import cpu, gpu
 from quantjax.interpreter import Op
 
 
@@ -50,13 +50,16 @@ DEFAULT: Mapping[Op, Lowering] = {
     Op.CONV: direct_conv,
     Op.RAGGED: direct_ragged,
 }
+CPU: Mapping[Op, Lowering] = {**DEFAULT, Op.DOT: cpu.rows_dot}
 GPU: Mapping[Op, Lowering] = {
     Op.DOT: gpu.filled_dot,
     Op.CONV: gpu_conv,
     Op.RAGGED: gpu.filled_ragged,
 }
-TABLE: Mapping[str, Mapping[Op, Lowering]] = {"cpu": DEFAULT, "gpu": GPU, "tpu": DEFAULT}
+TABLE: Mapping[str, Mapping[Op, Lowering]] = {"cpu": CPU, "gpu": GPU, "tpu": DEFAULT}
 """By backend; a backend that is not listed takes the default."""
+SUMS: Mapping[str, Callable[[jax.Array, Sequence[int]], jax.Array]] = {"cpu": cpu.sums_by_product}
+"""By backend, where sums of codes are a product with ones rather than a reduction."""
 
 
 def lowering(op: Op) -> Lowering:
@@ -69,3 +72,15 @@ def lowering(op: Op) -> Lowering:
     if backend == "gpu":
         gpu.check_products()
     return TABLE.get(backend, DEFAULT)[op]
+
+
+def sums_over(codes: jax.Array, axes: Sequence[int], *, has_batch: bool) -> jax.Array:
+    """``Σ codes`` over some axes, which keep size 1, in int32: what zero points are multiplied by.
+
+    Args:
+      has_batch: whether others of the axes are a batch of products; one dot has none then.
+    """
+    by_product = SUMS.get(jax.default_backend())
+    if by_product is not None and axes and not has_batch:
+        return by_product(codes, axes)
+    return jnp.sum(codes, axis=tuple(axes), keepdims=True, dtype=jnp.int32)

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from quantjax.granularity import expand
-from quantjax.integers.lowering import lowering
+from quantjax.integers.lowering import lowering, sums_over
 from quantjax.integers.operands import IntegerOperand
 from quantjax.interpreter import Op, Product
 from quantjax.products import blocks, ragged
@@ -120,7 +120,10 @@ def _ragged_kernel(product: Product, length: int) -> _Kernel:
 def _sum(product: Product, side: int, codes: jax.Array) -> jax.Array:
     """Sums over contracted and window axes, which keep size 1."""
     _, contracted, window = product.axes(side)
-    return jnp.sum(codes, axis=contracted + window, keepdims=True, dtype=jnp.int32)
+    has_batch = product.op is Op.RAGGED
+    if product.op is Op.DOT:
+        has_batch = bool(product.params["dimension_numbers"][1][side])
+    return sums_over(codes, contracted + window, has_batch=has_batch)
 
 
 def _conv_kernel(product: Product, padding: _Padding, length: int) -> _Kernel:

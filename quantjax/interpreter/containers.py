@@ -46,6 +46,7 @@ PRIMITIVES = {
     "cond": ContainerKind.COND,
     "while": ContainerKind.WHILE,
     "custom_jvp_call": ContainerKind.INLINED,
+    "custom_vmap_call": ContainerKind.INLINED,
 }
 
 
@@ -89,7 +90,8 @@ def container_of(eqn: jex_core.JaxprEqn) -> Container | None:
         pair = as_closed(params["cond_jaxpr"]), as_closed(params["body_jaxpr"])
         return Container(kind, eqn, pair)
     if kind is ContainerKind.INLINED:
-        return Container(kind, eqn, (as_closed(params["call_jaxpr"]),))
+        is_jvp = "call_jaxpr" in params
+        return Container(kind, eqn, (as_closed(params["call_jaxpr" if is_jvp else "call"]),))
     programs = tuple(as_closed(opened(jaxpr)) for jaxpr in jex_core.jaxprs_in_params(params))
     return Container(ContainerKind.OPAQUE, eqn, programs) if programs else None
 

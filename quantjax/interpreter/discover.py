@@ -205,6 +205,12 @@ def _note_lost(
     _note_others(found, name, [one for one, other in pairs if other.kind is not OriginKind.LEAF])
 
 
+_OWN_RULES = {
+    "custom_jvp_call": ("custom_jvp", "derivative"),
+    "custom_vmap_call": ("custom_vmap", "batching"),
+}
+
+
 def _enter(
     container: Container,
     operands: list[Origin],
@@ -222,10 +228,11 @@ def _enter(
         return _walk(programs[0], operands, (*here, 0), around.within(scope, "remat"), found)
     if kind is ContainerKind.INLINED and not _holds_products(programs[0]):
         _note_others(found, name, operands)
-        return provenance.results(container.eqn, operands)  # its derivative rule is kept
+        return provenance.results(container.eqn, operands)  # its own rule is kept
     if kind is ContainerKind.INLINED:
-        note = "inside custom_jvp: inlined, so that its own derivative rule is not used"
-        inside = around.within(scope, "custom_jvp", note=note)
+        own, rule = _OWN_RULES[name]
+        note = f"inside {own}: inlined, so that its own {rule} rule is not used"
+        inside = around.within(scope, own, note=note)
         return _walk(programs[0], operands, (*here, 0), inside, found)
     outputs = provenance.results(container.eqn, operands)
     if kind is ContainerKind.SCAN:

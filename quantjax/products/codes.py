@@ -7,6 +7,7 @@ sums are taken within each group and added in float32, one after another.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -27,6 +28,7 @@ from quantjax.interpreter import Op, Product
 from quantjax.interpreter.product import HIGHEST
 from quantjax.lean import select
 from quantjax.products import blocks
+from quantjax.products.either import either
 from quantjax.products.exactness import BFLOAT16_EXACT, FLOAT32_EXACT, Exactness, Sizing
 from quantjax.products.groups import (
     Coded,
@@ -230,20 +232,22 @@ def _sums(
     if not is_long and flags.is_narrow is None:
         return product.in_float32(lhs, rhs)
 
-    def plain(lhs: jax.Array, rhs: jax.Array, flags: _Flags) -> jax.Array:
+    def plain(lhs: jax.Array, rhs: jax.Array, flags: _Flags, rest: Any) -> jax.Array:
+        here = dataclasses.replace(product, rest=rest)
         if flags.is_narrow is None:
-            return product.in_float32(lhs, rhs)
-        narrow = lambda *sides: product.in_float32(*_bfloat16(*sides), None)  # noqa: E731
-        return lax.cond(flags.is_narrow, narrow, product.in_float32, lhs, rhs)
+            return here.in_float32(lhs, rhs)
+        narrow = lambda *sides: here.in_float32(*_bfloat16(*sides), None)  # noqa: E731
+        return lax.cond(flags.is_narrow, narrow, here.in_float32, lhs, rhs)
 
-    def chunked(lhs: jax.Array, rhs: jax.Array, flags: _Flags) -> jax.Array:
+    def chunked(lhs: jax.Array, rhs: jax.Array, flags: _Flags, rest: Any) -> jax.Array:
+        here = dataclasses.replace(product, rest=rest)
         if flags.is_narrow is None:
-            return _in_chunks(product, sizing.block, lhs, rhs)
+            return _in_chunks(here, sizing.block, lhs, rhs)
         block = sizing.block // ALIGNED * ALIGNED or sizing.block
         return lax.cond(
             flags.is_narrow,
-            lambda *sides: _in_chunks(product, block, *_bfloat16(*sides)),
-            lambda *sides: _in_chunks(product, sizing.block, *sides),
+            lambda *sides: _in_chunks(here, block, *_bfloat16(*sides)),
+            lambda *sides: _in_chunks(here, sizing.block, *sides),
             lhs,
             rhs,
         )
@@ -251,9 +255,9 @@ def _sums(
     @jax.custom_jvp
     def total(lhs: jax.Array, rhs: jax.Array, flags: _Flags) -> jax.Array:
         if not is_long:
-            return plain(lhs, rhs, flags)
+            return plain(lhs, rhs, flags, product.rest)
         fits = flags.any_bypass | _sums_fit(product, sizing, lhs, rhs)
-        return lax.cond(fits, plain, chunked, lhs, rhs, flags)
+        return either(fits, plain, chunked, lhs, rhs, flags, product.rest)
 
     @total.defjvp
     def total_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:

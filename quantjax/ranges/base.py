@@ -136,12 +136,15 @@ class RangeRule(NamedTuple):
         Otherwise for all of them, statistics at the shape of the scale.
       reads_distribution: whether it looks at ``statistics.sample`` or ``statistics.distribution``.
       parameters: numbers, or arrays where a sweep varies them.
+      entries: how many numbers it makes of each group whatever the group's size, such as bins of
+        its own; so many fewer groups are taken at once.
     """
 
     name: str
     range: Callable[..., Range]
     reads_distribution: bool = False
     parameters: tuple[Any, ...] = ()
+    entries: int = 1
 
 
 def known_number(value: Any, family: str) -> float | None:

@@ -47,9 +47,10 @@ def derive_many(
     for indices in together.values():
         mine = [jobs[index] for index in indices]
         length = max(_entries(statistics) for statistics, _ in mine)
+        at_once = max(ENTRIES_AT_ONCE // max(length, rule.entries), 1)
         parts = [(statistics, target.bits, target.theta) for statistics, target in mine]
         groups = _in_groups(parts, length=length)
-        ranges = _each_group(rule, mine[0][1], groups, max(ENTRIES_AT_ONCE // length, 1))
+        ranges = _each_group(rule, mine[0][1], groups, at_once)
         found |= zip(indices, _apart(ranges, [statistics for statistics, _ in mine]), strict=True)
     return [found[index] for index in range(len(jobs))]
 

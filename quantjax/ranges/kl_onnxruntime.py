@@ -189,7 +189,7 @@ def _range(statistics: Statistics, target: Target, *, bins: int) -> Range:
 
 def _rule(bins: int) -> RangeRule:
     name = "kl_onnxruntime" if bins == 1025 else f"kl_onnxruntime({bins})"
-    return RangeRule(name, Configured.of(_range, bins=bins), reads_distribution=True)
+    return RangeRule(name, Configured.of(_range, bins=bins), reads_distribution=True, entries=bins)
 
 
 def kl_onnxruntime(*, bins: int = 1025) -> RangeRule:

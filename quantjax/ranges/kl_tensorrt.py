@@ -160,7 +160,7 @@ def _range(statistics: Statistics, target: Target, *numbers: Any, bins: int) -> 
 def _rule(variant: Variant) -> RangeRule:
     numbers = _Numbers(**{name: getattr(variant, name) for name in _Numbers._fields})
     found = Configured.of(_range, bins=variant.bins)
-    return RangeRule(f"kl_{variant.name}", found, True, tuple(numbers))
+    return RangeRule(f"kl_{variant.name}", found, True, tuple(numbers), entries=variant.bins)
 
 
 def kl_tensorrt(variant: Variant = PUBLISHED) -> RangeRule:

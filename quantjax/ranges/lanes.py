@@ -20,7 +20,9 @@ AT_ONCE = 1 << 18  # entries of the largest operand, times the lanes that are ta
 _Branch = Callable[..., list[jax.Array]]
 
 
-def choose(index: jax.Array, branches: Sequence[Callable[[], Any]], *, apart: int) -> Any:
+def choose(
+    index: jax.Array, branches: Sequence[Callable[[], Any]], *, apart: int, entries: int = 1
+) -> Any:
     """``branches[index]()``, as ``lax.switch``; under ``vmap`` each lane runs its branch alone.
 
     ``lax.switch`` computes every branch for every lane once they differ in ``index``. Here lanes
@@ -32,6 +34,7 @@ def choose(index: jax.Array, branches: Sequence[Callable[[], Any]], *, apart: in
       index: int32 scalar, within the branches.
       branches: alike in what they return.
       apart: into how many parts of equal size lanes are expected to fall; a part goes together.
+      entries: how many numbers a branch makes, where no operand has as many.
 
     Raises:
       TypeError: branches that return other structures, shapes or dtypes.
@@ -53,7 +56,7 @@ def choose(index: jax.Array, branches: Sequence[Callable[[], Any]], *, apart: in
         functools.partial(_evaluated, opened(program), [places[id(c)] for c in program.consts])
         for program, _ in traced
     ]
-    largest = max((math.prod(jnp.shape(operand)) for operand in operands), default=1)
+    largest = max([entries, *(math.prod(jnp.shape(operand)) for operand in operands)])
     found = _differentiable(programs, apart, largest)(index, *operands)
     return jax.tree.unflatten(trees[0], found)
 

@@ -41,6 +41,11 @@ class IndexedRule(NamedTuple):
         return any(isinstance(r, RangeRule) and r.reads_distribution for r in self.rules)
 
     @property
+    def entries(self) -> int:
+        """The most that one of the rules makes of a group."""
+        return max(r.entries for r in self.rules if isinstance(r, RangeRule))
+
+    @property
     def parameters(self) -> tuple[Any, ...]:
         """Those of all rules are in :meth:`range`."""
         return ()
@@ -68,7 +73,12 @@ class IndexedRule(NamedTuple):
 
             return found
 
-        found = choose(family, [branch(indices) for indices in families], apart=len(self.rules))
+        found = choose(
+            family,
+            [branch(indices) for indices in families],
+            apart=len(self.rules),
+            entries=self.entries,
+        )
         low, high = (jnp.where(self._exists, end, jnp.nan) for end in (found.low, found.high))
         return Range(low, high, found.calibrated)
 

@@ -17,6 +17,8 @@ from quantjax.transforms.keys import Key
 
 PARTS = 16
 """A parameter is encoded in at most so many parts, one after another."""
+SMALL = 1 << 16
+"""Entries of a parameter that is encoded at once."""
 
 
 class Encoding(NamedTuple):
@@ -48,15 +50,9 @@ def codes_by_parts(
     Args:
       qparams: ``bits`` and ``theta`` of the parameter's rank, as scales are.
     """
-    if leaf.ndim == 0:
+    parts = _parts(leaf, qparams)
+    if parts == 1:
         return encoded_codes(static, leaf, qparams, key)
-    count = leaf.shape[0]
-    groups = {array.shape[0] for array in jax.tree.leaves(qparams)} - {1}
-    # Groups that the rows are no multiple of have a shorter last one, which a part would not see.
-    whole = all(count % size == 0 for size in groups)
-    sizes = {count, *groups}
-    parts = max(n for n in range(1, PARTS + 1) if all(size % n == 0 for size in sizes))
-    parts = parts if whole else 1
 
     def split(x: jax.Array) -> jax.Array:
         if x.shape[0] == 1:
@@ -67,7 +63,19 @@ def codes_by_parts(
         rows, qparams, key = part
         return encoded_codes(static, rows, qparams, key)
 
-    rows = split(leaf) if count != 1 else leaf[None]
     keys = None if key is None else jax.random.split(key, parts)
-    codes = lax.map(some, (rows, jax.tree.map(split, qparams), keys))
+    codes = lax.map(some, (split(leaf), jax.tree.map(split, qparams), keys))
     return codes.reshape(leaf.shape)
+
+
+def _parts(leaf: jax.Array, qparams: QParams) -> int:
+    """How many parts of equal size, each of whole groups: one of a small leaf, whose loop would
+    only be compiled."""
+    if leaf.size <= SMALL or leaf.shape[0] == 1:
+        return 1
+    count = leaf.shape[0]
+    groups = {array.shape[0] for array in jax.tree.leaves(qparams)} - {1}
+    # Groups that the rows are no multiple of have a shorter last one, which a part would not see.
+    if any(count % size for size in groups):
+        return 1
+    return max(n for n in range(1, PARTS + 1) if all(size % n == 0 for size in (count, *groups)))

@@ -34,6 +34,7 @@ def test_sums_are_those_of_int64(name, with_zeros, monkeypatch):
     centered = [side.astype(np.int64) - (zero or 0) for side, zero in ((x, left), (w, right))]
     want = product(form.terms(), *centered)
     monkeypatch.setitem(lowering.TABLE, jax.default_backend(), lowering.GPU)
+    monkeypatch.delitem(lowering.SUMS, jax.default_backend(), raising=False)
     got = jax.jit(lambda x, w: run(form, accumulate, x, w, found))(x, w)
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got, want)
@@ -43,6 +44,7 @@ def test_sums_are_those_of_int64(name, with_zeros, monkeypatch):
 def test_all_sizes_of_dots_are_filled_up_and_no_convolution_is_left(name, monkeypatch):
     form = ALL[name]
     monkeypatch.setitem(lowering.TABLE, jax.default_backend(), lowering.GPU)
+    monkeypatch.delitem(lowering.SUMS, jax.default_backend(), raising=False)
     found: dict[str, Any] = {"activation": (None, None), "weight": (zeros(form.w, 1), None)}
     jaxpr = jax.make_jaxpr(lambda x, w: run(form, accumulate, x, w, found))(
         jnp.zeros(form.x, jnp.int8), jnp.zeros(form.w, jnp.int8)

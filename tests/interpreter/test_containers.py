@@ -119,6 +119,14 @@ def with_own_jvp(w: jax.Array, x: jax.Array) -> jax.Array:
 with_own_jvp.defjvp(lambda p, t: jax.jvp(lambda w, x: dot(x, w), p, t))
 
 
+@jax.custom_batching.custom_vmap
+def with_own_vmap(w: jax.Array, x: jax.Array) -> jax.Array:
+    return dot(x, w)
+
+
+with_own_vmap.def_vmap(lambda size, batched, w, x: (jnp.matmul(x, w), True))
+
+
 class Expected(NamedTuple):
     """Of a site: its layers, how often each is visited, and the scans around it."""
 
@@ -149,6 +157,7 @@ KNOWN = {
     "jit": of(jax.jit(lambda p, x: dot(x, p["w"])), W, X, 1),
     "remat": of(jax.checkpoint(lambda p, x: dot(x, p["w"])), W, X, 1),
     "custom_jvp": of(lambda p, x: with_own_jvp(p["w"], x), W, X, 1),
+    "custom_vmap": of(lambda p, x: with_own_vmap(p["w"], x), W, X, 1, reverse=False),
     "constants": of(scan_of_constants, W, SERIES, T, (), (T,), True),
     "carried": Known(
         scan_of_carried_weight,

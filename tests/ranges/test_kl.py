@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose
 
+import quantjax as qj
 from quantjax import errors, integer, ranges, statistics
 from quantjax.ranges import KL_MODELOPT, KL_ONNXRUNTIME, KL_TENSORRT, Target
 from quantjax.ranges.kl_look import looked_at
 from quantjax.ranges.kl_onnxruntime import best_reach
 from quantjax.ranges.kl_sums import whole_quotient
 from quantjax.ranges.kl_tensorrt import best_bin, divergences
+from tests.models import dense, planned
 from tests.oracles import divergence as oracle
 from tests.refused import refused
 
@@ -331,3 +333,15 @@ def test_a_clip_below_the_smallest_magnitude_is_a_range(rule):
             low, high, _ = ranges.derive(rule, seen, target)
             assert np.isfinite([low[0], high[0]]).all()
             assert low[0] <= high[0]
+
+
+@pytest.mark.parametrize("rule", [KL_TENSORRT, KL_ONNXRUNTIME], ids=lambda rule: rule.name)
+def test_many_small_groups_are_taken_a_few_at_a_time(rule):
+    """All at once their bins were hundreds of times the weight."""
+    weights = qj.weight_quantizer(bits=4, granularity=qj.PerGroup(8))
+    case = dense(features=128, out=256)
+    plan = planned(case, qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=weights))]))
+    derive = jax.jit(lambda params: qj.calibrate(plan, {}, params, weight_rule=rule))
+    held = derive.lower(case.params).compile().memory_analysis().temp_size_in_bytes
+    assert held < 80 << 20
+    assert rule.entries in (2048, 1025)

@@ -1,5 +1,7 @@
 """Statistics and parameters to QParams."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,3 +184,14 @@ def test_the_granularity_of_the_state_is_that_of_the_plan(observed):
     assert state["w"]["activation"].scale_shape == (1, 1)
     channel = policy(None, qj.activation_quantizer(granularity=qj.PerChannel()))
     assert qj.init(planned(case, channel))["w"]["activation"].scale_shape == (1, 6)
+
+
+def test_traced_verbs_move_nothing_to_the_device(case, observed):
+    """Widths are checked while tracing, by arrays of one number, which a guard has to let pass."""
+    plan, state, _ = observed
+    jax.clear_caches()
+    with jax.transfer_guard("disallow"):
+        verb = jax.jit(lambda s, p: qj.calibrate(plan, s, p, weight_bits=3, rule=qj.ranges.MSE))
+        qstate = verb(state, case.params)
+        frozen = jax.jit(functools.partial(qj.freeze, plan))(qstate, case.params)
+        jax.jit(qj.execute(case.f, plan))(qstate, frozen, case.x)

@@ -12,6 +12,7 @@ import pytest
 
 import quantjax as qj
 from quantjax import errors
+from quantjax.transforms import encoding
 from tests.models import Case, assert_same_bits, normal, planned, policy
 from tests.oracles.integers import Integers, codes, reals, spread
 from tests.refused import refused
@@ -239,3 +240,23 @@ def test_a_stack_of_no_layers_is_refused():
     plan = qj.plan(qj.uniform_policy(activation_bits=None), qj.sites(f, params, x))
     with refused(errors.FreezeError, "without entries", "(0, 4, 4)"):
         qj.freeze(plan, qj.calibrate(plan, {}, params), params)
+
+
+SHORTER = qj.PerGroup(100, remainder=qj.Remainder.SHORTER)
+
+
+@pytest.mark.parametrize(
+    "granularity",
+    [qj.PerTensor(), qj.PerChannel(), qj.PerGroup(64), SHORTER],
+    ids=lambda it: it.name,
+)
+def test_a_large_parameter_is_encoded_by_parts_as_it_is_as_a_whole(granularity):
+    w = normal(0, 512, 160)
+    assert w.size > encoding.SMALL
+    weights = qj.weight_quantizer(bits=4, granularity=granularity)
+    case = Case(lambda p, x: x @ p["w"], {"w": w}, normal(1, 3, 512))
+    plan = planned(case, policy(weights))
+    qstate = qj.calibrate(plan, {}, case.params)
+    found = qj.freeze(plan, qstate, case.params)["w"]
+    want = qj.encode(w, qstate["w"]["weight"], weights.format)
+    assert_same_bits(found.dequantize(), want.dequantize())

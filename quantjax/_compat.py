@@ -220,7 +220,21 @@ def fenced(x: jax.Array, flag: jax.Array | None) -> jax.Array:
     """
     if BARRIERS_HOLD:
         return lax.optimization_barrier(x)
-    return x if flag is None else lax.cond(jnp.any(flag), lambda x: x, lax.optimization_barrier, x)
+    if flag is None:
+        return x
+    return lax.cond(_of_all_lanes(flag), lambda x: x, lax.optimization_barrier, x)
+
+
+@jax.custom_batching.custom_vmap
+def _of_all_lanes(flag: jax.Array) -> jax.Array:
+    """One flag for all lanes of a ``vmap``: a choice by lane has no transpose in JAX 0.10."""
+    return jnp.any(flag)
+
+
+@_of_all_lanes.def_vmap
+def _of_more_lanes(size: int, are_batched: Any, flag: jax.Array) -> tuple[jax.Array, bool]:
+    del size, are_batched
+    return _of_all_lanes(flag), False
 
 
 def concrete(value: Any) -> np.ndarray | None:

@@ -76,8 +76,18 @@ def equations(jaxpr: Any) -> list[Any]:
 
 
 def product_dtypes(jaxpr: Any) -> list[tuple[str, str, str, str]]:
-    """``(primitive, left, right, result)`` of each product."""
-    names = ("dot_general", "conv_general_dilated")
-    products = [eqn for eqn in equations(jaxpr) if eqn.primitive.name in names]
-    variables = [(eqn.primitive.name, *eqn.invars, *eqn.outvars) for eqn in products]
+    """``(primitive, left, right, result)`` of each product; dots with rows of ones are sums."""
+    names, every = ("dot_general", "conv_general_dilated"), equations(jaxpr)
+    ones = {eqn.outvars[0] for eqn in every if _fills(eqn)}
+    products = [eqn for eqn in every if eqn.primitive.name in names]
+    is_sum = lambda eqn: eqn.primitive.name == "dot_general" and eqn.invars[0] in ones  # noqa: E731
+    variables = [
+        (eqn.primitive.name, *eqn.invars, *eqn.outvars) for eqn in products if not is_sum(eqn)
+    ]
     return [(name, *(str(v.aval.dtype) for v in rest)) for name, *rest in variables]
+
+
+def _fills(eqn: Any) -> bool:
+    """Whether it makes an array of one number that the program holds."""
+    fills = eqn.primitive.name == "broadcast_in_dim"
+    return fills and isinstance(eqn.invars[0], jax.extend.core.Literal)

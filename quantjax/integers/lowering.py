@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from quantjax.integers import cpu, gpu
+from quantjax.integers.patches import conv_of_patches
 from quantjax.interpreter import Op
 
 
@@ -42,7 +43,7 @@ def direct_ragged(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
 
 def gpu_conv(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
     """A dot of all patches of int8 into int32."""
-    return gpu.patches_conv(lhs, rhs, **numbers)
+    return conv_of_patches(lhs, rhs, dot=gpu.filled_dot, **numbers)
 
 
 DEFAULT: Mapping[Op, Lowering] = {
@@ -50,7 +51,7 @@ DEFAULT: Mapping[Op, Lowering] = {
     Op.CONV: direct_conv,
     Op.RAGGED: direct_ragged,
 }
-CPU: Mapping[Op, Lowering] = {**DEFAULT, Op.DOT: cpu.rows_dot}
+CPU: Mapping[Op, Lowering] = {**DEFAULT, Op.DOT: cpu.rows_dot, Op.CONV: cpu.conv}
 GPU: Mapping[Op, Lowering] = {
     Op.DOT: gpu.filled_dot,
     Op.CONV: gpu_conv,

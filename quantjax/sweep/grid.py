@@ -75,8 +75,8 @@ def _whole(axis: str, values: Any) -> tuple[int, ...]:
         array = np.asarray(values)
     except ValueError:  # lists of several lengths
         array = np.asarray(None)
-    is_whole = array.ndim == 1 and array.dtype.kind in "iuf" and bool(np.all(array % 1 == 0))
-    if not is_whole:
+    are_numbers = array.ndim == 1 and array.dtype.kind in "iuf"
+    if not (are_numbers and all(float(value).is_integer() for value in array)):
         raise errors.SweepError(
             f"{axis} {values!r:.80}",
             where="a grid",

@@ -81,7 +81,7 @@ def test_sums_beyond_float32():
 def test_an_input_smaller_than_the_window_has_no_output(size, window):
     x, w = int8(0, 1, size, size, 1), int8(1, window, window, 1, 2)
     numbers = jax.lax.conv_dimension_numbers(x.shape, w.shape, ("NHWC", "HWIO", "NHWC"))
-    got = gpu.patches_conv(
+    got = lowering.gpu_conv(
         x,
         w,
         window_strides=(1, 1),

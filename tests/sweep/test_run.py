@@ -341,7 +341,9 @@ def test_widths_are_pythons_integers(widths):
 
 
 @pytest.mark.parametrize("axis", ["weight_bits", "activation_bits", "seeds"])
-@pytest.mark.parametrize("values", [4, (True,), (2.5,), ("8",), ((2, 3), 4), None, (np.nan,)])
+@pytest.mark.parametrize(
+    "values", [4, (True,), (2.5,), ("8",), ((2, 3), 4), None, (np.nan,), (np.inf,)]
+)
 def test_whatever_is_no_whole_number_is_no_width(axis, values):
     axes = {"weight_bits": (8,), "activation_bits": (8,), "rules": RULES, "seeds": (0,)}
     with refused(errors.SweepError, f"{axis} {values!r}", "by whole numbers"):

@@ -15,6 +15,7 @@ import pytest
 
 import quantjax as qj
 from quantjax.affine import QParams
+from quantjax.integers import lowering
 from quantjax.interpreter import Op
 from quantjax.products import Execution
 from quantjax.site_plan import OperandPlan, SitePlan
@@ -186,8 +187,9 @@ def test_sums_are_those_of_the_model_and_of_the_simulation(cell):
     assert bool(checked) != ("weight_only" in cell.name)
 
 
-def test_the_program_multiplies_int8_into_int32(cell):
+def test_the_program_multiplies_int8_into_int32(cell, monkeypatch):
     """At every site that the plan says is integer, and floats are multiplied at no such site."""
+    monkeypatch.setitem(lowering.TABLE, jax.default_backend(), lowering.DEFAULT)
     plan, case = cell.ready.plan, cell.case
     executed = qj.execute(case.f, plan)
     jaxpr = jax.make_jaxpr(executed)(cell.ready.qstate, cell.qparams, case.x).jaxpr

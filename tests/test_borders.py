@@ -100,7 +100,7 @@ def test_nothing_is_outside_at_width_0(x, scale, bound):
     assert not rounds_outside(x, scale, bound, bound, jnp.float32(0), HALF_EVEN).any()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("bits", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize(
     "format",

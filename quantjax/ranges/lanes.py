@@ -56,7 +56,9 @@ def choose(
         functools.partial(_evaluated, opened(program), [places[id(c)] for c in program.consts])
         for program, _ in traced
     ]
-    largest = max([entries, *(math.prod(jnp.shape(operand)) for operand in operands)])
+    sizes = [entries, *(math.prod(jnp.shape(operand)) for operand in operands)]
+    symbolic = [size for size in sizes if not isinstance(size, int)]
+    largest = symbolic[0] if symbolic else max(sizes)
     found = _differentiable(programs, apart, largest)(index, *operands)
     return jax.tree.unflatten(trees[0], found)
 

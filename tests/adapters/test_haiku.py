@@ -19,6 +19,8 @@ from quantjax.errors import AdapterError
 from tests.adapters.modules import names
 from tests.models import assert_same_bits, normal
 
+pytestmark = pytest.mark.thinned(2)
+
 X = normal(1, 6, 8)
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 

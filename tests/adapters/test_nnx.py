@@ -30,6 +30,8 @@ from tests.adapters.modules import (
 )
 from tests.models import normal
 
+pytestmark = pytest.mark.thinned(2)
+
 
 @ALL
 def test_arrays_are_those_of_the_module(make, x):

@@ -23,6 +23,8 @@ from quantjax.calibration import (
 from quantjax.ranges import LSQ, MIN_MAX, SAWB, percentile, sigma
 from tests.calibration import tiny
 
+pytestmark = pytest.mark.thinned(2)
+
 
 def made(
     *widths: float, groups: int = 1, bend: float = np.inf, name: str = "rule"

@@ -21,6 +21,8 @@ from quantjax.ranges import (
 from quantjax.statistics import BINS
 from tests.calibration import oracle, tiny
 
+pytestmark = pytest.mark.thinned(3)
+
 RULES = (MIN_MAX, MOVING_AVERAGE, percentile(0.99), sigma(2.0), SAWB, ACIQ_GAUSSIAN, LSQ)
 NAMES = [rule.name for rule in RULES]
 BITS = (1, 2, 4, 8)

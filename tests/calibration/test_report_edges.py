@@ -25,6 +25,8 @@ from quantjax.statistics import BINS
 from tests.calibration import tiny
 from tests.models import policy
 
+pytestmark = pytest.mark.thinned(2)
+
 NOWHERE = RangeRule(
     "nowhere", lambda seen, target: MIN_MAX.range(seen, target)._replace(low=jnp.nan)
 )

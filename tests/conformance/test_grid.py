@@ -22,6 +22,8 @@ from quantjax.interpreter import leaves_by_path
 from quantjax.simulation import centered_codes
 from tests.models import assert_same_bits, cnn, planned
 
+pytestmark = pytest.mark.thinned(2)
+
 COMPILED = "/jax/core/compile/backend_compile_duration"
 WIDTHS = range(2, 9)
 CELLS = tuple(itertools.product(WIDTHS, WIDTHS))

@@ -26,7 +26,7 @@ from tests.conformance.onnx_nodes import (
     shipped,
 )
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 DOUBLES = r"test_cast(like)?_(FLOAT_to_DOUBLE|DOUBLE_to_FLOAT)(_expanded)?"
 EXPANDED = r"test_dynamicquantizelinear\w*_expanded"

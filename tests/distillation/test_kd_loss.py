@@ -13,6 +13,8 @@ from quantjax import errors
 from tests.oracles import distillation as oracle
 from tests.refused import refused
 
+pytestmark = pytest.mark.thinned(2)
+
 
 def drawn(seed: int, *shape: int, scale: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits of student and teacher, and labels."""

@@ -16,6 +16,8 @@ from tests.laws.cases import GROUPS, SHAPE, spread_scale
 from tests.oracles import gradients as oracle
 from tests.oracles.integers import Integers, bounds
 
+pytestmark = pytest.mark.thinned(3)
+
 ORACLES = {CLIPPED: oracle.clipped, STRAIGHT_THROUGH: oracle.straight_through}
 BOTH = pytest.mark.parametrize("estimator", ORACLES, ids=lambda e: e.name)
 RNG = np.random.default_rng(3)

@@ -18,6 +18,8 @@ from quantjax.formats import IntegerFormat, integer
 from quantjax.simulation import apply, centered_codes, prepare
 from tests.oracles import estimators as oracle
 
+pytestmark = pytest.mark.thinned(3)
+
 SIZE = 60
 RNG = np.random.default_rng(11)
 STEPS = RNG.uniform(-1.4, 1.4, SIZE).astype(np.float32)  # times the range: some of it is clipped

@@ -15,6 +15,8 @@ from quantjax.formats import POWER_OF_TWO, integer
 from quantjax.simulation import apply
 from tests.refused import refused
 
+pytestmark = pytest.mark.thinned(3)
+
 LIVE = qj.RangeMode.LIVE
 RNG = np.random.default_rng(0)
 UNSIGNED = {"format": integer(signed=False), "symmetric": True}

@@ -35,6 +35,8 @@ from quantjax.formats.minifloat import (
 from quantjax.formats.scales import MX_FLOOR, REAL, UNIT
 from quantjax.rounding import CEIL, FLOOR, HALF_AWAY, HALF_EVEN
 
+pytestmark = pytest.mark.thinned(2)
+
 SMALL = (E2M1, E2M3, E3M2, E3M4, E4M3, E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ)
 ALL = (*SMALL, BFLOAT16, FLOAT16)
 EVERY = pytest.mark.parametrize("format", ALL, ids=lambda format: format.name)

@@ -18,7 +18,7 @@ from tests.oracles.integers import spread
 from tests.products.forms import CONVS, FORMS, conv, dot
 from tests.products.terms import product
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 MORE = {
     "outer_product": dot(

@@ -16,6 +16,8 @@ from tests.integers.test_accumulate import ALL
 from tests.integers.visiting import equations, int8, run
 from tests.products.terms import product
 
+pytestmark = pytest.mark.thinned(2)
+
 SQUARE = (((1,), (0,)), ((), ()))
 RAGGED = ((7, 5), (3, 5, 4)), ((40, 33), (2, 33, 6)), ((6, 64), (2, 64, 3))
 

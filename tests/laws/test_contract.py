@@ -11,7 +11,7 @@ from quantjax.formats import ALL_LAWS, BUILT_IN, example_theta
 from quantjax.rounding import ROUNDINGS
 from tests.laws.contract_cases import DTYPES, GRANULARITIES, Row, pairwise, some_widths
 
-pytestmark = pytest.mark.thinned(5)
+pytestmark = pytest.mark.thinned(9)
 
 
 def label(format):

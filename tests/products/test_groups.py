@@ -19,6 +19,8 @@ from tests.oracles.integers import Integers
 from tests.products.forms import DOTS, Form, conv, dot, hand_made, plan_of, quantized
 from tests.products.terms import PADDING, Terms, factors, product
 
+pytestmark = pytest.mark.thinned(2)
+
 FORMS = {
     "plain": (dot("mk,kn->mn", (3, 12), (12, 5), lambda p, x: x @ p["w"]), (0,)),
     "weight_left": (dot("km,nk->nm", (12, 3), (5, 12), lambda p, x: p["w"] @ x), (1,)),

@@ -19,7 +19,7 @@ from tests.ranges import cases
 from tests.ranges.cases import ASYMMETRIC, RULES, SYMMETRIC, at_hand, drawn, observed
 from tests.refused import refused
 
-pytestmark = pytest.mark.thinned(13)
+pytestmark = pytest.mark.thinned(23)
 
 ANY_RULE = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 ORDERED = [rule for rule in RULES if rule is not MOVING_AVERAGE]

@@ -25,7 +25,7 @@ from tests import models
 from tests.ranges import fitting
 from tests.ranges.fitting import INTEGERS, SHAPE, coarse, drawn, fitted, losses
 
-pytestmark = pytest.mark.thinned(9)
+pytestmark = pytest.mark.thinned(17)
 
 SYMMETRIC = (LEAST_SQUARES, ADMM, HQO_SCALE)
 RULES = (*SYMMETRIC, HQO_ZERO_POINT)

@@ -23,6 +23,8 @@ from tests.models import dense, planned
 from tests.oracles import divergence as oracle
 from tests.refused import refused
 
+pytestmark = pytest.mark.thinned(2)
+
 KINDS = pytest.mark.parametrize("kind", oracle.DISTRIBUTIONS)
 WIDTHS = pytest.mark.parametrize("bits", [8, 4, 2])
 SIGNED = Target(integer(), True, jnp.float32(8))

@@ -13,6 +13,8 @@ from quantjax import statistics
 from quantjax.statistics import BINS, Histogram, as_integer, extremes, histogram, sample
 from tests.oracles.groups import by_group
 
+pytestmark = pytest.mark.thinned(2)
+
 SHAPE = (4, 7)
 GROUPS = [(1, 1), (4, 1), (2, 3), (1, 4), (4, 7)]  # 3 and 4 along 7 have a shorter last group
 finite = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)

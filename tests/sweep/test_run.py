@@ -180,7 +180,7 @@ def test_what_cannot_be_swept_is_refused_before_any_work(tmp_path, weights, grid
 
 def test_rules_of_a_family_are_themselves(tmp_path):
     rules = (qj.ranges.percentile(0.99), qj.ranges.sigma(2.0), qj.ranges.constant(-1.0, 1.0))
-    rules = (*rules, qj.ranges.MSE._replace(name="sigma"))  # no name of the library's
+    rules = (*rules, qj.ranges.SAWB._replace(name="sigma"))  # no name of the library's
     grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=rules, seeds=(0,))
     assert run_sweep(tiny_study(), grid, tmp_path).computed == 5
 

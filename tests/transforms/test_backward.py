@@ -125,7 +125,7 @@ def test_gradients_are_what_the_products_of_codes_say():
     assert_allclose(got["one"], to_one, rtol=2e-2, atol=2e-2 * np.abs(to_one).max())
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @NAMES
 @pytest.mark.parametrize(
     "gradients",

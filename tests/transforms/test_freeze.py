@@ -18,7 +18,7 @@ from tests.oracles.integers import Integers, codes, reals, spread
 from tests.refused import refused
 from tests.transforms.freeze_cases import WAYS, Way, raw, same, scanned
 
-pytestmark = pytest.mark.thinned(3)
+pytestmark = pytest.mark.thinned(5)
 
 
 def is_quantized(leaf: Any) -> bool:

@@ -14,6 +14,8 @@ from quantjax.formats import MXFP4, NF4, midrise
 from quantjax.products import Execution
 from tests.models import assert_same_bits, normal
 
+pytestmark = pytest.mark.thinned(2)
+
 IDS = jnp.array([[1, 6, 1], [0, 3, 5]])
 TABLE = {"table": normal(0, 7, 8) * jnp.logspace(-1.5, 1.5, 7)[:, None]}
 f = lambda p, i: jnp.take(p["table"], i, axis=0)  # noqa: E731

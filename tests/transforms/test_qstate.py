@@ -11,6 +11,8 @@ from quantjax import training
 from quantjax.transforms.qstate import whole_widths
 from tests.models import mlp, planned
 
+pytestmark = pytest.mark.thinned(2)
+
 FORMATS = {
     "integer": (qj.uniform_policy(weight_bits=4, activation_bits=8), None),
     "minifloat": (

@@ -12,6 +12,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 import quantjax as qj
 from tests.models import Case, dense, normal, ready
 
+pytestmark = pytest.mark.thinned(2)
+
 TOKENS = qj.activation_quantizer(granularity=qj.PerToken(), range=qj.RangeMode.LIVE)
 W8A8 = qj.uniform_policy()
 

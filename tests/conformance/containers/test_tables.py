@@ -21,7 +21,7 @@ def golden(name: str) -> Path:
     return GOLDEN / f"{name.replace('/', '-')}.txt"
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", CASES)
 def test_the_table_is_the_golden_one(name):
     table = f"{build(name).table}\n"

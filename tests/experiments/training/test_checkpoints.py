@@ -26,6 +26,8 @@ from experiments.training import (
 from experiments.training.seal import check_sealed, seal
 from tests.experiments.training import tiny
 
+pytestmark = pytest.mark.thinned(2)
+
 
 class Pair(NamedTuple):
     """A NamedTuple of a user."""

@@ -24,6 +24,8 @@ from experiments.training import (
 )
 from tests.experiments.training import tiny
 
+pytestmark = pytest.mark.thinned(2)
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -11,15 +11,10 @@ rounds, their ratios, and the spread of the ratio over rounds.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import importlib.metadata
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -27,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 import quantjax as qj
+from experiments import benchmark
 from experiments.digits.model import DigitsCNN
 from experiments.models.cnn import PooledCNN
 from experiments.models.resnet import resnet20
@@ -160,14 +156,11 @@ def deriving(case: Case, rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Print tables; write them as JSON where asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = benchmark.options(__doc__, rounds=15)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {
-        "jax": importlib.metadata.version("jax"),
-        "python": platform.python_version(),
+        **benchmark.made_by(),
         "rounds": options.rounds,
     }
     for name in options.cases:
@@ -178,9 +171,7 @@ def main() -> None:
             for variant, values in figures.items():
                 shown = "  ".join(f"{key} {value:.2f}" for key, value in values.items())
                 print(f"  {variant:32} {shown}")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    benchmark.written(report, options.output)
 
 
 if __name__ == "__main__":

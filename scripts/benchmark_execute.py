@@ -10,12 +10,7 @@ compiled program holds beside its arguments and its result.
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import json
-import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import quantjax as qj
+from experiments import benchmark
 from experiments.models.cnn import PooledCNN
 from experiments.models.decoder import Decoder, DecoderShape
 from experiments.models.resnet import resnet20
@@ -112,15 +108,11 @@ def measured(case: Case, rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Print a table; write it as JSON where asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = benchmark.options(__doc__, rounds=25)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {
-        "jax": importlib.metadata.version("jax"),
-        "python": platform.python_version(),
-        "backend": jax.default_backend(),
+        **benchmark.made_by(),
         "rounds": options.rounds,
     }
     for name in options.cases:
@@ -129,9 +121,7 @@ def main() -> None:
         for variant, values in report[name].items():
             shown = "  ".join(f"{key} {value:.2f}" for key, value in values.items())
             print(f"  {variant:10} {shown}", flush=True)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    benchmark.written(report, options.output)
 
 
 if __name__ == "__main__":

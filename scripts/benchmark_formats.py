@@ -10,10 +10,6 @@ for groups of 64 and 128, vectors left in float, against its float32 bytes, on d
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 import quantjax as qj
+from experiments import benchmark
 from quantjax import storage
 from quantjax.affine import QParams
 from quantjax.arithmetic import Arithmetic
@@ -136,17 +133,13 @@ def sizes(width: int, group: int) -> dict[str, float]:
 
 def main() -> None:
     """Print two tables; write them as JSON where asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = benchmark.options(__doc__, rounds=9)
     parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {
         "size": options.size,
         "rounds": options.rounds,
-        "jax": importlib.metadata.version("jax"),
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
+        **benchmark.made_by(),
         "speed": speed(options.size, options.rounds),
         "storage": {f"group{group}": sizes(1024, group) for group in (64, 128)},
     }
@@ -159,9 +152,7 @@ def main() -> None:
         print(f"{name:24} {shown}")
     for name, figures in report["storage"].items():
         print(name, "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    benchmark.written(report, options.output)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ less the frozen leaves, as a multiple of the largest float leaf. Each case in a 
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import quantjax as qj
+from experiments import benchmark
 
 MIB = 1 << 20
 
@@ -96,16 +94,14 @@ def measure(case: str, granularity: str) -> dict[str, float]:
 
 def main() -> None:
     """Print a table; write it as JSON where asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = benchmark.options(__doc__)
     parser.add_argument("--case", nargs=2, metavar=("CASE", "GRANULARITY"))
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(*options.case)))
         return
     report: dict[str, Any] = {
-        "jax": importlib.metadata.version("jax"),
-        "python": platform.python_version(),
+        **benchmark.made_by(),
         "cases": {},
     }
     for case in CASES:
@@ -116,9 +112,7 @@ def main() -> None:
             report["cases"][f"{case}/{granularity}"] = figures
             shown = "  ".join(f"{name} {value:.2f}" for name, value in figures.items())
             print(f"{case:9} {granularity:8} {shown}")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    benchmark.written(report, options.output)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,11 @@ Qwix is no dependency; install it beside (`pip install --no-deps qwix`), then
 
 from __future__ import annotations
 
-import argparse
 import collections
 import importlib.metadata
 import json
-import platform
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -38,6 +35,7 @@ import optax
 import qwix
 
 import quantjax as qj
+from experiments import benchmark
 from experiments.digits.data import Digits, load
 from experiments.digits.model import DigitsCNN
 from experiments.digits.train import Training, train
@@ -194,15 +192,12 @@ def stepped(case: Case, rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Measure and print; write JSON where asked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser = benchmark.options(__doc__, rounds=20)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {
-        "jax": importlib.metadata.version("jax"),
+        **benchmark.made_by(),
         "qwix": importlib.metadata.version("qwix"),
-        "python": platform.python_version(),
         "rounds": options.rounds,
         "sweep": swept(),
     }
@@ -210,8 +205,7 @@ def main() -> None:
     for name in options.cases:
         report[f"step, {name}"] = stepped(CASES[name], options.rounds)
         print(name, json.dumps(report[f"step, {name}"], indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    benchmark.written(report, options.output)
 
 
 if __name__ == "__main__":

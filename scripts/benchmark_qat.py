@@ -13,15 +13,11 @@ float step.
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import json
 import math
-import platform
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +25,7 @@ import jax.numpy as jnp
 import optax
 
 import quantjax as qj
+from experiments import benchmark
 from experiments.steps import CASES, Case, fenced, train_step
 from experiments.timing import interleaved
 
@@ -124,23 +121,18 @@ def _ratios(seconds: list[float], base: list[float], rounds: int) -> dict[str, f
 
 def main() -> None:
     """Measure and print; write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=40)
+    parser = benchmark.options(__doc__, rounds=40)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {
-        "jax": importlib.metadata.version("jax"),
-        "python": platform.python_version(),
-        "backend": jax.default_backend(),
+        **benchmark.made_by(),
         "rounds": options.rounds,
         "turns": TURNS,
     }
     for name in options.cases:
         report[name] = measured(CASES[name], options.rounds)
         print(name, json.dumps(report[name], indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    benchmark.written(report, options.output)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,10 @@ quartiles; compile times are single. Inputs are random: only time is measured he
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import quantjax as qj
+from experiments import benchmark
 from quantjax.sweep import Execution, compile_cells
 
 BUDGET = 4 << 30
@@ -143,26 +139,20 @@ def measure(name: str, model: nn.Module, x: jax.Array, rounds: int) -> dict[str,
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = benchmark.options(__doc__, rounds=7)
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     key = jax.random.key(1)
     images = jax.random.normal(key, (options.images, 28, 28, 1))
     vectors = jax.random.normal(key, (options.images, 256))
     figures = {
-        "jax": version("jax"),
-        "python": platform.python_version(),
-        "device": str(jax.devices()[0].device_kind),
+        **benchmark.made_by(),
         "cores": os.cpu_count(),
         "rounds": options.rounds,
         "cnn_32_64_64": measure("CNN 32/64/64", CNN(), images, options.rounds),
         "mlp_256_256": measure("MLP 256/256", MLP(), vectors, options.rounds),
     }
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(figures, indent=1) + "\n")
+    benchmark.written(figures, options.output)
 
 
 if __name__ == "__main__":

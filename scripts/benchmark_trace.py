@@ -10,14 +10,9 @@ their ratios to the plain model, and the spread.
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 import quantjax as qj
+from experiments import benchmark
 from quantjax.interpreter import NOTHING, Outcome, Visit, evaluate, trace
 
 WIDTH, HEADS, LENGTH = 64, 4, 16
@@ -134,18 +130,14 @@ def measure(depth: int, rounds: int, *, scanned: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Print a table; write it as JSON where asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = benchmark.options(__doc__, rounds=5)
     parser.add_argument("--depth", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     report: dict[str, Any] = {
         "depth": options.depth,
         "rounds": options.rounds,
-        "jax": importlib.metadata.version("jax"),
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
+        **benchmark.made_by(),
     }
     for layout in ("unrolled", "scanned"):
         report[layout] = measure(options.depth, options.rounds, scanned=layout == "scanned")
@@ -156,9 +148,7 @@ def main() -> None:
                 for kind, v in kinds.items()
             )
             print(f"{layout:9} {name:9} {shown}")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    benchmark.written(report, options.output)
 
 
 if __name__ == "__main__":

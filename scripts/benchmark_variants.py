@@ -12,14 +12,10 @@ no variant.
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 import quantjax as qj
+from experiments import benchmark
 from experiments.digits.data import load
 from experiments.models.cnn import SmallCNN
 
@@ -187,25 +184,20 @@ def measured(model: nn.Module, steps: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print; write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = benchmark.options(__doc__, rounds=2)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     report: dict[str, Any] = {
-        "jax": importlib.metadata.version("jax"),
-        "python": platform.python_version(),
-        "backend": jax.default_backend(),
+        **benchmark.made_by(),
         "steps": options.steps,
         "lanes": len(WIDTHS) * len(SEEDS),
     }
     for name in options.models:
         report[name] = measured(MODELS[name], options.steps, options.rounds)
         print(name, json.dumps(report[name], indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    benchmark.written(report, options.output)
 
 
 if __name__ == "__main__":

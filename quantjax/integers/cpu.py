@@ -16,10 +16,10 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from quantjax.integers.patches import channels_last, conv_of_patches
+from quantjax.integers.direct import direct_conv, direct_dot
+from quantjax.integers.patches import channels_last, conv_of_patches, dilated
 
 ROWS = 2
 """What a single row is filled up to."""
@@ -40,15 +40,14 @@ def rows_dot(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
     >>> rows_dot(x, w, dimension_numbers=(((1,), (0,)), ((), ()))).tolist()
     [[3, 3, 3, 3]]
     """
-    dimensions = numbers["dimension_numbers"]
-    contracted, (batch, _) = dimensions
+    contracted, (batch, _) = numbers["dimension_numbers"]
     free = [
         [size for axis, size in enumerate(side.shape) if axis not in axes]
         for side, axes in zip((lhs, rhs), contracted, strict=True)
     ]
     single = [math.prod(sizes) == 1 for sizes in free]
     if batch or single[0] == single[1]:
-        return _dot(lhs, rhs, dimensions)
+        return direct_dot(lhs, rhs, **numbers)
 
     @jax.custom_batching.custom_vmap
     def filled(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -60,7 +59,7 @@ def rows_dot(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
         size: int, are_batched: Any, lhs: jax.Array, rhs: jax.Array
     ) -> tuple[jax.Array, bool]:
         axes = [0 if is_batched else None for is_batched in are_batched]
-        each = jax.vmap(lambda a, b: _dot(a, b, dimensions), axes, axis_size=size)
+        each = jax.vmap(lambda a, b: direct_dot(a, b, **numbers), axes, axis_size=size)
         return each(lhs, rhs), True
 
     return cast(jax.Array, filled(lhs, rhs))
@@ -77,7 +76,7 @@ def _of_one_row(
     order = sorted(axes[side])
     axes[side] = tuple(order.index(axis) + 1 for axis in axes[side])
     left, right = (rows, operands[1]) if side == 0 else (operands[0], rows)
-    sums = _dot(left, right, (tuple(axes), ((), ())))
+    sums = direct_dot(left, right, dimension_numbers=(tuple(axes), ((), ())))
     return lax.index_in_dim(sums, 0, -side, keepdims=False)
 
 
@@ -104,16 +103,12 @@ def _conv_channels_last(
     **numbers: Any,
 ) -> jax.Array:
     """The convolution between transpositions, of an input that is dilated already."""
-    spec = dimension_numbers
-    x = lax.transpose(lhs, channels_last(spec.lhs_spec))
-    w = lax.transpose(rhs, (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0]))
+    x, w, back = channels_last(lhs, rhs, dimension_numbers)
     if any(by > 1 for by in lhs_dilation):
-        edges = [(low, high, by - 1) for (low, high), by in zip(padding, lhs_dilation, strict=True)]
-        x = lax.pad(x, np.int8(0), [(0, 0, 0), *edges, (0, 0, 0)])
-        padding = [(0, 0)] * len(padding)
+        x, padding = dilated(x, padding, lhs_dilation), [(0, 0)] * len(padding)
     last = lax.conv_dimension_numbers(x.shape, w.shape, ("NHWC", "HWIO", "NHWC"))
     sums = _conv(x, w, padding=padding, dimension_numbers=last, **numbers)
-    return lax.transpose(sums, np.argsort(channels_last(spec.out_spec)))
+    return lax.transpose(sums, back)
 
 
 def sums_by_product(codes: jax.Array, axes: Sequence[int]) -> jax.Array:
@@ -123,15 +118,11 @@ def sums_by_product(codes: jax.Array, axes: Sequence[int]) -> jax.Array:
     [[3, 3, 3, 3]]
     """
     ones = jnp.ones((ROWS, *(codes.shape[axis] for axis in axes)), jnp.int8)
-    sums = _dot(ones, codes, ((tuple(range(1, ones.ndim)), tuple(axes)), ((), ())))
+    contracted = tuple(range(1, ones.ndim)), tuple(axes)
+    sums = direct_dot(ones, codes, dimension_numbers=(contracted, ((), ())))
     return jnp.expand_dims(sums[0], tuple(axes))
-
-
-def _dot(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> jax.Array:
-    return lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=jnp.int32)
 
 
 def _conv(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
     # JAX 0.12.0 does not compile an input that is dilated by a pad next to it: XLA fuses the two.
-    lhs = lax.optimization_barrier(lhs)
-    return lax.conv_general_dilated(lhs, rhs, preferred_element_type=jnp.int32, **numbers)
+    return direct_conv(lax.optimization_barrier(lhs), rhs, **numbers)

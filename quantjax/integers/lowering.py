@@ -7,38 +7,15 @@ primitive return the same integers; which is fastest is a matter of measurement.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from quantjax.integers import cpu, gpu
+from quantjax.integers.direct import Lowering, direct_conv, direct_dot, direct_ragged
 from quantjax.integers.patches import conv_of_patches
 from quantjax.interpreter import Op
-
-
-class Lowering(Protocol):
-    """``(lhs, rhs, **numbers) -> int32``; ``numbers`` are the equation's own parameters."""
-
-    def __call__(self, lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
-        """The product."""
-        ...
-
-
-def direct_dot(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
-    """``lax.dot_general`` of int8 into int32."""
-    return lax.dot_general(lhs, rhs, preferred_element_type=jnp.int32, **numbers)
-
-
-def direct_conv(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
-    """``lax.conv_general_dilated`` of int8 into int32."""
-    return lax.conv_general_dilated(lhs, rhs, preferred_element_type=jnp.int32, **numbers)
-
-
-def direct_ragged(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
-    """``lax.ragged_dot`` of int8 into int32; ``numbers`` are the sizes of the groups."""
-    return lax.ragged_dot(lhs, rhs, preferred_element_type=jnp.int32, **numbers)
 
 
 def gpu_conv(lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-
-class Dot(Protocol):
-    """``lax.dot_general`` of int8 into int32."""
-
-    def __call__(self, lhs: jax.Array, rhs: jax.Array, **numbers: Any) -> jax.Array:
-        """The sums."""
-        ...
+from quantjax.integers.direct import Lowering
 
 
 def conv_of_patches(
@@ -30,18 +24,15 @@ def conv_of_patches(
     rhs_dilation: Sequence[int],
     dimension_numbers: lax.ConvDimensionNumbers,
     feature_group_count: int,
-    dot: Dot,
+    dot: Lowering,
 ) -> jax.Array:
     """A convolution of int8 into int32 as one dot of all patches; the patches are int8 too.
 
     With one input channel in a group there is nothing to add up but the window: products are then
     taken element by element in int32.
     """
-    spec = dimension_numbers
-    x = lax.transpose(lhs, channels_last(spec.lhs_spec))
-    w = lax.transpose(rhs, (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0]))
-    edges = [(low, high, by - 1) for (low, high), by in zip(padding, lhs_dilation, strict=True)]
-    x = lax.pad(x, np.int8(0), [(0, 0, 0), *edges, (0, 0, 0)])
+    x, w, back = channels_last(lhs, rhs, dimension_numbers)
+    x = dilated(x, padding, lhs_dilation)
     *window, channels, outputs = w.shape
     patches = _patches(x, window, window_strides, rhs_dilation)  # places of the window × (N, *S, C)
     batch = patches[0].shape[:-1]
@@ -64,13 +55,31 @@ def conv_of_patches(
         rows = jnp.concatenate(patches, axis=-1).reshape(number, length)
         w = w.reshape(length, outputs)
         sums = dot(rows, w, dimension_numbers=(((1,), (0,)), ((), ())))
-    back = np.argsort(channels_last(spec.out_spec))
     return lax.transpose(sums.reshape(*batch, outputs), back)
 
 
-def channels_last(spec: Sequence[int]) -> tuple[int, ...]:
-    """From ``(batch, channels, *space)`` axes to the permutation that puts channels last."""
-    return (spec[0], *spec[2:], spec[1])
+class ChannelsLast(NamedTuple):
+    """``(N, *space, C)`` and ``(*window, C, outputs)``, and what brings the result back."""
+
+    x: jax.Array
+    w: jax.Array
+    back: tuple[int, ...]
+
+
+def channels_last(lhs: jax.Array, rhs: jax.Array, spec: lax.ConvDimensionNumbers) -> ChannelsLast:
+    """The operands of a convolution with channels last; ``back`` is a transposition."""
+    batch, channels, *space = spec.lhs_spec
+    outputs, inputs, *window = spec.rhs_spec
+    x = lax.transpose(lhs, (batch, *space, channels))
+    w = lax.transpose(rhs, (*window, inputs, outputs))
+    batch, channels, *space = spec.out_spec
+    return ChannelsLast(x, w, tuple(map(int, np.argsort((batch, *space, channels)))))
+
+
+def dilated(x: jax.Array, padding: Sequence[tuple[int, int]], by: Sequence[int]) -> jax.Array:
+    """``x``, channels last, with zeros around and between its entries."""
+    edges = [(low, high, step - 1) for (low, high), step in zip(padding, by, strict=True)]
+    return lax.pad(x, np.int8(0), [(0, 0, 0), *edges, (0, 0, 0)])
 
 
 def _patches(

@@ -232,25 +232,30 @@ def _sums(
     if not is_long and flags.is_narrow is None:
         return product.in_float32(lhs, rhs)
 
-    def plain(lhs: jax.Array, rhs: jax.Array, flags: _Flags, rest: Any) -> jax.Array:
+    def wide(lhs: jax.Array, rhs: jax.Array, rest: Any) -> jax.Array:
+        return dataclasses.replace(product, rest=rest).in_float32(lhs, rhs)
+
+    def narrow(lhs: jax.Array, rhs: jax.Array, rest: Any) -> jax.Array:
         here = dataclasses.replace(product, rest=rest)
+        return here.in_float32(*_bfloat16(lhs, rhs), None)
+
+    def split(lhs: jax.Array, rhs: jax.Array, rest: Any) -> jax.Array:
+        return _in_chunks(dataclasses.replace(product, rest=rest), sizing.block, lhs, rhs)
+
+    def split_narrow(lhs: jax.Array, rhs: jax.Array, rest: Any) -> jax.Array:
+        here = dataclasses.replace(product, rest=rest)
+        block = sizing.block // ALIGNED * ALIGNED or sizing.block
+        return _in_chunks(here, block, *_bfloat16(lhs, rhs))
+
+    def plain(lhs: jax.Array, rhs: jax.Array, flags: _Flags, rest: Any) -> jax.Array:
         if flags.is_narrow is None:
-            return here.in_float32(lhs, rhs)
-        narrow = lambda *sides: here.in_float32(*_bfloat16(*sides), None)  # noqa: E731
-        return lax.cond(flags.is_narrow, narrow, here.in_float32, lhs, rhs)
+            return wide(lhs, rhs, rest)
+        return either(flags.is_narrow, narrow, wide, lhs, rhs, rest)
 
     def chunked(lhs: jax.Array, rhs: jax.Array, flags: _Flags, rest: Any) -> jax.Array:
-        here = dataclasses.replace(product, rest=rest)
         if flags.is_narrow is None:
-            return _in_chunks(here, sizing.block, lhs, rhs)
-        block = sizing.block // ALIGNED * ALIGNED or sizing.block
-        return lax.cond(
-            flags.is_narrow,
-            lambda *sides: _in_chunks(here, block, *_bfloat16(*sides)),
-            lambda *sides: _in_chunks(here, sizing.block, *sides),
-            lhs,
-            rhs,
-        )
+            return split(lhs, rhs, rest)
+        return either(flags.is_narrow, split_narrow, split, lhs, rhs, rest)
 
     @jax.custom_jvp
     def total(lhs: jax.Array, rhs: jax.Array, flags: _Flags) -> jax.Array:

@@ -74,7 +74,8 @@ def calibration_batches(study: Study) -> list[Any]:
 def check_trained(study: Study, params: Any) -> None:
     """Raise ``SweepError`` for a tree without parameters, or with text; no checkpoint holds it."""
     leaves = jax.tree.leaves(params)
-    other = [leaf for leaf in leaves if not hasattr(leaf, "dtype") and not _is_number(leaf)]
+    numbers = int | float | complex
+    other = [x for x in leaves if not (hasattr(x, "dtype") or isinstance(x, numbers))]
     if other:
         raise errors.SweepError(
             f"training returned {other[0]!r:.80} among the parameters",
@@ -89,10 +90,6 @@ def check_trained(study: Study, params: Any) -> None:
             why="weights that apply closes over are constants, the same for every seed",
             fix="return the parameters from train, and take them as the first argument of apply",
         )
-
-
-def _is_number(leaf: Any) -> bool:
-    return isinstance(leaf, int | float | complex)
 
 
 def _check_name(rule: RangeRule, study: Study) -> None:

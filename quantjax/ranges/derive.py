@@ -50,7 +50,7 @@ def derive_many(
         at_once = max(ENTRIES_AT_ONCE // max(length, rule.entries), 1)
         parts = [(statistics, target.bits, target.theta) for statistics, target in mine]
         groups = _in_groups(parts, length=length)
-        ranges = _each_group(rule, mine[0][1], groups, at_once)
+        ranges = _finite(_each_group(rule, mine[0][1], groups, at_once), groups[0])
         found |= zip(indices, _apart(ranges, [statistics for statistics, _ in mine]), strict=True)
     return [found[index] for index in range(len(jobs))]
 
@@ -128,13 +128,20 @@ def _in_groups(parts: Sequence[tuple[Statistics, Any, Any]], *, length: int) -> 
 
 @functools.partial(jax.jit, inline=True)
 def _apart(ranges: Range, statistics: Sequence[Statistics]) -> list[Range]:
-    """The ranges of the groups of each operand, at the shape of its scale."""
+    """The ranges of the groups of each operand, at the shape of its scale.
+
+    What operands have in common XLA compiles once where it is the same kernel. So the end of the
+    rule is no part of it, a place is a number that is read, and what becomes of a part begins anew.
+    """
+    ranges = lax.optimization_barrier(ranges)
     found, start = [], 0
     for one in statistics:
-        shape, stop = one.scale_shape, start + math.prod(one.scale_shape)
-        part = jax.tree.map(lambda a, i=start, j=stop, s=shape: a[i:j].reshape(s), ranges)
-        found.append(_finite(part, one))
-        start = stop
+        shape, size = one.scale_shape, math.prod(one.scale_shape)
+        place = lax.optimization_barrier(jnp.int32(start))
+        part = jax.tree.map(lambda a, i=place, n=size: lax.dynamic_slice_in_dim(a, i, n), ranges)
+        part = jax.tree.map(lambda a, s=shape: a.reshape(s), part)
+        found.append(lax.optimization_barrier(part))
+        start += size
     return found
 
 

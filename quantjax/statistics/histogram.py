@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from quantjax import errors
 from quantjax._compat import varying_like
-from quantjax.formats import power_of_two
+from quantjax.formats import exponent_of, power_of_two
 from quantjax.granularity import expand
 from quantjax.statistics import count
 from quantjax.statistics.count import Count
@@ -112,21 +112,22 @@ def _window(extremes: Extremes, bins: int) -> tuple[jax.Array, jax.Array]:
     low = jnp.where(broken, -limit, jnp.clip(low, -limit, limit))
     high = jnp.where(broken, limit, jnp.clip(high, -limit, limit))
     span = 0.5 * high - 0.5 * low
-    _, power = jnp.frexp(span)
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    _, reach = jnp.frexp(largest)
-    reach = jnp.where(largest == 0.0, SMALLEST_EXPONENT, reach)
-    # Nearly always the first of three fits: bins · 2^(e+1) > 2 · span.
-    first = power - (bins.bit_length() - 1)
-    smallest = jnp.maximum(reach - _DIGITS, SMALLEST_EXPONENT).astype(jnp.int32)
-    exponent = jnp.maximum(first + 2, smallest)
-    for candidate in (first + 1, first):
-        wanted = jnp.maximum(candidate, smallest)
-        fits = _place(high, wanted) - _place(low, wanted) < bins
-        exponent = jnp.where(fits, wanted, exponent)
-    exponent = jnp.where(span == 0.0, smallest, exponent)
-    exponent = jnp.clip(exponent, SMALLEST_EXPONENT, LARGEST_EXPONENT)
-    return exponent, _place(low, exponent)
+    reach = jnp.where(largest == 0.0, SMALLEST_EXPONENT, exponent_of(largest) + 1)
+    smallest = jnp.clip(reach - _DIGITS, SMALLEST_EXPONENT, LARGEST_EXPONENT)
+    # Nearly always the first of three fits, and always the last: bins · 2^(e+2) > 4 · span. All of
+    # them in one array, which takes a third less time to compile than one after another.
+    first = exponent_of(span) + 1 - (bins.bit_length() - 1)
+    tried = jnp.clip(jnp.stack([first, first + 1, first + 2]), smallest[None], LARGEST_EXPONENT)
+    tried = jnp.where((span == 0.0)[None], smallest[None], tried)
+    low_place, high_place = (_place(end[None], tried) for end in (low, high))
+    fits = high_place - low_place < bins
+    number = jnp.where(fits[0], 0, jnp.where(fits[1], 1, 2))
+    chosen = lax.broadcasted_iota(jnp.int32, tried.shape, 0) == number[None]
+    exponent, origin = (
+        jnp.sum(jnp.where(chosen, some, 0), axis=0, dtype=jnp.int32) for some in (tried, low_place)
+    )
+    return exponent, origin
 
 
 @jax.jit  # for eager calls, which would compile the branches below anew each time

@@ -1,4 +1,4 @@
-"""Choices and bounds of ``jax.numpy`` without a jitted function of their own; a plain product.
+"""Choices and bounds of ``jax.numpy`` without a jitted function of their own; what is rounded.
 
 ``jnp.where``, ``jnp.clip`` and broadcasting against axes of size 1 are several operations each
 until a compiler has simplified them. In the arithmetic of one operand, of which a model has
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 
@@ -77,6 +78,20 @@ def rounded_product(x: Float[Array, "..."], y: Float[Array, "..."] | float) -> F
     """
     # A select between product and sum. A barrier does not stop the compiler for CPUs.
     return jnp.where(jnp.isnan(x), x, x * y)
+
+
+def narrowed(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    """``x`` in another dtype, rounded to it whatever is made of it.
+
+    XLA may leave a cast to bfloat16 out where the next operation casts it back, a mean for
+    instance: whether it does depends on what it fuses. An operation that rounds stays.
+
+    >>> narrowed(jnp.float32(1.001), jnp.bfloat16).tolist()
+    1.0
+    """
+    if x.dtype == jnp.float32 and jnp.dtype(dtype) == jnp.bfloat16:
+        x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
 
 
 def spread(x: jax.Array, shape: Sequence[int]) -> jax.Array:

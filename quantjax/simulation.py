@@ -25,7 +25,7 @@ from quantjax.estimators.clipped import inside
 from quantjax.estimators.gradients import by_sign, round_through
 from quantjax.formats import IntegerFormat, Snapped, Theta, divide_by_scale
 from quantjax.granularity import expand
-from quantjax.lean import elementwise
+from quantjax.lean import elementwise, narrowed
 from quantjax.rounding import HALF_AWAY, HALF_EVEN
 from quantjax.symbolic import at_most
 from quantjax.tangents import instantiated, moves, sum_of, with_tangent
@@ -380,9 +380,9 @@ def _applied(
     estimator = arithmetic.estimator
     wide, given = _given(prepared, resolved, arithmetic, key)
     if estimator.asymmetry is None:
-        y = _fake_quant(arithmetic, wide, given).astype(x.dtype)
+        y = narrowed(_fake_quant(arithmetic, wide, given), x.dtype)
     else:
-        y = (_by_sign(arithmetic, wide, given) * given.scale).astype(x.dtype)
+        y = narrowed(_by_sign(arithmetic, wide, given) * given.scale, x.dtype)
     if estimator.chosen is not None:
         y = jnp.where(_chosen(x, resolved, estimator, key), y, x)
     changed = estimator.transform is not None or estimator.asymmetry is not None

@@ -77,3 +77,32 @@ def test_a_choice_and_bounds_are_no_functions_of_their_own():
 def test_a_number_takes_the_dtype_of_the_other_case():
     no = jnp.ones(2, jnp.bfloat16)
     assert lean.select(jnp.array([True, False]), 2.0, no).dtype == jnp.bfloat16
+
+
+def test_what_is_narrowed_is_rounded_in_every_program():
+    """XLA leaves a cast and its reverse out where it fuses a mean, and keeps them elsewhere."""
+    x = normal(13, 4, 64, 16)
+
+    def mean(x: jax.Array) -> jax.Array:
+        return lean.narrowed(x * 3.0, jnp.bfloat16).mean(axis=1)
+
+    cast = np.asarray((x * 3.0).astype(jnp.bfloat16), np.float64).mean(axis=1)
+    np.testing.assert_array_equal(jax.jit(mean)(x), jnp.asarray(cast, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_narrowing_is_a_cast(dtype):
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 1 << 14, dtype=np.uint32)
+    x = jnp.asarray(bits.view(np.float32))
+    x = x[jnp.isfinite(x) & (jnp.abs(x) >= jnp.finfo(jnp.float32).tiny)]
+    x = jnp.concatenate([x, jnp.array([0.0, -0.0, jnp.inf, -jnp.inf, 3.4e38, 65519.0, 65520.0])])
+    got, expected = (np.asarray(y, np.float32) for y in (lean.narrowed(x, dtype), x.astype(dtype)))
+    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+    assert np.isnan(float(lean.narrowed(jnp.float32(jnp.nan), dtype)))
+
+
+def test_gradients_pass_what_is_narrowed_as_they_pass_a_cast():
+    x = normal(14, 8)
+    loss = lambda cast: lambda x: (cast(x, jnp.bfloat16) ** 2).sum().astype(jnp.float32)  # noqa: E731
+    plain = jax.grad(loss(lambda x, dtype: x.astype(dtype)))(x)
+    np.testing.assert_array_equal(jax.grad(loss(lean.narrowed))(x), plain)

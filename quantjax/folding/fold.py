@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from quantjax import errors
-from quantjax.folding.norms import BatchNorm, Place
+from quantjax.folding.norms import BatchNorm, FoldStatus, Place
 from quantjax.interpreter import leaves_by_path
 from quantjax.printing import shape_text
 
@@ -79,11 +79,14 @@ def foldable(norms: Sequence[BatchNorm], where: str) -> list[BatchNorm]:
     """The rows that can be folded; an error where there are rows and none of them can."""
     rows = [norm for norm in norms if norm.foldable]
     if norms and not rows:
+        in_training = norms[0].status is FoldStatus.BATCH_STATISTICS
         raise errors.TrainingError(
             "none of the batch norms can be folded",
             where=f"{where}, {norms[0].site or 'the first of them'}",
             why=norms[0].reason,
-            fix="norms=qj.batch_norms(f, params, x) of f in evaluation mode, and print it",
+            fix="qj.batch_norms(f, params, x) of f in evaluation mode"
+            if in_training
+            else "print(qj.batch_norms(f, params, x)), which says why of each",
         )
     return rows
 

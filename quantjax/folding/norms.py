@@ -123,7 +123,7 @@ class BatchNorms(Sequence[BatchNorm]):
 
     def __repr__(self) -> str:
         if not self.rows:
-            return "no batch norm"
+            return "no batch norm: its running statistics have to be among the parameters"
         head = ["product", "channels", "kernel axis", "epsilon", "folds"]
         return columns(head, [_cells(row) for row in self.rows])
 

@@ -97,8 +97,8 @@ def _kept(
     if not alike:
         return None, root
     numbers, shape = alike[0][1], shape_of(eqn.outvars[0])
-    if eqn.primitive.name == "reduce_sum":
-        axes = eqn.params["axes"]
+    axes = _summed(eqn)
+    if axes:
         if any(numbers.shape[axis] > 1 and numbers.strides[axis] for axis in axes):
             return None, None
         numbers = numbers[tuple(0 if a in axes else slice(None) for a in range(numbers.ndim))]
@@ -110,6 +110,13 @@ def _kept(
         chain = Chain(root, numbers).moved(eqn)
         return None if chain is None else (root, chain.numbers), None
     return None, None
+
+
+def _summed(eqn: jex_core.JaxprEqn) -> tuple[int, ...]:
+    """Over which axes an equation adds up; a mean over the axis of a ``vmap`` is one of these."""
+    if eqn.primitive.name not in ("reduce_sum", "psum") or len(eqn.invars) != 1:
+        return ()
+    return tuple(int(a) for a in eqn.params["axes"] if isinstance(a, int | np.integer))
 
 
 def shape_of(atom: Any) -> tuple[int, ...]:

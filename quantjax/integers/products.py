@@ -22,6 +22,7 @@ from quantjax.granularity import expand
 from quantjax.integers.lowering import lowering, sums_over
 from quantjax.integers.operands import IntegerOperand
 from quantjax.interpreter import Op, Product
+from quantjax.lean import narrowed
 from quantjax.products import blocks, ragged
 from quantjax.products.groups import (
     add_blocks,
@@ -57,7 +58,7 @@ def integer_product(product: Product, lhs: IntegerOperand, rhs: IntegerOperand) 
         total = _by_group(product, lhs, rhs, block_length(product, lengths))
     if product.op is Op.RAGGED:  # rows behind all groups, to which zero points would add
         total = jnp.where(ragged.is_in_a_group(product), total, 0.0)
-    return total.astype(product.out.dtype)
+    return narrowed(total, product.out.dtype)
 
 
 def accumulate(product: Product, lhs: IntegerOperand, rhs: IntegerOperand) -> Int32[Array, "..."]:

@@ -26,7 +26,7 @@ from quantjax.formats import IntegerFormat
 from quantjax.granularity import expand
 from quantjax.interpreter import Op, Product
 from quantjax.interpreter.product import HIGHEST
-from quantjax.lean import select
+from quantjax.lean import narrowed, select
 from quantjax.products import blocks
 from quantjax.products.either import either
 from quantjax.products.exactness import BFLOAT16_EXACT, FLOAT32_EXACT, Exactness, Sizing
@@ -96,7 +96,7 @@ def multiply(
             total = _scaled_sums(product, sizing, lhs, rhs, _Flags(any_bypass, is_narrow))
         else:
             total = sum_of_groups(product, lhs, rhs, (lhs_groups, rhs_groups))
-        return total.astype(product.out.dtype)
+        return narrowed(total, product.out.dtype)
 
     bypass = functools.reduce(operator.and_, flags) if flags else None
     if bypass is None or (ungrouped and _float32_is_native(product)):

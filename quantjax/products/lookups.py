@@ -11,6 +11,7 @@ from quantjax.affine import QParams
 from quantjax.arithmetic import Arithmetic
 from quantjax.granularity import expand
 from quantjax.interpreter import Op, Product
+from quantjax.lean import narrowed
 from quantjax.products.groups import times
 from quantjax.products.rounded import rounded
 
@@ -42,7 +43,7 @@ def decoded_rows(
 ) -> Float[Array, "..."]:
     """``(codes - zero_point) · scale`` of the rows alone, where the table is codes already."""
     values = rows(product, codes).astype(jnp.float32) - rows_of_scale(product, zero_point)
-    found = times(values, rows_of_scale(product, scale)).astype(product.out.dtype)
+    found = narrowed(times(values, rows_of_scale(product, scale)), product.out.dtype)
     stated = product.params.get("fill_value")
     outside = jnp.full(found.shape, jnp.nan if stated is None else stated, found.dtype)
     return _filled(product, found, outside)

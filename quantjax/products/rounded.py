@@ -13,6 +13,7 @@ from quantjax.affine import QParams
 from quantjax.arithmetic import Arithmetic
 from quantjax.estimators.gradients import round_through
 from quantjax.formats import divide_by_scale
+from quantjax.lean import narrowed
 from quantjax.simulation import apply
 
 
@@ -68,4 +69,4 @@ def bias_at_sums(
     wide, scale = (jnp.broadcast_to(a, shape) for a in (bias.astype(jnp.float32), scale))
     codes = round_through(divide_by_scale(wide, scale))
     float_bias = jnp.broadcast_to(bias, shape)
-    return jnp.where(bypass, float_bias, rounded_product(codes, scale).astype(bias.dtype))
+    return jnp.where(bypass, float_bias, narrowed(rounded_product(codes, scale), bias.dtype))

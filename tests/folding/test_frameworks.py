@@ -11,10 +11,12 @@ from flax import nnx
 from numpy.testing import assert_allclose
 
 import quantjax as qj
+from quantjax import errors
 from quantjax.adapters import nnx as qnnx
 from quantjax.folding import FoldStatus
 from tests import models
 from tests.folding import cases
+from tests.refused import refused
 
 IMAGES = models.normal(0, 2, 5, 5, 3)
 
@@ -180,7 +182,7 @@ def test_haiku():
     assert (second.kernel.axes, last.kernel.axes, last.scale) == ((3,), (1,), None)
 
 
-def equinox_case(mode):
+def equinox_case(mode, *, training=False):
     """Convolution and batch norm of one example, mapped over the batch."""
     conv = eqx.nn.Conv2d(3, 4, 3, key=jax.random.key(0))
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", mode=mode)
@@ -188,7 +190,7 @@ def equinox_case(mode):
     _, state = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(
         jax.vmap(conv)(images), state
     )
-    norm = eqx.nn.inference_mode(norm)
+    norm = eqx.nn.inference_mode(norm, value=not training)
     arrays, static = eqx.partition({"conv": conv, "norm": norm, "state": state}, eqx.is_array)
     moved = [leaf for leaf in jax.tree.leaves(arrays) if leaf.dtype == jnp.float32]
     moved = iter(jax.tree.leaves(models.shuffled(moved)))
@@ -216,9 +218,22 @@ def test_equinox():
 
 def test_equinox_with_averages_that_correct_their_start():
     """Statistics over ``1 - momentum^n`` with n in the state: a row that says so."""
-    row = cases.only(equinox_case("batch"))
+    case = equinox_case("batch")
+    row = cases.only(case)
     assert row.site == "conv/weight"
     assert row.status is FoldStatus.OTHER_FORM
+    with refused(errors.TrainingError, "none of the batch norms", "which says why"):
+        qj.fold_batch_norm(case.params, cases.found(case))
+
+
+@pytest.mark.parametrize("mode", ["ema", "batch"])
+def test_equinox_in_training_mode(mode):
+    """Means over the axis of a ``vmap``, which are sums of another kind."""
+    case = equinox_case(mode, training=True)
+    row = cases.only(case)
+    assert (row.site, row.status) == ("conv/weight", FoldStatus.BATCH_STATISTICS)
+    with refused(errors.TrainingError, "none of the batch norms", "in evaluation mode"):
+        qj.fold_batch_norm(case.params, cases.found(case))
 
 
 def test_variables_of_one_framework_by_the_names_of_another():

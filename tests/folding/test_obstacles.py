@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from numpy.testing import assert_array_equal
 
 import quantjax as qj
@@ -301,6 +302,19 @@ def test_training_mode_by_hand(axes):
 
     x = X if len(axes) == 1 else models.normal(1, 2, 3, 4)
     assert one(f, x=x).status is FoldStatus.BATCH_STATISTICS
+
+
+def test_training_mode_over_a_mapped_axis():
+    def f(p, x):
+        def one(x):
+            z = x @ p["w"]
+            mean = lax.pmean(z, "batch")
+            var = lax.pmean((z - mean) ** 2, "batch")
+            return (z - mean) / jnp.sqrt(var + 1e-3) * p["norm"]["scale"]
+
+        return jax.vmap(one, axis_name="batch")(x)
+
+    assert one(f).status is FoldStatus.BATCH_STATISTICS
 
 
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm, lambda: nn.GroupNorm(2)])

@@ -122,6 +122,19 @@ def test_a_bfloat16_model(mode):
     assert {types[1:] for types in product_dtypes(jaxpr)} == {("int8", "int8", "int32")}
 
 
+@pytest.mark.parametrize("mode", ["static_asymmetric", "live_per_token", "groups_weight_only"])
+def test_a_bfloat16_product_that_is_averaged(mode):
+    """XLA would average what is not rounded yet, in one of the two programs."""
+
+    def f(params: Any, x: jax.Array) -> jax.Array:
+        return (x @ params["w"]).mean(axis=1) @ params["v"]
+
+    params = {"w": normal(1, 16, 16), "v": normal(2, 16, 8)}
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    run = Run(Case(f, params, normal(3, 4, 64, 16).astype(jnp.bfloat16)), MODES[mode])
+    assert_same_bits(run.out, run.simulated)
+
+
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", ["static_asymmetric", "unsigned_weights", "groups_static", "w4a8"])
 def test_floats_are_encoded_when_it_runs(mode):

@@ -49,7 +49,8 @@ def scatter_add(count: Count, index: jax.Array, size: int) -> Count:
     """
 
     def summed(words: jax.Array) -> jax.Array:
-        return jnp.zeros(size, jnp.uint32).at[index].add(words, mode="drop")
+        places = jnp.zeros(size, jnp.uint32).at[index]
+        return places.add(words, mode="drop", wrap_negative_indices=False)
 
     half = jnp.uint32(16)
     mask = jnp.uint32(0xFFFF)

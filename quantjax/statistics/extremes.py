@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from quantjax.granularity import reduce_to
+from quantjax.lean import select
 from quantjax.statistics.devices import AxisName, over_devices
 
 
@@ -48,7 +49,7 @@ def of_batch(
     total = over_devices(lax.psum, reduce_to(x, scale_shape, jnp.sum, **options), axis_name)
     low, high = over_devices(lax.pmin, low, axis_name), over_devices(lax.pmax, high, axis_name)
     broken = jnp.isnan(total)
-    return Extremes(jnp.where(broken, jnp.nan, low), jnp.where(broken, jnp.nan, high))
+    return Extremes(select(broken, jnp.nan, low), select(broken, jnp.nan, high))
 
 
 def merge(left: Extremes, right: Extremes) -> Extremes:

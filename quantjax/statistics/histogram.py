@@ -15,6 +15,7 @@ from quantjax import errors
 from quantjax._compat import varying_like
 from quantjax.formats import exponent_of, power_of_two
 from quantjax.granularity import expand
+from quantjax.lean import clip, elementwise, select
 from quantjax.statistics import count
 from quantjax.statistics.count import Count
 from quantjax.statistics.devices import AxisName, over_devices
@@ -94,40 +95,32 @@ def init(scale_shape: Sequence[int], bins: int = BINS) -> Histogram:
 
 
 def _place(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """``⌊x / 2^e⌋``, exactly: a power of two in two halves, neither of which is out of range."""
-    half = jnp.right_shift(-exponent, 1)
-    scaled = x * power_of_two(half) * power_of_two(-exponent - half)
+    """``⌊x / 2^e⌋``, exactly, for all exponents of histograms."""
+    # Twice the power of two, whose own exponent is in range for all of them.
+    twice = lax.bitcast_convert_type(lax.shift_left(128 - exponent, jnp.int32(23)), jnp.float32)
+    scaled = elementwise(lax.mul, x, twice) * 0.5
     # What underflows lies in the bin on its own side of zero.
-    scaled = jnp.where((x < 0.0) & (scaled == 0.0), -1.0, scaled)
-    return jnp.floor(jnp.clip(scaled, -(2.0**_DIGITS), 2.0**_DIGITS)).astype(jnp.int32)
+    scaled = select((x < 0.0) & (scaled == 0.0), -1.0, scaled)
+    return lax.floor(clip(scaled, -(2.0**_DIGITS), 2.0**_DIGITS)).astype(jnp.int32)
 
 
 def _window(extremes: Extremes, bins: int) -> tuple[jax.Array, jax.Array]:
     """Exponent and origin for values between these: what makes the histogram canonical."""
     limit = float(jnp.finfo(jnp.float32).max)
-    seen = extremes.low <= extremes.high
-    low = jnp.where(seen, extremes.low, 0.0)
-    high = jnp.where(seen, extremes.high, 0.0)
-    broken = jnp.isnan(extremes.low) | jnp.isnan(extremes.high)
-    low = jnp.where(broken, -limit, jnp.clip(low, -limit, limit))
-    high = jnp.where(broken, limit, jnp.clip(high, -limit, limit))
-    span = 0.5 * high - 0.5 * low
-    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    reach = jnp.where(largest == 0.0, SMALLEST_EXPONENT, exponent_of(largest) + 1)
-    smallest = jnp.clip(reach - _DIGITS, SMALLEST_EXPONENT, LARGEST_EXPONENT)
-    # Nearly always the first of three fits, and always the last: bins · 2^(e+2) > 4 · span. All of
-    # them in one array, which takes a third less time to compile than one after another.
-    first = exponent_of(span) + 1 - (bins.bit_length() - 1)
-    tried = jnp.clip(jnp.stack([first, first + 1, first + 2]), smallest[None], LARGEST_EXPONENT)
-    tried = jnp.where((span == 0.0)[None], smallest[None], tried)
-    low_place, high_place = (_place(end[None], tried) for end in (low, high))
-    fits = high_place - low_place < bins
-    number = jnp.where(fits[0], 0, jnp.where(fits[1], 1, 2))
-    chosen = lax.broadcasted_iota(jnp.int32, tried.shape, 0) == number[None]
-    exponent, origin = (
-        jnp.sum(jnp.where(chosen, some, 0), axis=0, dtype=jnp.int32) for some in (tried, low_place)
-    )
-    return exponent, origin
+    low, high = extremes
+    seen, broken = low <= high, (low != low) | (high != high)
+    low = select(seen, clip(low, -limit, limit), select(broken, -limit, 0.0))
+    high = select(seen, clip(high, -limit, limit), select(broken, limit, 0.0))
+    smallest = exponent_of(lax.max(lax.abs(low), lax.abs(high))) + (1 - _DIGITS)
+    smallest = lax.max(smallest, jnp.full_like(smallest, SMALLEST_EXPONENT))
+    # One of three fits, nearly always the first: bins · 2^(e+2) > 4 · span. Of bins that are twice
+    # as wide, the place is half of it, rounded down.
+    first = exponent_of(0.5 * high - 0.5 * low) + (2 - bins.bit_length())
+    first = lax.max(first, smallest)
+    least, most = _place(low, first), _place(high, first)
+    wider = (most - least >= bins).astype(jnp.int32)
+    wider += ((most >> 1) - (least >> 1) >= bins).astype(jnp.int32)
+    return first + wider, least >> wider
 
 
 @jax.jit  # for eager calls, which would compile the branches below anew each time
@@ -136,7 +129,7 @@ def _moved(histogram: Histogram, exponent: jax.Array, origin: jax.Array) -> Hist
     bins, groups = histogram.bins, histogram.exponent.size
 
     def move(old: Count) -> Count:
-        steps = jnp.clip(exponent - histogram.exponent, 0, 31)
+        steps = clip(exponent - histogram.exponent, 0, 31)
         places = histogram.origin[..., None] + _as_rank(
             jnp.arange(bins, dtype=jnp.int32), origin.ndim
         )
@@ -175,7 +168,8 @@ def update(
     bins, groups = histogram.bins, histogram.exponent.size
     exponent, origin = _window(extremes, bins)
     moved = _moved(histogram, exponent, origin)
-    index = jnp.clip(_place(x, expand(exponent, x.shape)) - expand(origin, x.shape), 0, bins - 1)
+    place = _place(x, expand(exponent, x.shape))
+    index = clip(elementwise(lax.sub, place, expand(origin, x.shape)), 0, bins - 1)
     if groups > 1:
         group = jnp.arange(groups, dtype=jnp.int32).reshape(origin.shape)
         index += bins * expand(group, x.shape)
@@ -184,7 +178,9 @@ def update(
         counted &= jnp.broadcast_to(jnp.asarray(where), x.shape)
     fresh = jnp.zeros(groups * bins, jnp.uint32)
     fresh = fresh.at[index.reshape(-1)].add(
-        counted.reshape(-1).astype(jnp.uint32), mode="promise_in_bounds"
+        counted.reshape(-1).astype(jnp.uint32),
+        mode="promise_in_bounds",
+        wrap_negative_indices=False,
     )
     fresh = over_devices(lax.psum, fresh, axis_name).reshape(moved.counts.low.shape)
     return moved._replace(counts=count.add(moved.counts, count.of(fresh)))

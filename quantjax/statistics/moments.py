@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from quantjax.formats import divide_by_scale
 from quantjax.granularity import expand, reduce_to
-from quantjax.lean import rounded_product
+from quantjax.lean import rounded_product, select
 from quantjax.statistics.devices import AxisName, over_devices
 
 
@@ -85,7 +85,7 @@ def merge(
 
     def averaged(a: jax.Array, b: jax.Array) -> jax.Array:
         # a + share · (b - a) is a itself where the other has nothing, and where both are equal.
-        return jnp.where(other < share, b + other * (a - b), a + share * (b - a))
+        return select(other < share, b + other * (a - b), a + share * (b - a))
 
     away = right.mean - left.mean
     between = (away * share) * (away * other)  # 0 where one has nothing, however large the mean

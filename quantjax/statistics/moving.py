@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from quantjax.lean import select
 from quantjax.statistics.extremes import Extremes, seen
 
 TORCH_AVERAGING_CONSTANT = 0.01
@@ -48,8 +49,8 @@ def update(moving: MovingExtremes, batch: Extremes) -> MovingExtremes:
     empty = ~seen(batch)
 
     def step(average: jax.Array, value: jax.Array) -> jax.Array:
-        before = jnp.where(first | empty, 0.0, average)  # infinite; its difference would be NaN
-        moved = before + moving.constant * (jnp.where(empty, 0.0, value) - before)
-        return jnp.where(empty, average, jnp.where(first, value, moved))
+        before = select(first | empty, 0.0, average)  # infinite; its difference would be NaN
+        moved = before + moving.constant * (select(empty, 0.0, value) - before)
+        return select(empty, average, select(first, value, moved))
 
     return moving._replace(low=step(moving.low, batch.low), high=step(moving.high, batch.high))

@@ -96,6 +96,15 @@ def is_bypassed(bits: Float[Array, ""]) -> Bool[Array, ""]:
     return bits == 0.0
 
 
+def is_positive(scale: Float[Array, "..."]) -> Bool[Array, "..."]:
+    """Whether a scale is a positive finite number.
+
+    >>> is_positive(jnp.array([0.5, 0.0, -1.0, jnp.inf, jnp.nan])).tolist()
+    [True, False, False, False, False]
+    """
+    return (scale > 0.0) & (scale < jnp.inf)
+
+
 def where_bypassed(
     bits: Float[Array, ""], then: Float[Array, "..."] | float, otherwise: Float[Array, "..."]
 ) -> Float[Array, "..."]:

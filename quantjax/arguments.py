@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from quantjax import errors
 
 _MODULES = {
@@ -33,6 +36,33 @@ def expect(
     names = " or ".join(kind.__name__ for kind in allowed if kind is not type(None))
     raise errors.ArgumentError(
         f"{argument} is {_kind(value)}, and {_article(names)} is needed", where=where, fix=fix
+    )
+
+
+def expect_key(key: object, *, where: str) -> None:
+    """Raise unless ``key`` is one random key, typed or raw; it may be traced.
+
+    Raises:
+      ArgumentError: a seed, an array of keys, or something else.
+
+    >>> expect_key(jax.random.key(0), where="qj.fake_quant")
+    """
+    found = jax.typeof(key) if isinstance(key, jax.Array | np.ndarray) else None
+    is_typed = found is not None and jax.dtypes.issubdtype(found.dtype, jax.dtypes.prng_key)
+    if found is not None and (is_typed or found.dtype == np.uint32):
+        if found.ndim == (0 if is_typed else 1):
+            return
+        raise errors.ArgumentError(
+            f"key is an array of keys, of shape {found.shape}, and one key is needed",
+            where=where,
+            fix="jax.vmap(lambda key: ...)(keys), or keys[0]",
+        )
+    kind = _kind(key) if found is None else f"an array of {found.dtype}"
+    raise errors.ArgumentError(
+        f"key is {kind}, and a random key is needed",
+        where=where,
+        why="randomness comes from explicit keys only",
+        fix=f"key=jax.random.key({key})" if isinstance(key, int) else "key=jax.random.key(0)",
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quantjax.affine import DIVIDED, QParams, Scaling
+from quantjax.affine import DIVIDED, QParams, Scaling, is_positive
 from quantjax.estimators import CLIPPED, Estimator
 from quantjax.formats import Format, IntegerFormat
 from quantjax.lean import select
@@ -35,13 +35,15 @@ class Arithmetic(NamedTuple):
         return self.symmetric and isinstance(self.format, IntegerFormat)
 
     def usable_scale(self, qparams: QParams) -> jax.Array:
-        """The scale; NaN where a symmetric quantizer was given a zero point, which it cannot keep.
+        """The scale; NaN where it is no positive finite number, such as one that training has moved
+        below zero, or where a symmetric quantizer was given a zero point, which it cannot keep.
 
         As in frozen and executed models; with QParams that are known it is an error there.
         """
-        if not self.has_no_zero_point:
-            return qparams.scale
-        return select(qparams.zero_point == 0.0, qparams.scale, jnp.nan)
+        usable = is_positive(qparams.scale)
+        if self.has_no_zero_point:
+            usable &= qparams.zero_point == 0.0
+        return select(usable, qparams.scale, jnp.nan)
 
     def resolved(self, qparams: QParams, shape: tuple[int, ...]) -> QParams:
         """The scale, zero point and width in use, by the estimator; ``theta`` stays."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import DIVIDED, QParams, Scaling
-from quantjax.arguments import expect
+from quantjax.arguments import expect, expect_key
 from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator
 from quantjax.formats import Format, Theta, integer
@@ -110,6 +110,8 @@ def fake_quant(
             fix="jax.vmap(lambda bits: qj.fake_quant(x, scale, bits=bits, ...))(bits)",
         )
     _check_concrete(scale, zero_point, bits, estimator.rest(theta), container)
+    if key is not None:
+        expect_key(key, where="qj.fake_quant")
     for shaped in (scale, zero_point):
         if jnp.ndim(shaped) > 0:
             check_scale_shape(x.shape, jnp.shape(shaped))

@@ -76,6 +76,17 @@ def casts(path: Sequence[Move]) -> list[Any]:
     return [m.params["new_dtype"] for m in path if m.name == "convert_element_type"]
 
 
+def roundings(path: Sequence[Move], dtype: Any) -> list[Any]:
+    """Those casts of a parameter of ``dtype`` that cannot hold all of its values."""
+    found, known = [], jnp.finfo(dtype)
+    for after in casts(path):
+        new = jnp.finfo(after)
+        if new.nmant < known.nmant or new.maxexp < known.maxexp or new.minexp > known.minexp:
+            found.append(after)
+        known = new
+    return found
+
+
 def codes_in_product(codes: jax.Array, path: Sequence[Move]) -> jax.Array:
     """Codes of a parameter in the layout of its product, behind a leading axis for each step."""
     layers = 0

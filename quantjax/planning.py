@@ -170,7 +170,14 @@ def plan(policy: Policy, table: SiteTable) -> Plan:
       GranularityError: groups that do not divide, or a fixed range per token.
     """
     example = "qj.plan(policy, qj.sites(f, params, x))"
-    expect(policy, Policy, argument="policy", where="qj.plan", fix=example)
+    of_scheme = "qj.Policy([qj.rule(qj.weighted(), scheme)])"
+    expect(
+        policy,
+        Policy,
+        argument="policy",
+        where="qj.plan",
+        fix=of_scheme if isinstance(policy, Scheme) else example,
+    )
     expect(table, SiteTable, argument="table", where="qj.plan", fix=example)
     chosen = policy.choices(table.sites)
     _check_rules(policy, table, chosen)

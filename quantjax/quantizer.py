@@ -362,9 +362,9 @@ def gradient_quantizer(
     """Signed symmetric codes of a live range, rounded stochastically: for backward products.
 
     A gradient that is rounded at random has the right mean; its size changes over training, so the
-    range is that of each tensor. The quantized program needs a key. Integers have as many codes
-    above zero as below (``narrow``): of the full ones none is left for the largest positive value,
-    which would be clipped, always to the same side.
+    range is that of each tensor. The quantized program needs a key. What clips the largest value
+    has another mean: integers have as many codes above zero as below here (``narrow``), and of MX
+    formats, whose :data:`MX_FLOOR` clips, take ``dataclasses.replace(MXFP4, scale_rule=MX_CEIL)``.
 
     >>> from quantjax.formats import E5M2
     >>> str(gradient_quantizer()), str(gradient_quantizer(format=E5M2))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from quantjax import errors
+from quantjax.arguments import expect_key
 
 
 class Rounding(NamedTuple):
@@ -63,6 +64,7 @@ class Rounding(NamedTuple):
         """
         if not self.is_random or key is None:
             return None
+        expect_key(key, where=f"the rounding {self.name}")
         k = jax.random.bits(key, shape, jnp.uint32) >> jnp.uint32(9)
         return (k.astype(jnp.float32) + 0.5) * 2.0**-23
 

@@ -7,7 +7,6 @@ Two forms of it: :func:`apply`, which is ``qj.fake_quant``, returns reals ``s ·
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +27,7 @@ from quantjax.granularity import expand
 from quantjax.lean import elementwise, narrowed
 from quantjax.rounding import HALF_AWAY, HALF_EVEN
 from quantjax.symbolic import at_most
-from quantjax.tangents import instantiated, moves, sum_of, with_tangent
+from quantjax.tangents import instantiated, moves, moving_as_product, sum_of
 
 ENTRIES_PER_SCALE = 64
 
@@ -160,10 +159,8 @@ def _levels(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
 def _moved(
     arithmetic: Arithmetic, primals: Any, tangents: Any, multiplied: jax.Array | float = 0.0
 ) -> jax.Array:
-    """How ``s · centered`` moves, and under bypass ``x``; but for the scale that multiplies.
-
-    With the centered codes for ``multiplied``, that one as well.
-    """
+    """How ``s · centered`` moves, and under bypass ``x``; but for the scale that multiplies, unless
+    ``multiplied`` are the centered codes."""
     (x, given), (dx, d) = primals, tangents
     unless_bypassed = functools.partial(where_bypassed, given.bits)
     if _has_borders(arithmetic, x, given, d):
@@ -194,18 +191,22 @@ def _centered_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[
     return _centered(arithmetic, *primals), tangent
 
 
+def _moved_as_reals(arithmetic: Arithmetic, primals: Any, tangents: Any) -> jax.Array:
+    """:func:`_moved`, with the scale that multiplies."""
+    levels = _centered(arithmetic, *primals) if moves(tangents[1].scale) else 0.0
+    return _moved(arithmetic, primals, tangents, levels)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _codes_or_x(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
-    """What a product multiplies, ahead of its factor; the tangent is what the factor makes of it.
-
-    So nothing is divided by the scale that the factor would multiply with again.
-    """
+    """What a product multiplies ahead of its factor; its tangent is that of :func:`_fake_quant`."""
     return where_bypassed(given.bits, x, _levels(arithmetic, x, given))
 
 
 @functools.partial(_codes_or_x.defjvp, symbolic_zeros=True)
 def _codes_or_x_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    return _codes_or_x(arithmetic, *primals), _moved(arithmetic, primals, tangents)
+    tangent = _moved_as_reals(arithmetic, primals, tangents)
+    return _codes_or_x(arithmetic, *primals), tangent
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -215,7 +216,7 @@ def _fake_quant(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Arra
 
 @functools.partial(_fake_quant.defjvp, symbolic_zeros=True)
 def _fake_quant_jvp(arithmetic: Arithmetic, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    tangent = _moved(arithmetic, primals, tangents, _centered(arithmetic, *primals))
+    tangent = _moved_as_reals(arithmetic, primals, tangents)
     return _fake_quant(arithmetic, *primals), tangent
 
 
@@ -330,13 +331,20 @@ def codes_or_values(
     arithmetic: Arithmetic,
     key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, "..."], QParams]:
-    """What a product multiplies: centered codes, at width 0 ``x``; and the QParams in use."""
+    """What a product multiplies: centered codes, at width 0 ``x``; and the QParams in use.
+
+    Their tangent is that of ``s · codes``, the scale's part too, which no factor of a product has:
+    ``Σ g q - Σ g x/s``, two sums over a batch, has few digits left, and none from 12 bits on.
+    """
     estimator = arithmetic.estimator
     prepared, resolved = prepare(x, qparams, arithmetic)
-    if not (estimator.transform or estimator.asymmetry or estimator.chosen):
-        return _traced_once(arithmetic, jnp.asarray(prepared), resolved, key), resolved
-    codes = centered_codes(prepared, resolved, arithmetic, key)
-    codes = with_tangent(codes, expand(resolved.scale, codes.shape), operator.mul)
+    if estimator.asymmetry or estimator.chosen:
+        codes = centered_codes(prepared, resolved, arithmetic, key)
+        codes = moving_as_product(codes, expand(resolved.scale, codes.shape))
+    else:
+        codes = _traced_once(arithmetic, jnp.asarray(prepared), resolved, key)
+        if estimator.transform is None:
+            return codes, resolved
     return where_bypassed(resolved.bits, x.astype(jnp.float32), codes), resolved
 
 

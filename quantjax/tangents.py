@@ -49,6 +49,23 @@ def _with_tangent(change: Any, primals: Any, tangents: Any) -> tuple[jax.Array, 
     return with_tangent(*primals, change), change(tangents[0], primals[1])
 
 
+@jax.custom_jvp
+def moving_as_product(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """``x``, whose tangent is that of ``x · factor``.
+
+    >>> [float(g) for g in jax.grad(moving_as_product, (0, 1))(2.0, 3.0)]
+    [3.0, 2.0]
+    """
+    del factor
+    return x
+
+
+@moving_as_product.defjvp
+def _moving_as_product(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, factor), (dx, dfactor) = primals, tangents
+    return moving_as_product(x, factor), dx * factor + x * dfactor
+
+
 def sum_of(terms: list[jax.Array], like: jax.Array) -> jax.Array:
     """Their sum; zeros where there are none."""
     return functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(like)

@@ -13,7 +13,7 @@ from flax import nnx
 
 import quantjax as qj
 from quantjax import errors
-from quantjax.arguments import expect, expect_function
+from quantjax.arguments import expect, expect_function, expect_key
 
 PARAMS = {"w": jnp.eye(4)}
 X = jnp.ones((2, 4))
@@ -50,7 +50,7 @@ def refused(call: Callable[[], object], *words: str) -> None:
         (lambda: qj.Scheme(weights=8), ("weights is an int", "Quantizer")),
         (lambda: qj.Scheme(activations=POLICY), ("activations is a Policy",)),
         (lambda: qj.Scheme(biases=qj.integer()), ("biases is an IntegerFormat", "AccumulatorBias")),
-        (lambda: qj.plan(SCHEME, qj.sites(f, PARAMS, X)), ("policy is a Scheme", "qj.plan(")),
+        (lambda: qj.plan(SCHEME, qj.sites(f, PARAMS, X)), ("policy is a Scheme", "qj.Policy([")),
         (lambda: qj.plan(POLICY, f), ("table is a function", "qj.sites(f, params, x)")),
         (lambda: qj.sites(PARAMS, f, X), ("f is a dict", "f(params, *inputs)")),
         (lambda: qj.tap(f, "w"), ("selector is a str",)),
@@ -71,6 +71,15 @@ def refused(call: Callable[[], object], *words: str) -> None:
         (lambda: qj.path(1), ("pattern is an int",)),
         (lambda: qj.scope(None), ("pattern is None",)),
         (lambda: qj.prune_mask(PARAMS, "0.5"), ("sparsity is a str", "sparsity=0.5")),
+        (lambda: qj.pruning.random(0), ("key is an int", "key=jax.random.key(0)")),
+        (
+            lambda: qj.fake_quant(X, 1.0, rounding=qj.rounding.STOCHASTIC, key=3),
+            ("key is an int", "key=jax.random.key(3)"),
+        ),
+        (
+            lambda: qj.kd_loss(X, X, temperature="4", alpha=0.5),
+            ("temperature is a str", "temperature=4.0"),
+        ),
     ],
 )
 def test_parts_of_a_plan(call: Callable[[], object], words: tuple[str, ...]) -> None:
@@ -92,6 +101,38 @@ def test_parts_of_a_plan(call: Callable[[], object], words: tuple[str, ...]) -> 
 )
 def test_verbs(plan: qj.Plan, call: Callable[[qj.Plan], object], words: tuple[str, ...]) -> None:
     refused(lambda: call(plan), *words)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [jax.random.split(jax.random.key(0)), jax.random.split(jax.random.PRNGKey(0)), 0, X, None],
+)
+def test_a_key_is_one_key(key: Any) -> None:
+    many = key is not None and jnp.size(key) in (2, 4)
+    what = "an array of keys" if many else "a random key is needed"
+    refused(lambda: expect_key(key, where="here"), what, "here", "try:")
+
+
+def test_keys_of_both_kinds_and_traced_ones_pass() -> None:
+    for make in (jax.random.key, jax.random.PRNGKey):
+        expect_key(make(0), where="here")
+        jax.vmap(lambda key: expect_key(key, where="here"))(jax.random.split(make(0), 3))
+
+
+def test_a_plan_that_rounds_at_random_names_the_site_of_a_bad_key() -> None:
+    weights = qj.weight_quantizer(rounding=qj.rounding.STOCHASTIC)
+    policy = qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=weights))])
+    plan = qj.plan(policy, qj.sites(f, PARAMS, X))
+    qstate = qj.calibrate(plan, {}, PARAMS)
+    refused(lambda: qj.fake_quantize(f, plan)(qstate, PARAMS, X, key=1), "site w", "key(1)")
+
+
+def test_a_qstate_without_its_types_asks_for_a_template(plan: qj.Plan) -> None:
+    """What a checkpoint that is restored without one returns."""
+    _, state = qj.observe(f, plan)(qj.init(plan), PARAMS, X)
+    qstate = qj.calibrate(plan, state, PARAMS)
+    plain = jax.tree.map(lambda q: q._asdict(), qstate, is_leaf=lambda q: isinstance(q, qj.QParams))
+    refused(lambda: qj.fake_quantize(f, plan)(plain, PARAMS, X), "is a dict", "as the template")
 
 
 def test_a_state_is_no_qstate_nor_the_other_way_round(plan: qj.Plan) -> None:

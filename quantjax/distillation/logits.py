@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from quantjax import errors
 from quantjax._compat import concrete
+from quantjax.arguments import expect
 from quantjax.meshes import automatic, spec_of
 from quantjax.printing import shape_text
 
@@ -176,7 +177,9 @@ def _check_shapes(student: jax.Array, teacher: jax.Array, labels: Any, where: An
 
 
 def _check_numbers(temperature: Any, alpha: Any) -> None:
-    for name, number in (("temperature", temperature), ("alpha", alpha)):
+    for name, number, usual in (("temperature", temperature, 4.0), ("alpha", alpha, 0.9)):
+        kinds = int, float, np.number, np.ndarray, jax.Array, list, tuple
+        expect(number, kinds, argument=name, where="qj.kd_loss", fix=f"{name}={usual}")
         if jnp.ndim(number):
             raise errors.DistillationError(
                 f"a {name} of shape {jnp.shape(number)}, where one number is needed",

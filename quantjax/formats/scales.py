@@ -158,6 +158,9 @@ inference of deep neural networks, 2020, section 3.2.
 MX_FLOOR = ScaleRule("mx-floor", _floor, is_power_of_two=True)
 """``2^(⌊log2 span⌋ - ⌊log2 top⌋)``: the rule of the MX specification; the largest values saturate.
 
+Scales end at 2^-126, the smallest normal number, where E8M0 has 2^-127: blocks of which no value is
+above some 4e-34 have larger scales than the specification's.
+
 Source: Open Compute Project, OCP Microscaling Formats (MX) Specification v1.0, 2023, section 6.3.
 """
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex_core
 
+from quantjax import errors
 from quantjax._compat import bind_equation
 
 NEUTRAL_MOVES = frozenset(
@@ -84,6 +85,22 @@ class Origin:
     value: Any = None
     derivable: bool = True
     loops: tuple[Loop, ...] = ()
+
+    def __deepcopy__(self, memo: Any) -> Origin:
+        """Itself: nothing of it changes."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, which cannot write equations."""
+        if self.eqn is not None:
+            raise errors.StorageError(
+                "what is computed from parameters cannot be pickled",
+                where=f"{', '.join(self.paths) or 'a constant'}, {self.eqn.primitive.name}",
+                why="a plan, or a table, holds the equations that compute it",
+                fix="quantjax.storage.save_quantization(path, plan=plan), or qj.plan(policy, "
+                "qj.sites(f, params, x)) where it is needed",
+            )
+        return dict(self.__dict__)
 
     @property
     def is_step(self) -> bool:

@@ -64,7 +64,7 @@ def coded(
     # fused kernel takes it: two more passes over memory, a forward pass 1.5 times as long.
     bypass = is_bypassed(qparams.bits)
     factor = lax.optimization_barrier(select(bypass, 1.0, arithmetic.usable_scale(qparams)))
-    return Coded(values, factor, bypass, _fits_bfloat16(qparams, arithmetic))
+    return Coded(values, lax.stop_gradient(factor), bypass, _fits_bfloat16(qparams, arithmetic))
 
 
 def in_float(x: Float[Array, "..."]) -> Coded:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
 from quantjax import errors
+from quantjax.arguments import expect_key
 from quantjax.interpreter import leaves_by_path
 from quantjax.printing import shape_text
 
@@ -47,7 +48,11 @@ def random(key: PRNGKeyArray) -> Criterion:
 
     Args:
       key: may be traced, so that draws are an axis of a sweep.
+
+    Raises:
+      ArgumentError: a seed in place of a key.
     """
+    expect_key(key, where="qj.pruning.random")
 
     def scores(kernels: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         return {

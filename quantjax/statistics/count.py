@@ -45,12 +45,14 @@ def add(left: Count, right: Count) -> Count:
 def scatter_add(count: Count, index: jax.Array, size: int) -> Count:
     """Entries with the same ``index`` of ``0 .. size - 1`` added up, along the one axis there is.
 
-    Exact for up to 65,536 entries: sums of half words stay inside a word.
+    Those with the index ``size`` are left out. Exact for up to 65,536 entries: sums of half words
+    stay inside a word.
     """
 
     def summed(words: jax.Array) -> jax.Array:
-        places = jnp.zeros(size, jnp.uint32).at[index]
-        return places.add(words, mode="drop", wrap_negative_indices=False)
+        # One place more, not an index out of bounds: jax.experimental.checkify reports those.
+        places = jnp.zeros(size + 1, jnp.uint32).at[index]
+        return places.add(words, mode="promise_in_bounds", wrap_negative_indices=False)[:-1]
 
     half = jnp.uint32(16)
     mask = jnp.uint32(0xFFFF)

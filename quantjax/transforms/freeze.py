@@ -12,9 +12,9 @@ import numpy as np
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import QParams, is_bypassed
+from quantjax.affine import QParams, is_bypassed, is_positive
 from quantjax.interpreter import leaves_by_path
-from quantjax.layout import STEP, casts, scale_in_parameter
+from quantjax.layout import STEP, casts, roundings, scale_in_parameter
 from quantjax.meshes import automatic
 from quantjax.planning import Plan
 from quantjax.qtensor import QTensor, like, packed
@@ -84,7 +84,7 @@ def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -
     frozen: dict[str, QTensor] = {}
     for number, (path, weights) in enumerate(uses.items()):
         stated = [parameter_qparams(weight, qstate) for weight in weights]
-        _check_agreement(weights, stated)
+        _check_agreement(weights, stated, jnp.asarray(leaves[path]).dtype)
         own = _key_for(weights[0], key, number)
         learned = _learned(weights[0], qstate)
         for weight, other in zip(weights[1:], stated[1:], strict=True):
@@ -191,7 +191,7 @@ def _encode(
         )
     # Under a trace nothing can be raised: what has no codes, or zero points that a symmetric tensor
     # does not keep, become NaN.
-    usable = ~is_bypassed(qparams.bits)
+    usable = ~is_bypassed(qparams.bits) & is_positive(qparams.scale)
     if quantizer.symmetric:
         usable &= qparams.zero_point == 0.0
     scale = jnp.where(usable, qparams.scale, jnp.nan)
@@ -232,8 +232,14 @@ def _check_known(weight: StoredWeight, leaf: Any, qparams: QParams) -> None:
         )
     quantizer, scales = weight.operand.quantizer, concrete(qparams.scale)
     assert quantizer is not None
-    usable = scales is not None and not np.isnan(scales).any()
-    if quantizer.symmetric and usable and zeros is not None and zeros.any():
+    if scales is not None and not ((scales > 0.0) & np.isfinite(scales)).all():
+        raise errors.FreezeError(
+            "a scale that is no positive finite number",
+            where=weight.where,
+            why="a range that was not found, or training that moved it below zero",
+            fix="qj.check(qstate), which says why",
+        )
+    if quantizer.symmetric and zeros is not None and zeros.any():
         raise errors.FreezeError(
             "a symmetric quantizer with a zero point",
             where=weight.where,
@@ -268,16 +274,28 @@ def _check_uses(plan: Plan, uses: Mapping[str, list[StoredWeight]]) -> None:
             )
 
 
-def _check_agreement(weights: list[StoredWeight], stated: list[QParams]) -> None:
+def _check_agreement(weights: list[StoredWeight], stated: list[QParams], dtype: Any) -> None:
     first, *others = weights
     for weight, qparams in zip(others, stated[1:], strict=True):
+        once = f"the parameter {weight.path}"
+        where = f"{first.where} and {weight.where}"
+        seen = [roundings(one.moves, dtype) for one in (first, weight)]
+        if seen[0] != seen[1]:
+            names = [" and ".join(str(jnp.dtype(cast)) for cast in casts) for casts in seen]
+            first_one, other = (name or "nothing narrower" for name in names)
+            raise errors.FreezeError(
+                f"{once} is rounded to {first_one} ahead of one use, to {other} ahead of another",
+                where=where,
+                why="a frozen tree holds a tied weight once, and its uses see other values",
+                fix=f"one cast ahead of both uses: w = w.astype(jnp.{names[0] or names[1]})",
+            )
         alike = _same_quantizer(first, weight)
         if not (alike and same_qparams(stated[0], qparams)):
-            names, key = (first.entry.site.name, weight.entry.site.name), weight.operand.key
-            shared = f"qstate['{names[1]}']['{key}'] = qstate['{names[0]}']['{key}']"
+            sites, key = (first.entry.site.name, weight.entry.site.name), weight.operand.key
+            shared = f"qstate['{sites[1]}']['{key}'] = qstate['{sites[0]}']['{key}']"
             raise errors.FreezeError(
-                f"the parameter {weight.path} has two sets of QParams",
-                where=f"{first.where} and {weight.where}",
+                f"{once} has two sets of QParams",
+                where=where,
                 why="a frozen tree holds a tied weight once"
                 + ("; training may have moved its scales apart" if alike else ""),
                 fix=f"scales per tensor, and in the loss {shared}; or scales that are not learned"
@@ -292,6 +310,5 @@ def _same_quantizer(first: StoredWeight, other: StoredWeight) -> bool:
     assert quantizers[1] is not None
     rounding = quantizers[0].rounding == quantizers[1].rounding
     scaling = quantizers[0].scaling == quantizers[1].scaling
-    same_casts = casts(first.moves) == casts(other.moves)
     same_format = quantizers[0].format == quantizers[1].format
-    return same_format and rounding and scaling and same_casts
+    return same_format and rounding and scaling

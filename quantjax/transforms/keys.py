@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from quantjax import errors
+from quantjax.arguments import expect_key
 from quantjax.planning import Plan
 from quantjax.site_plan import OperandPlan
 
@@ -53,6 +54,7 @@ def site_keys(plan: Plan, key: Key | None) -> dict[str, Key]:
                 why="randomness comes from explicit keys only",
                 fix="key=jax.random.key(0)",
             )
+        expect_key(key, where=f"site {entry.site.name}, {random[0].key}")
         own = jax.random.fold_in(key, number)
         steps = entry.site.steps
         found[entry.site.name] = jax.random.split(own, steps) if steps else own

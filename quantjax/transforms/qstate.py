@@ -91,7 +91,9 @@ def checked_qstate(
                 QParams,
                 argument="an entry of the qstate",
                 where=where,
-                fix="qstate = qj.calibrate(plan, state, params)",
+                fix="restore it with qj.calibrate(plan, state, params) as the template"
+                if isinstance(qparams, Mapping | list)
+                else "qstate = qj.calibrate(plan, state, params)",
             )
             if jnp.shape(qparams.bits) != steps:
                 needed = f"one for each of {steps} layers" if steps else "a scalar"

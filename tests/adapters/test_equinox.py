@@ -211,7 +211,8 @@ def test_trained_quantized():
     f, params = qeqx.functional(mlp(), method=mapped)
     plan = qj.plan(qj.uniform_policy(weight_bits=4), qj.sites(f, params, X))
     _, seen = jax.jit(qj.observe(f, plan))(qj.init(plan), params, X)
-    quantized, optimizer = qj.fake_quantize(f, plan), optax.sgd(0.1)
+    quantized = qj.fake_quantize(f, plan)
+    optimizer = optax.chain(optax.sgd(0.1), qj.training.keep_positive())
     variables = params, qj.calibrate(plan, seen, params)
 
     @jax.jit

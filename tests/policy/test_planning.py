@@ -1,5 +1,8 @@
 """Plans: what is decided where, how it prints, and what does not fit."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +12,7 @@ from quantjax import errors
 from quantjax.products import Exactness
 from quantjax.site_plan import PlanStatus
 from tests.models import cnn, dense, mlp, normal, planned, policy
+from tests.refused import refused
 
 W, A = qj.weight_quantizer, qj.activation_quantizer
 
@@ -199,3 +203,16 @@ def test_weights_have_no_tokens():
                 ]
             ),
         )
+
+
+def test_plans_are_copied_as_they_are_and_pickled_without_equations():
+    """Equations of JAX, which a plan with computed weights or biases holds, cannot be pickled."""
+    case = dense()
+    plan = planned(case, qj.uniform_policy())
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    case = mlp()  # its biases are broadcast before they are added
+    plan = planned(case, qj.uniform_policy())
+    assert copy.deepcopy(plan) == plan
+    assert copy.deepcopy(qj.sites(case.f, case.params, case.x)) == qj.sites(*case)
+    with refused(errors.StorageError, "cannot be pickled", "save_quantization"):
+        pickle.dumps(plan)

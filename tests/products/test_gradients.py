@@ -46,8 +46,8 @@ def gradients(case: Case, plan: qj.Plan, qstate: Any, g: Any, x: Any = None) -> 
 class Want(NamedTuple):
     """Gradients of one operand in float64, and how large the parts are that a scale's sums up.
 
-    LSQ's ``q - z - x/s`` is at most a half; the library has ``q - z`` and ``x/s`` in two products,
-    each some hundred times that, whose float32 rounding stays when they cancel.
+    LSQ's ``q - z - x/s`` is at most a half; ``q - z`` and ``x/s`` are some hundred times that, and
+    each is rounded before the difference is made, entry by entry.
     """
 
     x: np.ndarray
@@ -58,7 +58,7 @@ class Want(NamedTuple):
 
 def assert_close(got: Any, want: np.ndarray, parts: Any = 0.0) -> None:
     """Equal but for float32 arithmetic, on the scale of the whole array."""
-    floor = 2e-5 * max(np.abs(want).max(), 1e-6) + 1e-6 * np.asarray(parts)
+    floor = 2e-5 * max(np.abs(want).max(), 1e-6) + 6e-8 * np.asarray(parts)
     assert np.shape(got) == np.shape(want)
     assert (np.abs(np.asarray(got) - want) <= floor).all(), (got, want)
 
@@ -214,3 +214,30 @@ def test_a_live_range_passes_gradients_to_the_values_alone():
     w = quantized(case.params["w"], qstate["w"]["weight"], signed=True)
     want = np.tile((w.centered * np.float64(w.scale)).sum(axis=1), (3, 1))
     assert_close(to_x, want)  # a row's own range clips none of it
+
+
+@pytest.mark.parametrize("bits", [4, 8, 12, 16])
+@pytest.mark.parametrize("side", ["activation", "weight"])
+def test_the_gradient_of_a_scale_has_its_digits(side, bits):
+    """``Σ g (q - x/s)``, whose two parts are two sums over a batch, thousands of times as large."""
+    case = Case(
+        lambda p, x: x @ p["w"], {"w": jnp.abs(normal(1, 64, 32))}, jnp.abs(normal(2, 512, 64))
+    )
+    format, x = qj.integer(max_bits=16), np.asarray(case.x, np.float64)
+    quantizers = {
+        "activation": {"activations": qj.activation_quantizer(format=format, symmetric=True)},
+        "weight": {"weights": qj.weight_quantizer(format=format, granularity=qj.PerTensor())},
+    }
+    plan = planned(case, qj.Policy([qj.rule(qj.weighted(), qj.Scheme(**quantizers[side]))]))
+    real = {"activation": case.x, "weight": case.params["w"]}[side]
+    scale = jnp.full((1, 1), jnp.max(jnp.abs(real)) / (2.0 ** (bits - 1) - 1))
+    zero = jnp.zeros((1, 1))
+    qstate = {"w": {side: qj.QParams(scale, zero, jnp.float32(bits))}}
+    g = np.abs(np.asarray(normal(3, 512, 32), np.float64))
+    got = gradients(case, plan, qstate, g)[0]["w"][side].scale
+    levels = np.float64(np.asarray(real) / np.float32(scale))
+    codes = np.clip(np.round(levels), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    inside = codes == np.round(levels)
+    cotangent = g @ np.asarray(case.params["w"], np.float64).T if side == "activation" else x.T @ g
+    want = np.sum(cotangent * (codes - np.where(inside, np.float64(real) / np.float64(scale), 0)))
+    assert abs(float(got[0, 0]) - want) <= 1e-5 * cotangent.sum()

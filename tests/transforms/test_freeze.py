@@ -213,6 +213,24 @@ def test_a_single_layer_at_width_zero_is_enough():
         qj.freeze(plan, qstate, way.case.params)
 
 
+@pytest.mark.parametrize("scale", [-1.0, 0.0, jnp.inf, jnp.nan])
+def test_a_scale_that_is_none_has_no_codes(scale):
+    """A learned scale that has crossed zero, for instance; under a trace it is NaN."""
+    way = WAYS["dense"]()
+    plan = planned(way.case, policy(way.quantizer))
+    qstate = qj.calibrate(plan, {}, way.case.params)
+    broken = qstate["w"]["weight"]._replace(scale=qstate["w"]["weight"].scale.at[0, 1].set(scale))
+    with refused(errors.FreezeError, "no positive finite number", "site w"):
+        qj.freeze(plan, {"w": {"weight": broken}}, way.case.params)
+    frozen = jax.jit(functools.partial(qj.freeze, plan))(
+        {"w": {"weight": broken}}, way.case.params
+    )["w"]
+    assert np.isnan(frozen.qparams.scale[0, 1])
+    assert np.isfinite(np.delete(frozen.qparams.scale, 1)).all()
+    out = jax.jit(qj.fake_quantize(way.case.f, plan))({"w": {"weight": broken}}, *way.case[1:])
+    assert np.isnan(out).any(axis=0).tolist() == [False, True, False, False, False]
+
+
 def test_nan_has_no_code():
     way = WAYS["dense"]()
     plan = planned(way.case, policy(way.quantizer))

@@ -151,11 +151,6 @@ def disagreeing() -> dict[str, tuple[Any, qj.Policy, Any]]:
         "widths": (twice, qj.Policy([qj.rule(first, w4), qj.rule(qj.everything(), w8)]), None),
         "widths_of_the_call": (twice, policy(qj.weight_quantizer()), {"w": 4}),
         "formats": (twice, qj.Policy([qj.rule(first, narrow), qj.rule(qj.everything(), w8)]), None),
-        "casts": (
-            lambda p, x: (x @ p["w"]) @ p["w"].astype(jnp.bfloat16).astype(jnp.float32),
-            policy(PER_TENSOR),
-            None,
-        ),
     }
 
 
@@ -167,6 +162,29 @@ def test_tied_weights_that_disagree_are_refused(name):
     qstate = qj.calibrate(plan, {}, params, weight_bits=bits)
     with refused(errors.FreezeError, "two sets of QParams", "site w (", "site w#1 ("):
         qj.freeze(plan, qstate, params)
+
+
+def late(p: Any, i: jax.Array) -> jax.Array:
+    """A lookup and logits by one table, each with a cast of its own, to the other dtype."""
+    dtype = jnp.bfloat16 if p["w"].dtype == jnp.float32 else jnp.float32
+    return p["w"][i].astype(dtype) @ p["w"].T.astype(dtype)
+
+
+def test_uses_that_round_a_tied_weight_otherwise_are_refused():
+    """The lookup's rows are cast, the product's table is; a cast ahead of both is the way."""
+    plan = qj.plan(policy(PER_TENSOR), qj.sites(late, {"w": W}, jnp.arange(3)))
+    qstate = qj.calibrate(plan, {}, {"w": W})
+    words = "rounded to nothing narrower ahead of one use, to bfloat16", "w.astype(jnp.bfloat16)"
+    with refused(errors.FreezeError, *words, "site w (", "site w#1 ("):
+        qj.freeze(plan, qstate, {"w": W})
+
+
+def test_casts_that_lose_nothing_are_no_difference():
+    case = Case(late, {"w": W.astype(jnp.bfloat16)}, jnp.arange(3))
+    done = ready(case, policy(PER_TENSOR, qj.activation_quantizer()))
+    frozen = qj.freeze(done.plan, done.qstate, case.params)
+    assert quantized_paths(frozen) == {"w"}
+    executed_as_simulated(case, done, frozen)
 
 
 def test_scales_of_a_tied_weight_that_training_moved_apart():

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 import quantjax as qj
+from quantjax import statistics
 from quantjax.statistics import merge_unordered
 from tests.models import assert_same_bits, cnn, dense, mlp, normal, planned
 
@@ -147,3 +149,18 @@ def test_observing_a_convolution_per_channel():
     np.testing.assert_array_equal(
         stats.extremes.high[0, 0, 0], np.asarray(case.x).max(axis=(0, 1, 2))
     )
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_under_checkify_nothing_is_out_of_bounds(jitted):
+    """A histogram that widens, and one that is new, put counts nowhere but into their bins."""
+    case = dense()
+    plan = planned(case, qj.uniform_policy())
+    checked = checkify.checkify(qj.observe(case.f, plan), errors=checkify.all_checks)
+    checked = jax.jit(checked) if jitted else checked
+    state = qj.init(plan)
+    for scale in (1.0, 100.0):
+        error, (_, state) = checked(state, case.params, scale * case.x)
+        assert error.get() is None
+    counts = state["w"]["activation"].distribution.counts
+    assert int(statistics.as_integer(counts).sum()) == 2 * case.x.size

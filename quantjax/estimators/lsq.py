@@ -59,8 +59,9 @@ the entries that share a scale and ``Q_P`` the highest code. The factor makes th
 of scales and weights alike under plain gradient descent; optimizers that normalize gradients, such
 as Adam, do not see it. Start from the range rule ``qj.ranges.LSQ``.
 
-Sharp edges: a step of the optimizer may make a scale negative; ``quantjax.training.keep_positive``
-stops it. With an activation's batch axis, see :data:`LSQ_FEATURES`.
+Sharp edges: a step of the optimizer may make a scale negative, and what it scales NaN;
+``quantjax.training.keep_positive`` stops it. With an activation's batch axis, see
+:data:`LSQ_FEATURES`.
 
 Source: Esser et al., Learned step size quantization, 2020, equation 3 and section 2.2.
 """

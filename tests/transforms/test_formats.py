@@ -249,7 +249,8 @@ def test_exponent_bits_are_swept_in_one_program():
     exponents = jnp.arange(1.0, 7.0)
     grid = jax.jit(jax.vmap(error))(exponents, 7.0 - exponents)
     assert len(traces) == 1
-    for exponent, cell in zip(range(1, 7), grid, strict=True):
+    for exponent in (1, 4, 6):
+        cell = grid[exponent - 1]
         alone = planned(
             Kind(formats.minifloat(exponent, 7 - exponent, specials=formats.Specials.FN))
         )

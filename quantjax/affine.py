@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,13 +96,22 @@ def is_bypassed(bits: Float[Array, ""]) -> Bool[Array, ""]:
     return bits == 0.0
 
 
-def is_positive(scale: Float[Array, "..."]) -> Bool[Array, "..."]:
-    """Whether a scale is a positive finite number.
+def is_positive(scale: Any) -> Any:
+    """Whether a scale, an array of JAX or of NumPy, is a positive finite number.
 
     >>> is_positive(jnp.array([0.5, 0.0, -1.0, jnp.inf, jnp.nan])).tolist()
     [True, False, False, False, False]
     """
     return (scale > 0.0) & (scale < jnp.inf)
+
+
+def has_codes(qparams: QParams) -> Bool[Array, "..."]:
+    """Whether a tensor has codes: at a width, of a scale that is one.
+
+    >>> [bool(has_codes(QParams(jnp.ones(()), jnp.zeros(()), jnp.float32(b)))) for b in (0, 4)]
+    [False, True]
+    """
+    return is_positive(qparams.scale) & ~is_bypassed(qparams.bits)
 
 
 def where_bypassed(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import DIVIDED, QParams, Scaling
+from quantjax.affine import DIVIDED, QParams, Scaling, is_positive
 from quantjax.arguments import expect, expect_key
 from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator
@@ -147,7 +147,7 @@ def _check_concrete(scale: Any, zero_point: Any, bits: Any, theta: Theta, format
             fix=f"bits={min(8, format.max_bits)}, or bits=0 to pass the tensor through",
         )
     values = concrete(scale)
-    if values is not None and not np.all((values > 0) & np.isfinite(values)):
+    if values is not None and not np.all(is_positive(values)):
         raise errors.QuantizerError(
             "a scale is not a positive finite number",
             where=f"qj.fake_quant, scale of shape {values.shape}",

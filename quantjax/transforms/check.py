@@ -9,7 +9,7 @@ import numpy as np
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import Fault, QParams
+from quantjax.affine import Fault, QParams, is_positive
 from quantjax.formats.minifloat import WIDTHS_IN_THETA
 
 REASONS: Mapping[Fault, tuple[str, str]] = {
@@ -116,7 +116,7 @@ def _problems(site: str, operand: str, qparams: QParams) -> list[Problem]:
         hit = np.any(faults == float(fault), axis=axes)
         if hit.any():
             found.append(Problem(site, operand, _lanes(hit, batch), what, fix))
-    unusable = np.any(~(scale > 0) | np.isinf(scale), axis=axes) & ~np.any(faults > 0, axis=axes)
+    unusable = np.any(~is_positive(scale), axis=axes) & ~np.any(faults > 0, axis=axes)
     if unusable.any():
         found.append(Problem(site, operand, _lanes(unusable, batch), *UNUSABLE))
     learned = _learned_faults(qparams, batch) & ~np.any(faults > 0, axis=axes)

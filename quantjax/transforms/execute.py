@@ -12,7 +12,7 @@ import numpy as np
 
 from quantjax import errors
 from quantjax._compat import concrete, varying_like
-from quantjax.affine import QParams, is_bypassed, is_positive
+from quantjax.affine import QParams, has_codes
 from quantjax.data_free import dequantize_params
 from quantjax.granularity import expand
 from quantjax.integers import IntegerOperand, int8_codes, integer_product, shift_of
@@ -249,8 +249,7 @@ def encoded(x: jax.Array, qparams: QParams, quantizer: Quantizer, key: Key | Non
     zero_point = jnp.round(jnp.asarray(qparams.zero_point, jnp.float32))
     centered = centered_codes(x, qparams, arithmetic, key)
     centered = jnp.where(jnp.isnan(centered), 0.0, centered)
-    usable = is_positive(qparams.scale) & ~is_bypassed(qparams.bits)  # else no codes to execute
-    scale = jnp.where(usable, qparams.scale, jnp.nan)
+    scale = jnp.where(has_codes(qparams), qparams.scale, jnp.nan)
     return Codes(centered + expand(zero_point, x.shape), zero_point, scale)
 
 

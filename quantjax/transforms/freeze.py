@@ -12,7 +12,7 @@ import numpy as np
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import QParams, is_bypassed, is_positive
+from quantjax.affine import QParams, has_codes, is_positive
 from quantjax.interpreter import leaves_by_path
 from quantjax.layout import STEP, casts, roundings, scale_in_parameter
 from quantjax.meshes import automatic
@@ -191,7 +191,7 @@ def _encode(
         )
     # Under a trace nothing can be raised: what has no codes, or zero points that a symmetric tensor
     # does not keep, become NaN.
-    usable = ~is_bypassed(qparams.bits) & is_positive(qparams.scale)
+    usable = has_codes(qparams)
     if quantizer.symmetric:
         usable &= qparams.zero_point == 0.0
     scale = jnp.where(usable, qparams.scale, jnp.nan)
@@ -232,7 +232,7 @@ def _check_known(weight: StoredWeight, leaf: Any, qparams: QParams) -> None:
         )
     quantizer, scales = weight.operand.quantizer, concrete(qparams.scale)
     assert quantizer is not None
-    if scales is not None and not ((scales > 0.0) & np.isfinite(scales)).all():
+    if scales is not None and not is_positive(scales).all():
         raise errors.FreezeError(
             "a scale that is no positive finite number",
             where=weight.where,

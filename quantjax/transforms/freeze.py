@@ -84,7 +84,8 @@ def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -
     frozen: dict[str, QTensor] = {}
     for number, (path, weights) in enumerate(uses.items()):
         stated = [parameter_qparams(weight, qstate) for weight in weights]
-        _check_agreement(weights, stated, jnp.asarray(leaves[path]).dtype)
+        leaf = jnp.asarray(leaves[path])
+        _check_agreement(weights, stated, leaf.dtype)
         own = _key_for(weights[0], key, number)
         learned = _learned(weights[0], qstate)
         for weight, other in zip(weights[1:], stated[1:], strict=True):
@@ -92,10 +93,8 @@ def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -
             _check_transforms(weights[0], weight, learned, its)
             agrees = agreement((stated[0], learned), (other, its))
             stated[0] = stated[0]._replace(scale=unless(agrees, stated[0].scale))
-        leaf = leaves[path]
         _check_known(weights[0], leaf, stated[0])
         encode = partial(_encode, weights[0])
-        leaf = jnp.asarray(leaf)
         frozen[path] = automatic(encode, leaf, stated[0], learned, own, specs=like(leaf))
     flat = [frozen.get(path, leaf) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(params), flat)
@@ -281,7 +280,7 @@ def _check_agreement(weights: list[StoredWeight], stated: list[QParams], dtype: 
         where = f"{first.where} and {weight.where}"
         seen = [roundings(one.moves, dtype) for one in (first, weight)]
         if seen[0] != seen[1]:
-            names = [" and ".join(str(jnp.dtype(cast)) for cast in casts) for casts in seen]
+            names = [" and ".join(str(jnp.dtype(cast)) for cast in each) for each in seen]
             first_one, other = (name or "nothing narrower" for name in names)
             raise errors.FreezeError(
                 f"{once} is rounded to {first_one} ahead of one use, to {other} ahead of another",

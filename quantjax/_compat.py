@@ -163,6 +163,19 @@ def opened(program: Any) -> jex_core.Jaxpr:
     return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
 
 
+def programs_in(params: Mapping[str, Any]) -> Iterator[jex_core.Jaxpr]:
+    """The programs that the parameters of an equation hold.
+
+    JAX 0.12 has primitives whose only parameter is an object, with parameters of its own
+    (``call_hi_primitive``, of ``lax.custom_root`` among others).
+    """
+    yield from map(opened, jex_core.jaxprs_in_params(dict(params)))
+    for value in params.values():
+        inner = getattr(value, "params", None)
+        if isinstance(inner, Mapping):
+            yield from programs_in(inner)
+
+
 def names_axes(program: Any) -> bool:
     """Whether a program has a collective over a named axis."""
     return any(type(effect).__name__ == "NamedAxisEffect" for effect in program.effects)

@@ -44,14 +44,17 @@ class QParams(NamedTuple):
 
 
 class Fault(enum.IntEnum):
-    """Why a scale is NaN; ``qj.check`` reads it back."""
+    """Why a scale is NaN; ``qj.check`` reads it back.
+
+    Numbers that no zero point of any width is: a scale that became NaN in training has one, too.
+    """
 
     NONE = 0
-    NEVER_CALIBRATED = 1
-    NOT_FINITE = 2
-    BITS_OUTSIDE_FORMAT = 3
-    ZERO_POINT = 4
-    NEGATIVE = 5
+    NEVER_CALIBRATED = 2**20 + 1
+    NOT_FINITE = 2**20 + 2
+    BITS_OUTSIDE_FORMAT = 2**20 + 3
+    ZERO_POINT = 2**20 + 4
+    NEGATIVE = 2**20 + 5
 
 
 class Scaling(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,22 +19,25 @@ _MODULES = {
     "flax.nnx": "quantjax.adapters.nnx, which splits a model into f and params",
     "equinox": "f, params = quantjax.adapters.equinox.functional(module)",
 }
+_NUMBERS: dict[type, str] = {numbers.Real: "number", numbers.Integral: "whole number"}
 
 
 def expect(
     value: object, kinds: type | tuple[type, ...], *, argument: str, where: str, fix: str
 ) -> None:
-    """Raise unless ``value`` is of one of these kinds.
+    """Raise unless ``value`` is of one of these kinds; True and False are no numbers here.
 
     Raises:
       ArgumentError: naming the argument, what it is and what is needed.
 
     >>> expect(8, int, argument="bits", where="qj.weight_quantizer", fix="bits=8")
     """
-    if isinstance(value, kinds):
-        return
     allowed = kinds if isinstance(kinds, tuple) else (kinds,)
-    names = " or ".join(kind.__name__ for kind in allowed if kind is not type(None))
+    if isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed):
+        return
+    names = " or ".join(
+        _NUMBERS.get(kind, kind.__name__) for kind in allowed if kind is not type(None)
+    )
     raise errors.ArgumentError(
         f"{argument} is {_kind(value)}, and {_article(names)} is needed", where=where, fix=fix
     )

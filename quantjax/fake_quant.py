@@ -62,10 +62,11 @@ def fake_quant(
       An array of the shape and dtype of ``x``. NaN stays NaN; infinities saturate.
 
     Raises:
+      ArgumentError: a width that is no number.
       BitsError: a concrete width that the format does not hold. Traced: the result is NaN.
       GranularityError: shapes that do not fit.
-      QuantizerError: a concrete scale that is not positive and finite; a zero point, or the choice
-        of signed or narrow, for a format that has none.
+      QuantizerError: a concrete scale that is not positive and finite, a zero point that is not
+        finite; a zero point, or the choice of signed or narrow, for a format that has none.
       DataError: ``x`` is not of a floating-point dtype.
       KeyMissingError: a random rounding or estimator without ``key``.
       EstimatorError: ``theta`` lacks what the estimator learns.
@@ -102,6 +103,12 @@ def fake_quant(
     check_floating(x, "qj.fake_quant")
     if bits is None:
         bits = 8 if format is None else format.max_bits
+    if not jnp.issubdtype(jnp.result_type(bits), jnp.number):
+        raise errors.ArgumentError(
+            f"bits is {bits}, and a number is needed",
+            where="qj.fake_quant",
+            fix=f"bits={min(8, container.max_bits)}",
+        )
     width = jnp.asarray(bits, jnp.float32)
     if width.ndim:
         raise errors.BitsError(
@@ -138,6 +145,25 @@ def check_floating(x: jax.Array, where: str) -> None:
         )
 
 
+def check_scale(scale: Any, zero_point: Any, *, where: str) -> None:
+    """Raise ``QuantizerError`` for concrete scales and zero points that are none."""
+    values, zeros = concrete(scale), concrete(zero_point)
+    if values is not None and not np.all(is_positive(values)):
+        raise errors.QuantizerError(
+            "a scale is not a positive finite number",
+            where=f"{where}, scale of shape {values.shape}",
+            why="an all-zero tensor, or a calibration that saw NaN, gives such a scale",
+            fix="derive scales with qj.calibrate, which has a rule for each of these cases",
+        )
+    if zeros is not None and not np.all(np.isfinite(zeros)):
+        raise errors.QuantizerError(
+            "a zero point is NaN or infinite",
+            where=f"{where}, zero point of shape {zeros.shape}",
+            why="it is the code that stands for 0.0",
+            fix="zero_point=0, or one that qj.calibrate derives",
+        )
+
+
 def _check_concrete(scale: Any, zero_point: Any, bits: Any, theta: Theta, format: Format) -> None:
     if format.known_valid(bits, theta) is False:
         raise errors.BitsError(
@@ -146,14 +172,7 @@ def _check_concrete(scale: Any, zero_point: Any, bits: Any, theta: Theta, format
             why=f"its container holds {format.max_bits} bits",
             fix=f"bits={min(8, format.max_bits)}, or bits=0 to pass the tensor through",
         )
-    values = concrete(scale)
-    if values is not None and not np.all(is_positive(values)):
-        raise errors.QuantizerError(
-            "a scale is not a positive finite number",
-            where=f"qj.fake_quant, scale of shape {values.shape}",
-            why="an all-zero tensor, or a calibration that saw NaN, gives such a scale",
-            fix="derive scales with qj.calibrate, which has a rule for each of these cases",
-        )
+    check_scale(scale, zero_point, where="qj.fake_quant")
     zeros = concrete(zero_point)
     if not format.has_zero_point and (zeros is None or np.any(zeros)):
         raise errors.QuantizerError(

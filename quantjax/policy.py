@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from quantjax.arguments import expect
 from quantjax.biases import AccumulatorBias
+from quantjax.formats import integer
+from quantjax.formats.widths import check_bits
 from quantjax.granularity import Granularity, PerToken
 from quantjax.interpreter import Role, Site
 from quantjax.quantizer import (
@@ -149,6 +151,25 @@ def uniform_policy(
     >>> print(uniform_policy(weight_bits=4, activation_bits=8))
     weighted: w=int4/channel a=uint8/tensor
     """
+    for name, bits in (
+        ("weight_bits", weight_bits),
+        ("activation_bits", activation_bits),
+        ("gradient_bits", gradient_bits),
+    ):
+        if bits is not None:
+            widest = integer(max_bits=16)
+            check_bits(widest, bits, argument=name, where="qj.uniform_policy", is_fixed=True)
+    for name, granularity in (
+        ("weight_granularity", weight_granularity),
+        ("activation_granularity", activation_granularity),
+    ):
+        expect(
+            granularity,
+            (Granularity, type(None)),
+            argument=name,
+            where="qj.uniform_policy",
+            fix=f"{name}=qj.PerTensor()",
+        )
     weights = activations = None
     if weight_bits is not None:
         weights = weight_quantizer(bits=weight_bits, granularity=weight_granularity)

@@ -14,12 +14,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import DIVIDED, QParams, Scaling
+from quantjax.affine import DIVIDED, QParams, Scaling, is_positive
 from quantjax.arguments import expect
 from quantjax.arithmetic import Arithmetic
-from quantjax.fake_quant import check_floating
+from quantjax.fake_quant import check_floating, check_scale
 from quantjax.formats import Format, Theta
 from quantjax.granularity import expand
+from quantjax.lean import select
 from quantjax.meshes import REPLICATED, automatic, spec_of
 from quantjax.packing import Packing, can_pack, pack, unpack
 from quantjax.rounding import HALF_EVEN, Rounding
@@ -173,7 +174,10 @@ def encode(
         container does not hold.
       DataError: a concrete tensor with NaN, for which no code stands. Under a trace, check
         beforehand: an integer array cannot carry NaN.
+      QuantizerError: a concrete scale that is not positive and finite, or such a zero point.
       KeyMissingError: a random rounding without a key.
+
+    Under a trace the scale is NaN in place of an error, and so is what is decoded.
 
     >>> import jax.numpy as jnp
     >>> from quantjax.formats import integer
@@ -185,6 +189,7 @@ def encode(
     expect(format, Format, argument="format", where="qj.encode", fix="qj.integer()")
     expect(rounding, Rounding, argument="rounding", where="qj.encode", fix="qj.rounding.FLOOR")
     _check_bits(x, qparams, format)
+    check_scale(qparams.scale, qparams.zero_point, where="qj.encode")
     known = concrete(x)
     if known is not None and np.any(np.isnan(known)):
         raise errors.DataError(
@@ -197,7 +202,10 @@ def encode(
 
     def encoded(x: jax.Array, qparams: QParams, key: PRNGKeyArray | None) -> QTensor:
         codes = encode_codes(x, qparams, format, rounding, key, scaling)
-        return packed(codes, qparams, format, x.dtype)
+        scale, bits = (jnp.asarray(a, jnp.float32) for a in (qparams.scale, qparams.bits))
+        usable = is_positive(scale) & format.valid_bits(bits, qparams.theta) & (bits != 0.0)
+        scale = select(usable, scale, jnp.nan)
+        return packed(codes, qparams._replace(scale=scale), format, x.dtype)
 
     return cast(QTensor, automatic(encoded, x, qparams, key, specs=like(x)))
 

@@ -18,6 +18,7 @@ from quantjax.arguments import expect
 from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator, check_needs
 from quantjax.formats import Format, Theta, integer, known_overflow, levels_overflow
+from quantjax.formats.widths import check_bits
 from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken, reduce_to
 from quantjax.printing import shape_text
 from quantjax.ranges import (
@@ -101,16 +102,7 @@ class Quantizer:
                 why="its levels are no integers that could be moved",
                 fix="symmetric=True, or an integer format",
             )
-        if not 0 <= self.bits <= self.format.max_bits:
-            raise errors.BitsError(
-                f"{self.bits} bits do not fit a container of {self.format.max_bits}",
-                fix=f"format=qj.integer(max_bits={max(self.bits, 1)}), or fewer bits",
-            )
-        if self.format.known_valid(self.bits) is False:
-            raise errors.BitsError(
-                f"{self.bits} bits are no width of {self.format.label(self.format.max_bits)}",
-                fix=f"bits={self.format.max_bits}, or a format that has this width",
-            )
+        check_bits(self.format, self.bits, argument="bits", where="a quantizer")
         if known_overflow(self.format, self.bits):
             raise errors.QuantizerError(
                 f"the levels of {self.format.label(self.bits)} are too large for sums of products",
@@ -294,7 +286,7 @@ def weight_quantizer(
         format=format,
         bits=bits,
         symmetric=symmetric,
-        granularity=granularity or PerChannel(),
+        granularity=PerChannel() if granularity is None else granularity,
         rule=rule,
         range=range,
         rounding=rounding,
@@ -340,7 +332,7 @@ def activation_quantizer(
         format=format or integer(max_bits=max(bits, 8), signed=symmetric),
         bits=bits,
         symmetric=symmetric,
-        granularity=granularity or PerTensor(),
+        granularity=PerTensor() if granularity is None else granularity,
         rule=rule,
         range=range,
         rounding=rounding,
@@ -392,6 +384,8 @@ def _width(bits: int | None, format: Format | None) -> int:
             kind, example = _KINDS[name]
             expect(value, kind, argument=name, where="a quantizer", fix=f"{name}={example}")
     if bits is not None:
+        if format is None:  # the one that is made holds any width that integers have
+            check_bits(integer(max_bits=16), bits, argument="bits", where="a quantizer")
         return bits
     if format is None or format.known_valid(8):
         return 8

@@ -4,6 +4,17 @@ A :class:`Rounding` is a named pure function. The default of every quantizer is 
 which is what IEEE 754, ONNX, TFLite's float kernels and NumPy's ``rint`` do. Every number format
 rounds by the same five: a format says where a real lies between its neighbours, in units of their
 distance, and the rounding says which of the two it becomes.
+
+Python keeps no text for a value: ``help(qj.rounding.FLOOR)`` shows what all of them have. What is
+said of each one stands below it in this file.
+
+| value | result |
+|---|---|
+| ``HALF_EVEN`` | the nearest, ties to the even one |
+| ``HALF_AWAY`` | the nearest, ties away from zero |
+| ``FLOOR`` | the largest that is not above |
+| ``CEIL`` | the smallest that is not below |
+| ``STOCHASTIC`` | one of the two at random, right on average; needs a key |
 """
 
 from __future__ import annotations

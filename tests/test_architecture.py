@@ -46,6 +46,7 @@ FACE = "__init__"  # quantjax/__init__.py: imports all, and nothing in the libra
 NEVER = ("experiments", "tests")  # packages that the library does not import
 PRIVATE = ("jax._src", "jax.interpreters")
 VERSIONS = ("jax.__version__", "jax.__version_info__")
+SUSPECT = re.compile(r"_src|interpreters|__version")  # without which there is nothing to parse
 
 ADDRESS = re.compile(r"index[-_]url\s*[= ]\s*\S|find[-]links|https?://\S*/simple\b", re.IGNORECASE)
 HOME_PATH = re.compile(r"(?<![.\w])/(?:[r]oot|[h]ome|[w]ork|[U]sers|[o]pt)/")
@@ -124,7 +125,7 @@ def direction_faults(path: str, source: str) -> list[str]:
 
 def private_faults(path: str, source: str) -> list[str]:
     """Private JAX and branches on its version, anywhere but in quantjax/_compat.py."""
-    if path == "quantjax/_compat.py":
+    if path == "quantjax/_compat.py" or not SUSPECT.search(source):
         return []
     module = ".".join(Path(path).with_suffix("").parts)
     used = list(imports(source, module))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -160,6 +163,64 @@ def test_widths_of_all_kinds_pass(plan: qj.Plan) -> None:
     for bits in (4, 4.0, jnp.float32(4), jnp.asarray(4), {"w": 4}):
         qstate = qj.calibrate(plan, state, PARAMS, weight_bits=bits)
         assert float(qstate["w"]["weight"].bits) == 4.0
+
+
+@pytest.mark.parametrize(
+    "bits",
+    [
+        True,
+        np.True_,
+        jnp.asarray(True),
+        np.array(True),
+        [True],
+        {"w": True},
+        qj.FloatBits(True, 3),
+        qj.FloatBits(4, jnp.asarray(True)),
+        np.array("4"),
+        ["4"],
+    ],
+    ids=str,
+)
+def test_true_and_text_are_no_widths_of_calibrate(plan: qj.Plan, bits: Any) -> None:
+    state = qj.observe(f, plan)(qj.init(plan), PARAMS, X)[1]
+    refused(lambda: qj.calibrate(plan, state, PARAMS, weight_bits=bits), "a width is", "site w")
+    calibrate = jax.jit(lambda bits: qj.calibrate(plan, state, PARAMS, weight_bits=bits))
+    if isinstance(bits, jax.Array):
+        refused(lambda: calibrate(bits), "an array of bool", "site w")
+
+
+def test_true_is_no_number() -> None:
+    for make in (qj.weight_quantizer, qj.activation_quantizer, qj.gradient_quantizer):
+        for bits in (True, False, np.True_, jnp.asarray(True)):
+            refused(lambda make=make, bits=bits: make(bits=bits), "bits is a")  # type: ignore[misc]
+    refused(lambda: qj.bias_quantizer(bits=True), "bits is a bool")
+    with pytest.raises(errors.ArgumentError, match="n is a bool, and a whole number or str"):
+        expect(True, (numbers.Integral, str), argument="n", where="here", fix="n=1")
+    expect(True, (numbers.Integral, bool), argument="n", where="here", fix="n=1")
+
+
+def test_a_width_that_helps_is_named(plan: qj.Plan) -> None:
+    state = qj.observe(f, plan)(qj.init(plan), PARAMS, X)[1]
+    for bits, helps in ((9, True), (17, False), (-1, False), (float("nan"), False), (2.5, False)):
+        with pytest.raises(errors.BitsError, match="outside the format int") as caught:
+            qj.calibrate(plan, state, PARAMS, weight_bits=bits)
+        assert caught.value.fix.startswith("8 bits")
+        assert ("max_bits=16" in caught.value.fix) == helps
+
+
+def test_a_width_for_a_site_that_is_not_there_names_those_that_are() -> None:
+    params = {f"w{n}": jnp.eye(4) for n in range(8)}
+    chain = lambda p, x: functools.reduce(lambda x, w: jnp.tanh(x @ w), p.values(), x)  # noqa: E731
+    plan = qj.plan(qj.uniform_policy(activation_bits=None), qj.sites(chain, params, X))
+    for asked, near in (("zz", "w0"), ("w55", "w5"), (7, "w7")):
+        with pytest.raises(errors.PolicyError) as caught:
+            qj.calibrate(plan, {}, params, weight_bits={asked: 3})
+        assert f"site {asked}; it is at w0, w1," in caught.value.what
+        edit = caught.value.fix.split(", or")[0]
+        assert edit == f"weight_bits={{'{near}': 4}}"
+        qj.calibrate(plan, {}, params, weight_bits=eval(edit.removeprefix("weight_bits=")))
+    with pytest.raises(errors.PolicyError, match="at no site of the plan"):
+        qj.calibrate(plan, {}, params, activation_bits=3)
 
 
 @pytest.mark.parametrize("size", [2.5, "32", None])

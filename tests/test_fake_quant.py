@@ -89,6 +89,19 @@ def test_scales_that_are_none_raise(scale):
     assert f"scale of shape {np.shape(scale)}" in caught.value.where
 
 
+@pytest.mark.parametrize("bits", [True, np.True_, jnp.array(True)])
+def test_truth_is_no_width(bits):
+    with pytest.raises(errors.ArgumentError, match="bits is True"):
+        fake_quant(X, 0.1, bits=bits)
+
+
+@pytest.mark.parametrize("zero_point", [np.nan, np.inf, jnp.array([[0.0] * 7 + [np.nan]])])
+def test_zero_points_that_are_none_raise(zero_point):
+    with pytest.raises(errors.QuantizerError, match="zero point is NaN or infinite") as caught:
+        fake_quant(X, 0.1, zero_point)
+    assert f"zero point of shape {np.shape(zero_point)}" in caught.value.where
+
+
 @pytest.mark.parametrize("shape", [(8,), (1, 1, 8), (5, 1), (4, 8), (12, 8)])
 def test_scales_and_zero_points_that_do_not_fit_raise(shape):
     ones = jnp.ones(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+import quantjax as qj
 from quantjax import errors
 from quantjax import granularity as granularity_of
 from quantjax.granularity import (
     OperandAxes,
     PerBlock,
+    PerChannel,
     PerGroup,
     Remainder,
     check_scale_shape,
@@ -218,30 +221,70 @@ def test_values_are_equal_and_hashable():
 
 
 @pytest.mark.parametrize("axes", [None, (0, 1)])
-@pytest.mark.parametrize(("rows", "columns"), [(4, 5), (3, 4), (5, 7), (0, 5), (7, 11)])
+@pytest.mark.parametrize(("rows", "columns"), [(4, 5), (3, 4), (5, 7), (7, 11)])
 def test_a_block_that_does_not_divide(rows, columns, axes):
     granularity = PerBlock(rows, columns, axes=axes)
     with pytest.raises(errors.GranularityError, match="do not divide axis") as caught:
         granularity.scale_shape((6, 10), ALONG_FIRST, is_weight=True)
     assert "(6, 10)" in caught.value.where
-    fixed = eval(caught.value.fix, {"qj": granularity_of})
-    assert fixed.axes == axes
-    found = fixed.scale_shape((6, 10), ALONG_FIRST, is_weight=True)
-    assert found == (6 // fixed.rows, 10 // fixed.columns)
-    other = re.search(r"qj\..*", caught.value.why)
-    assert bool(other) == (rows >= 1)
-    if other:
-        shorter = eval(other[0], {"qj": granularity_of})
-        assert shorter == PerBlock(rows, columns, axes=axes, remainder=SHORTER)
-        shorter.scale_shape((6, 10), ALONG_FIRST, is_weight=True)
+    shorter = eval(caught.value.fix, {"qj": granularity_of})
+    assert shorter == PerBlock(rows, columns, axes=axes, remainder=SHORTER)
+    shorter.scale_shape((6, 10), ALONG_FIRST, is_weight=True)
+    other = re.search(r"qj\.\w+\(.*\)", caught.value.why)
+    assert other
+    divides = eval(other[0], {"qj": granularity_of})
+    assert divides.axes == axes
+    found = divides.scale_shape((6, 10), ALONG_FIRST, is_weight=True)
+    assert found == (6 // divides.rows, 10 // divides.columns)
 
 
-@pytest.mark.parametrize("size", [0, -3])
-def test_a_size_below_one_stays_an_error(size):
-    with pytest.raises(errors.GranularityError) as caught:
-        PerGroup(size, remainder=SHORTER).scale_shape((6, 10), ALONG_FIRST, is_weight=True)
-    fixed = eval(caught.value.fix, {"qj": granularity_of})
-    assert fixed.scale_shape((6, 10), ALONG_FIRST, is_weight=True) == (6, 10)
+def test_one_edit_serves_all_operands_that_blocks_do_not_divide():
+    """Sizes that divide one side here divide none of another weight."""
+    params = {"a": jnp.ones((32, 32)), "c": jnp.ones((32, 6))}
+    table = qj.sites(lambda p, x: jnp.tanh(x @ p["a"]) @ p["c"], params, jnp.ones((2, 32)))
+
+    def planned(granularity: Any) -> qj.Plan:
+        return qj.plan(qj.uniform_policy(weight_granularity=granularity), table)
+
+    with pytest.raises(errors.GranularityError, match="do not divide") as caught:
+        planned(PerBlock(8, 8))
+    shapes = [
+        operand.scale_shape
+        for entry in planned(eval(caught.value.fix, {"qj": qj})).sites
+        for operand in entry.operands
+        if operand.is_weight
+    ]
+    assert shapes == [(4, 4), (4, 1)]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        *((partial(PerGroup, size), "groups of") for size in (0, -2, True, np.nan, np.bool_(1))),
+        *((partial(PerBlock, *s), "blocks of") for s in ((0, 0), (8, -1), (2.5, 8), (8, True))),
+        (partial(PerGroup, -3, remainder=SHORTER), "groups of"),
+        *((partial(PerChannel, axis=axis), "axis") for axis in ("a", 1.0, True, (0,))),
+        (partial(PerGroup, 4, axis="a"), "axis 'a'"),
+        *((partial(PerBlock, 8, 8, axes=a), "a pair") for a in ([0, 1], (0,), (0, "a"), 1)),
+    ],
+)
+def test_what_no_tensor_fits_is_refused_when_made(make, match):
+    with pytest.raises(errors.GranularityError, match=match) as caught:
+        make()
+    assert "qj.Per" in caught.value.where
+    assert type(eval(caught.value.fix, {"qj": qj})) is make.func
+
+
+@pytest.mark.parametrize("make", [partial(PerGroup, 4), partial(PerBlock, 4, 4)])
+def test_a_remainder_is_named_not_switched_on(make):
+    with pytest.raises(errors.ArgumentError, match="remainder is a bool") as caught:
+        make(remainder=True)
+    assert make(remainder=eval(caught.value.fix.removeprefix("remainder="), {"qj": qj}))
+
+
+def test_whole_numbers_of_numpy_are_sizes_and_axes():
+    assert PerGroup(np.int64(4), axis=np.int32(-1)) == PerGroup(4, axis=-1)
+    assert PerBlock(np.int64(4), 2, axes=(np.int8(0), 1)) == PerBlock(4, 2, axes=(0, 1))
 
 
 @pytest.mark.parametrize(

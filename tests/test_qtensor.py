@@ -203,6 +203,30 @@ def test_plain_numbers_as_parameters():
     assert_array_equal(tensor.dequantize(), fake_quant(jnp.array([0.1, -0.3]), 0.1))
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
+def test_scales_that_are_none_raise_or_decode_to_nan(scale):
+    x, qparams = jnp.array([0.5, 1.0]), QParams(jnp.float32(scale), jnp.zeros(()), jnp.float32(8))
+    with pytest.raises(errors.QuantizerError, match="not a positive finite number") as caught:
+        encode(x, qparams, integer())
+    assert "qj.encode" in caught.value.where
+    decoded = jax.jit(lambda x, q: encode(x, q, integer()).dequantize())(x, qparams)
+    assert np.isnan(decoded).all()
+
+
+@pytest.mark.parametrize("bits", [0.0, -1.0, 2.5, 9.0, np.nan])
+def test_traced_widths_that_are_none_decode_to_nan(bits):
+    """Codes beyond the container would be stored as others."""
+    qparams = lambda bits: QParams(jnp.float32(0.01), jnp.float32(0), bits)  # noqa: E731
+    x = jnp.array([1.0, 2.0, 4.0])
+    decoded = jax.jit(lambda bits: encode(x, qparams(bits), integer()).dequantize())(bits)
+    assert np.isnan(decoded).all()
+
+
+def test_zero_points_that_are_none_raise():
+    with pytest.raises(errors.QuantizerError, match="zero point is NaN"):
+        encode(jnp.ones(2), QParams(jnp.ones(()), jnp.float32(np.nan), jnp.float32(8)), integer())
+
+
 @pytest.mark.parametrize("format", [E2M1, E4M3FN, E5M2], ids=lambda format: format.name)
 def test_the_sign_of_zero_is_a_bit_of_a_code(format):
     """As casts have it: what underflows below zero is another pattern than what does above."""

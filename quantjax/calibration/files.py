@@ -76,7 +76,7 @@ def rows(report: CalibrationReport) -> Iterator[RangeRow]:
 def write_ranges(report: CalibrationReport, path: Path) -> None:
     """Write ``rows(report)`` as CSV, every digit of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(RangeRow._fields)
         writer.writerows(rows(report))

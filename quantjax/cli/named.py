@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +19,20 @@ from quantjax import errors
 from quantjax.calibration.collect import Model, is_array
 from quantjax.ranges import FitRule, RangeRule
 from quantjax.sweep.study import Study
+
+# What NumPy raises for damaged files: an array's header is parsed as Python's text, and an archive
+# may say that it is encrypted, or larger than all memory.
+_UNREADABLE = (
+    EOFError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class Group(NamedTuple):
@@ -30,6 +46,7 @@ STUDIES = Group("quantjax.studies", "study")
 MODELS = Group("quantjax.models", "model")
 DATA = Group("quantjax.data", "data")
 ARRAYS = (".npy", ".npz")
+_IMPORTABLE = "module:object, with the module importable from the current folder"
 
 
 def find_study(name: str) -> Study:
@@ -134,24 +151,52 @@ def find(name: str, group: Group) -> Any:
             why=str(error),
             fix='pip install "quantjax[experiments]"',
         ) from error
+    except SyntaxError as error:
+        raise _no_python(name, error) from error
 
 
 def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
+    if module.startswith(".") or "/" in module or module.endswith(".py"):
+        raise errors.UnknownNameError(
+            f"{name} cannot be imported",
+            why="what stands ahead of the colon is a path, no module",
+            fix=_as_module(Path(module), attribute) or _IMPORTABLE,
+        )
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise errors.UnknownNameError(
-            f"{name} cannot be imported",
-            why=str(error),
-            fix="module:object, with the module importable from the current folder",
+            f"{name} cannot be imported", why=str(error), fix=_IMPORTABLE
         ) from error
+    except SyntaxError as error:
+        raise _no_python(name, error) from error
     finally:
-        sys.path.remove(str(Path.cwd()))
+        sys.path.remove(here)
     return found
+
+
+def _no_python(name: str, error: SyntaxError) -> errors.UnknownNameError:
+    return errors.UnknownNameError(
+        f"{name} cannot be imported",
+        where=f"{error.filename}, line {error.lineno}",
+        why=error.msg,
+        fix="correct that line",
+    )
+
+
+def _as_module(path: Path, attribute: str) -> str:
+    """``folder.file:attribute`` for ``./folder/file`` below the current folder, if it is there."""
+    named = path.with_suffix("") if path.suffix == ".py" else path
+    is_there = Path(f"{named}.py").is_file() or named.is_dir()
+    parts = named.parts  # none of the current folder itself
+    if is_there and parts and not path.is_absolute() and all(map(str.isidentifier, parts)):
+        return f"{'.'.join(parts)}:{attribute}"
+    return ""
 
 
 def _called(found: Any, name: str, **options: Any) -> Any:
@@ -182,9 +227,9 @@ def _read(path: Path) -> Any:
             f"there is no file {path}",
             fix="the path of a .npy or .npz file, from the current folder",
         ) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise errors.DataError(
             f"{path} cannot be read as arrays",
-            why=str(error).partition("\n")[0],
+            why=str(error).partition("\n")[0] or type(error).__name__,
             fix="a file that np.save or np.savez wrote, of numbers",
         ) from error

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from quantjax import errors
 from quantjax.calibration.rules import RULES, RuleName
 from quantjax.cli.named import find_rule, find_study
 from quantjax.cli.progress import RichProgress
@@ -59,6 +60,13 @@ class SweepOptions:
 def sweep(options: SweepOptions) -> int:
     """Run the sweep, then print the table and write CSV and plot."""
     start = time.perf_counter()
+    if options.memory_budget_mib < 1:
+        raise errors.SweepError(
+            f"a memory budget of {options.memory_budget_mib} MiB",
+            where="--memory-budget-mib",
+            why="a program of one cell needs some memory",
+            fix="--memory-budget-mib 1024",
+        )
     rules: list[Any] = [RULES[name] for name in options.rules]  # a grid refuses what is no rule
     rules += [find_rule(name) for name in options.own_rules]
     grid = Grid(

@@ -13,15 +13,18 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.formats.scales import REAL, ScaleRule
+from quantjax.lean import elementwise
 from quantjax.rounding import HALF_EVEN, Rounding
 
 Theta = Any
@@ -58,6 +61,16 @@ class Snapped(NamedTuple):
 
     level: jax.Array
     unclipped: jax.Array
+
+
+def nearest_width(bits: Any) -> jax.Array:
+    """The nearest whole number, half a bit up, and 0 only for 0.
+
+    >>> nearest_width(jnp.array([3.9999995, 2.5, 1e-6, 0.0])).tolist()
+    [4.0, 3.0, 1.0, 0.0]
+    """
+    bits = jnp.asarray(bits, jnp.float32)
+    return lax.max(lax.floor(elementwise(lax.add, bits, 0.5)), lax.sign(bits))
 
 
 def parameter(theta: Theta, name: str, family: str) -> jax.Array:
@@ -190,8 +203,11 @@ class Format(abc.ABC):
         if any(array is None for array in known):
             return None
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):  # of one number
-            valid = self.valid_bits(jnp.asarray(bits, jnp.float32), theta)
-            return bool(jnp.all(valid))
+            return bool(_all_valid(self, jnp.asarray(bits, jnp.float32), theta))
+
+    def holds_nearest(self, bits: jax.Array, theta: Theta = ()) -> jax.Array:
+        """Where the whole number nearest to ``bits`` is a width, or 0 for bypass (bool)."""
+        return self.valid_bits(nearest_width(bits), theta)
 
     def is_elementwise(self, theta: Theta) -> bool:
         """Whether widths may differ from entry to entry: ``bits`` then broadcasts against the data,
@@ -215,3 +231,9 @@ class Format(abc.ABC):
         """
         del function
         return theta
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _all_valid(format: Format, bits: jax.Array, theta: Theta) -> jax.Array:
+    """One program: called as it is, each of a format's operations would be one."""
+    return jnp.all(format.valid_bits(bits, theta))

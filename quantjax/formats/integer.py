@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from quantjax import errors
+from quantjax._compat import concrete
+from quantjax.arguments import expect
 from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta
 from quantjax.formats.scales import REAL, ScaleRule
 from quantjax.lean import clip, elementwise, select
@@ -44,6 +49,13 @@ class IntegerFormat(Format):
     narrow: bool = False
 
     def __post_init__(self) -> None:
+        expect(
+            self.max_bits,
+            numbers.Integral,
+            argument="max_bits",
+            where="qj.integer",
+            fix="max_bits=8",
+        )
         if not 1 <= self.max_bits <= MAX_CONTAINER_BITS:
             raise errors.FormatError(
                 f"integer containers hold 1 to {MAX_CONTAINER_BITS} bits, got {self.max_bits}",
@@ -102,6 +114,20 @@ class IntegerFormat(Format):
         half = _two_to(bits, 1)
         return jnp.maximum(half - 1.0, 1.0) if self.narrow else half
 
+    def holds_nearest(self, bits: jax.Array, theta: Theta = ()) -> jax.Array:
+        """In two operations: every operand of a program has its own."""
+        del theta
+        return lax.eq(clip(bits, 0.0, self.max_bits + 0.49), bits)
+
+    def known_valid(self, bits: Any, theta: Theta = ()) -> bool | None:
+        """In NumPy: a program of JAX would have to be compiled."""
+        del theta
+        known = concrete(bits)
+        if known is None:
+            return None
+        held = (known >= 0) & (known <= self.max_bits) & (known == np.floor(known))
+        return bool(np.all(held))
+
     def holds_zero(self, like: jax.Array, bits: jax.Array, theta: Theta = ()) -> jax.Array:
         """Not one signed bit, and not unsigned narrow codes of more."""
         low, _ = self.level_range(bits, theta)
@@ -123,10 +149,13 @@ class IntegerFormat(Format):
     ) -> Snapped:
         """``clip(round(x/s) + z, low, high)``; no ``z`` is one of 0, in fewer operations.
 
+        NaN at a width that the container does not hold.
+
         One signed bit: ``+1`` where ``x/s + z >= 0``; other roundings than to the nearest choose
         between -1 and +1 as they do between neighbouring integers.
         """
         low, high = self.level_range(bits, theta)
+        high = select(self.holds_nearest(bits), high, jnp.nan)
         unclipped = rounding.apply(scaled)
         if zero_point is not None:
             unclipped = elementwise(lax.add, unclipped, zero_point)
@@ -185,7 +214,8 @@ def integer(
         ``-log2 scale`` fraction bits, chosen for each tensor or group.
 
     Raises:
-      FormatError: ``max_bits`` outside 1..16.
+      ArgumentError: ``max_bits`` is no whole number.
+      FormatError: it lies outside 1..16.
 
     >>> import jax.numpy as jnp
     >>> low, high = integer(max_bits=8).level_range(jnp.array([1.0, 2.0, 4.0, 8.0]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -16,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
 from quantjax import errors
+from quantjax.arguments import expect
 from quantjax.formats.base import Format, Law, Snapped, Theta
 from quantjax.rounding import Rounding
 
@@ -103,12 +105,15 @@ class LevelFormat(Format):
     """
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
+        expect(self.max_bits, numbers.Integral, argument="max_bits", where=name, fix="max_bits=4")
         if not 1 <= self.max_bits <= MAX_TABLE_BITS:
             raise errors.FormatError(
                 f"tables of levels have 1 to {MAX_TABLE_BITS} bits, got {self.max_bits}",
-                where=type(self).__name__,
+                where=name,
                 why="a table of 2^bits levels is searched for every entry",
-                fix=f"max_bits={min(max(self.max_bits, 1), MAX_TABLE_BITS)}",
+                # Not every table has a row of one bit.
+                fix=f"max_bits={min(max(self.max_bits, 2), MAX_TABLE_BITS)}",
             )
 
     @abc.abstractmethod

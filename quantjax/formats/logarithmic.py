@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from quantjax import errors
+from quantjax.arguments import expect
 from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta
 from quantjax.formats.scales import (
     INQ_SCALE,
@@ -95,6 +97,8 @@ class LogFormat(Format):
     magnitudes: Magnitudes = Magnitudes.ALL
 
     def __post_init__(self) -> None:
+        where = type(self).__name__
+        expect(self.max_bits, numbers.Integral, argument="max_bits", where=where, fix="max_bits=4")
         fewest = 2 if self.signed else 1
         if not fewest <= self.max_bits <= 8:
             raise errors.FormatError(

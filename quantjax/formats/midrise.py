@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
 
 from quantjax import errors
+from quantjax.arguments import expect
 from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta
 from quantjax.formats.scales import REAL, ScaleRule, power_of_two
 from quantjax.rounding import Rounding
@@ -20,6 +22,13 @@ class MidriseFormat(Format):
     """Levels ``-(2^b - 1), ..., -3, -1, 1, 3, ..., 2^b - 1``. Construct with :func:`midrise`."""
 
     def __post_init__(self) -> None:
+        expect(
+            self.max_bits,
+            numbers.Integral,
+            argument="max_bits",
+            where="qj.formats.midrise",
+            fix="max_bits=8",
+        )
         if not 1 <= self.max_bits <= MAX_CONTAINER_BITS or not self.signed:
             raise errors.FormatError(
                 f"midrise levels of {self.max_bits} bits, signed={self.signed}",

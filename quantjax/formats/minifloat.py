@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from quantjax import errors
+from quantjax.arguments import expect
 from quantjax.formats import float_patterns as patterns
 from quantjax.formats.base import ALL_LAWS, Format, Law, Snapped, Theta, parameter
 from quantjax.formats.float_patterns import MAX_EXPONENT_BITS, MAX_MANTISSA_BITS, Layout, Specials
@@ -82,6 +84,7 @@ class MinifloatFormat(Format):
     overflow: Overflow = Overflow.SATURATE
 
     def __post_init__(self) -> None:
+        _check_whole(max_bits=self.max_bits, exponent_bits=self.exponent_bits)
         _check(self)
 
     @property
@@ -212,6 +215,11 @@ class MinifloatFormat(Format):
         return patterns.layout(self._exponent(theta), width, self.specials)
 
 
+def _check_whole(**widths: object) -> None:
+    for name, width in widths.items():
+        expect(width, numbers.Integral, argument=name, where="a minifloat", fix=f"{name}=4")
+
+
 def _exponent_limits(specials: Specials) -> tuple[int, int]:
     """Fewest and most exponent bits whose numbers exist and are float32 numbers."""
     if specials is Specials.IEEE:
@@ -285,6 +293,7 @@ def minifloat(
     Source: Micikevicius et al., FP8 formats for deep learning, 2022, section 3; Open Compute
     Project, OCP Microscaling Formats (MX) Specification v1.0, 2023, section 5.3.
     """
+    _check_whole(exponent_bits=exponent_bits, mantissa_bits=mantissa_bits)
     return MinifloatFormat(
         max_bits=1 + exponent_bits + mantissa_bits,
         exponent_bits=exponent_bits,

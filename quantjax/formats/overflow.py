@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -32,4 +33,10 @@ def known_overflow(format: Format, bits: Any, theta: Theta = ()) -> bool:
     if not format.known_valid(bits, theta):
         return False
     with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-        return bool(jnp.any(levels_overflow(format, jnp.asarray(bits, jnp.float32), theta)))
+        return bool(_any_overflows(format, jnp.asarray(bits, jnp.float32), theta))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _any_overflows(format: Format, bits: jax.Array, theta: Theta) -> jax.Array:
+    """One program: called as it is, each of a format's operations would be one."""
+    return jnp.any(levels_overflow(format, bits, theta))

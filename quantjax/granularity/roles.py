@@ -14,6 +14,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 
 from quantjax import errors
+from quantjax.arguments import expect
 
 
 class Remainder(enum.Enum):
@@ -118,6 +119,9 @@ class PerChannel(Granularity):
 
     axis: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_axis(self.axis, "qj.PerChannel", "qj.PerChannel(axis=-1)")
+
     def scale_shape(
         self, shape: Sequence[int], axes: OperandAxes, *, is_weight: bool
     ) -> tuple[int, ...]:
@@ -144,7 +148,8 @@ class PerGroup(Granularity):
     (3, 10)
 
     Raises:
-      GranularityError: ``size`` does not divide the axis, and nothing is said about the remainder.
+      GranularityError: when made, a size that is no whole number from 1 on; then, one that does not
+        divide the axis, where nothing is said about the remainder.
     """
 
     size: int
@@ -152,10 +157,12 @@ class PerGroup(Granularity):
     remainder: Remainder = Remainder.REFUSE
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, numbers.Integral):
+        if not _is_whole(self.size) or self.size < 1:
             raise errors.GranularityError(
                 f"groups of {self.size!r} entries", where="qj.PerGroup", fix="qj.PerGroup(32)"
             )
+        _check_axis(self.axis, "qj.PerGroup", f"qj.PerGroup({self.size}, axis=-1)")
+        _check_remainder(self.remainder, "qj.PerGroup")
 
     @property
     def name(self) -> str:
@@ -205,8 +212,9 @@ class PerBlock(Granularity):
     (4, 2)
 
     Raises:
-      GranularityError: a side does not divide its axis, and nothing is said about the remainder; an
-        operand without a contracted or without a free axis.
+      GranularityError: when made, a side that is no whole number from 1 on, axes that are no pair;
+        then, a side that does not divide its axis, where nothing is said about the remainder, and
+        an operand without a contracted or without a free axis.
 
     Source: DeepSeek-AI, DeepSeek-V3 technical report, 2024, section 3.3.2 (128 x 128).
     """
@@ -215,6 +223,24 @@ class PerBlock(Granularity):
     columns: int
     axes: tuple[int, int] | None = None
     remainder: Remainder = Remainder.REFUSE
+
+    def __post_init__(self) -> None:
+        if not all(_is_whole(side) and side >= 1 for side in (self.rows, self.columns)):
+            raise errors.GranularityError(
+                f"blocks of {self.rows!r} x {self.columns!r} entries",
+                where="qj.PerBlock",
+                fix="qj.PerBlock(128, 128)",
+            )
+        axes = self.axes
+        if axes is not None and not (
+            isinstance(axes, tuple) and len(axes) == 2 and all(map(_is_whole, axes))
+        ):
+            raise errors.GranularityError(
+                f"axes of a block are a pair of whole numbers, got {axes!r}",
+                where="qj.PerBlock",
+                fix=f"qj.PerBlock({self.rows}, {self.columns}, axes=(-2, -1))",
+            )
+        _check_remainder(self.remainder, "qj.PerBlock")
 
     @property
     def name(self) -> str:
@@ -275,16 +301,14 @@ def _grouped(
     found = list(_keep(shape, kept))
     for axis, size in sizes.items():
         n = shape[axis]
-        exact = size >= 1 and n % size == 0
-        if not exact and (size < 1 or remainder is Remainder.REFUSE):
+        if n % size and remainder is Remainder.REFUSE:
+            # Sizes that divide here may divide no other operand of the same policy.
             fitting = {axis: _nearest_divisor(shape[axis], size) for axis, size in sizes.items()}
-            possible = all(size >= 1 for size in sizes.values())
-            shorter = f"{call(sizes)}, remainder=qj.Remainder.SHORTER)"
             raise errors.GranularityError(
                 f"groups of {size} do not divide axis {axis} of size {n}",
                 where=f"operand of shape {tuple(shape)}",
-                why=f"a remainder has to be asked for: {shorter}" if possible else "",
-                fix=f"{call(fitting)})",
+                why=f"a remainder has to be asked for; {call(fitting)}) leaves none here",
+                fix=f"{call(sizes)}, remainder=qj.Remainder.SHORTER)",
             )
         # k = ⌈n / size⌉ always fits. With L = ⌈n / k⌉: k >= n / size, so n / k <= size and, size
         # being whole, L <= size; hence ⌈n / L⌉ >= k. And L >= n / k, so ⌈n / L⌉ <= k.
@@ -299,6 +323,22 @@ def _nearest_divisor(n: int, size: int) -> int:
 
 def _keep(shape: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
     return tuple(n if axis in kept else 1 for axis, n in enumerate(shape))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_axis(axis: int | None, where: str, fix: str) -> None:
+    if axis is not None and not _is_whole(axis):
+        raise errors.GranularityError(
+            f"axis {axis!r}, where a whole number is needed", where=where, fix=fix
+        )
+
+
+def _check_remainder(remainder: Remainder, where: str) -> None:
+    fix = "remainder=qj.Remainder.SHORTER"
+    expect(remainder, Remainder, argument="remainder", where=where, fix=fix)
 
 
 def _axis(axis: int, shape: Sequence[int]) -> int:

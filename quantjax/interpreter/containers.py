@@ -21,7 +21,7 @@ from quantjax._compat import (
     is_jit,
     jit_call,
     jit_shardings,
-    opened,
+    programs_in,
     remat_call,
     scan_operands,
 )
@@ -92,7 +92,7 @@ def container_of(eqn: jex_core.JaxprEqn) -> Container | None:
     if kind is ContainerKind.INLINED:
         is_jvp = "call_jaxpr" in params
         return Container(kind, eqn, (as_closed(params["call_jaxpr" if is_jvp else "call"]),))
-    programs = tuple(as_closed(opened(jaxpr)) for jaxpr in jex_core.jaxprs_in_params(params))
+    programs = tuple(map(as_closed, programs_in(params)))
     return Container(ContainerKind.OPAQUE, eqn, programs) if programs else None
 
 

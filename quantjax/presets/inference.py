@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from quantjax.arguments import expect
 from quantjax.formats import E4M3FN, MXFP4, NVFP4, Format
 from quantjax.granularity import PerChannel, PerGroup, PerTensor, PerToken, Remainder
 from quantjax.interpreter import Op
@@ -118,14 +119,30 @@ use of (weighted & ~op gather|dynamic_slice)): w=int8/channel a=uint8/tensor
     Args:
       policy: a policy, or a scheme for every site with a weight: ``qj.presets.lsq()``.
 
+    Raises:
+      ArgumentError: neither a policy nor a scheme, such as a preset that was not called.
+
     Source: Esser et al., Learned step size quantization, 2020, section 3 (the common practice).
     """
+    expect(
+        policy,
+        (Policy, Scheme),
+        argument="policy",
+        where="qj.presets.first_last_8bit",
+        fix=f"qj.presets.first_last_8bit(qj.presets.{_called(policy)}())",
+    )
     new = first_use(weighted() & ~op(Op.GATHER, Op.SLICE))
     edges = every_use(first(new) | last(new))
     rest = (rule(weighted(), policy),) if isinstance(policy, Scheme) else policy.rules
     # Of a model of two layers nothing is left for them.
     inner = [dataclasses.replace(each, optional=True) for each in rest]
     return Policy([rule(edges, uniform_policy().rules[0].scheme), *inner])
+
+
+def _called(value: object) -> str:
+    """The preset that was meant, where one was named and not called."""
+    name = getattr(value, "__name__", "")
+    return name if getattr(value, "__module__", "").startswith("quantjax.presets.") else "w8a8"
 
 
 def _everywhere(scheme: Scheme) -> Policy:

@@ -11,7 +11,7 @@ Activations are unsigned where a paper has them behind a ReLU, which the range t
 
 from __future__ import annotations
 
-from quantjax import ranges
+from quantjax import errors, ranges
 from quantjax.estimators import (
     CLIPPED,
     DIFFERENTIABLE_QUANTIZATION,
@@ -30,8 +30,10 @@ from quantjax.estimators import (
     STRAIGHT_THROUGH,
     TQT,
     Estimator,
+    Need,
 )
 from quantjax.formats import Format, integer, midrise
+from quantjax.formats.widths import check_bits
 from quantjax.granularity import Granularity, PerChannel, PerTensor
 from quantjax.policy import Scheme
 from quantjax.quantizer import Quantizer, RangeMode, activation_quantizer, weight_quantizer
@@ -49,22 +51,36 @@ def _weights(
     granularity: Granularity | None = None,
     format: Format | None = None,
 ) -> Quantizer:
+    format = format or integer(max_bits=8)
+    _check(bits, format, "weight_bits")
+    if bits == 1 and Need.MORE_THAN_ONE_BIT in estimator.needs:
+        raise errors.EstimatorError(
+            f"{estimator.name} needs {Need.MORE_THAN_ONE_BIT.value}",
+            where="weight_bits of a preset",
+            fix="weight_bits=2: levels -1, 0, 1 need as many",
+        )
     return weight_quantizer(
         bits=bits,
         estimator=estimator,
         rule=rule,
         range=range,
         granularity=granularity or PerTensor(),
-        format=format or integer(max_bits=8),
+        format=format,
     )
 
 
 def _activations(bits: int, estimator: Estimator, rule: RangeRule = MSE) -> Quantizer:
     """Behind a ReLU: unsigned codes from 0."""
     format = integer(max_bits=8, signed=False)
+    _check(bits, format, "activation_bits")
     return activation_quantizer(
         bits=bits, estimator=estimator, rule=rule, format=format, symmetric=True
     )
+
+
+def _check(bits: int, format: Format, argument: str) -> None:
+    """Refused by the argument of the preset, which has none for the format."""
+    check_bits(format, bits, argument=argument, where="a preset", is_fixed=True)
 
 
 def straight_through(*, weight_bits: int = 4, activation_bits: int = 4) -> Scheme:
@@ -100,13 +116,12 @@ def lsq_plus(*, weight_bits: int = 4, activation_bits: int = 4) -> Scheme:
     Weights start from ``max(|μ - 3σ|, |μ + 3σ|)``, or from the largest where that is less (weights
     that were drawn uniformly), activations from the least squared error.
     """
+    format = integer(max_bits=8, signed=False)
+    _check(activation_bits, format, "activation_bits")
     return Scheme(
         weights=_weights(weight_bits, LSQ, rule=ranges.sigma(3.0)),
         activations=activation_quantizer(
-            bits=activation_bits,
-            estimator=LSQ_PLUS,
-            rule=MSE,
-            format=integer(max_bits=8, signed=False),
+            bits=activation_bits, estimator=LSQ_PLUS, rule=MSE, format=format
         ),
     )
 

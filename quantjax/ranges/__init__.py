@@ -1,4 +1,27 @@
-"""Range rules, statistics in, range out, and fit rules, tensor in, QParams out; one rule a file."""
+"""Range rules, statistics in, range out, and fit rules, tensor in, QParams out; one rule a file.
+
+Python keeps no text for a value: ``help(qj.ranges.SAWB)`` shows what all rules have. What is said
+of each one, with its source, stands below it in its file, beside this one.
+
+| value | range or fit | file |
+|---|---|---|
+| ``MIN_MAX`` | the smallest and the largest value that were seen | min_max.py |
+| ``MOVING_AVERAGE`` | a moving average of those of each batch | moving_average.py |
+| ``MSE`` | the least squared error, by search | norms.py |
+| ``SQNR`` | the same, with clipping errors counted three times | similarity.py |
+| ``COSINE`` | the largest cosine, by search | similarity.py |
+| ``ACIQ_GAUSSIAN``, ``ACIQ_LAPLACIAN`` | the best clip of that distribution | aciq.py |
+| ``KL_TENSORRT``, ``KL_MODELOPT`` | the least divergence of histograms | kl_tensorrt.py |
+| ``KL_ONNXRUNTIME`` | the same, by another toolkit | kl_onnxruntime.py |
+| ``LSQ`` | where LSQ starts: ``2 E|x| / √q_max`` | lsq.py |
+| ``SAWB`` | ``c1 √E[w²] + c2 E|w|``, coefficients by width | sawb.py |
+| ``XNOR`` | fit: the mean magnitude, for one bit | xnor.py |
+| ``TWN``, ``TTQ`` | fits: thresholds and levels of ternary codes | ternary.py |
+| ``K_MEANS`` | fit: a codebook | k_means.py |
+| ``LEAST_SQUARES`` | fit: codes and scale in turn | least_squares.py |
+| ``ADMM`` | fit: the same by ADMM | admm.py |
+| ``HQO_SCALE``, ``HQO_ZERO_POINT`` | fits: half-quadratic optimization, ``p = 0.7`` | hqo.py |
+"""
 
 from quantjax.ranges.aciq import ACIQ_GAUSSIAN, ACIQ_LAPLACIAN
 from quantjax.ranges.admm import ADMM, admm

@@ -34,6 +34,7 @@ class Variant:
       unsigned_levels: whether unsigned codes of data that are never negative have ``2^b`` levels;
         ``2^(b-1)`` otherwise and for all others.
       half_bin: whether the clip lies half a bin above the last one that is kept.
+      fewest_bins: of a clip; there are never fewer than levels.
     """
 
     name: str
@@ -42,13 +43,20 @@ class Variant:
     copies_first_bin: bool = False
     unsigned_levels: bool = False
     half_bin: bool = True
+    fewest_bins: int = 0
 
 
 PUBLISHED = Variant(name="tensorrt")
 """The slides: all clips from ``2^(b-1)`` bins on."""
 
-MODELOPT = Variant(name="modelopt", copies_first_bin=True, unsigned_levels=True, half_bin=False)
-"""NVIDIA's own code since pytorch-quantization."""
+MODELOPT = Variant(
+    name="modelopt",
+    copies_first_bin=True,
+    unsigned_levels=True,
+    half_bin=False,
+    fewest_bins=128,
+)
+"""NVIDIA's own code since pytorch-quantization, which tries clips from 128 bins on at any width."""
 
 
 def divergences(
@@ -105,22 +113,30 @@ def divergences(
 
 
 def best_bin(
-    counts: jax.Array, levels: jax.Array, *, stride: int | jax.Array = 1, most: int = 256
+    counts: jax.Array,
+    levels: jax.Array,
+    *,
+    stride: int | jax.Array = 1,
+    fewest: int | jax.Array = 0,
+    most: int = 256,
 ) -> jax.Array:
     """After how many bins to clip: ``argmin`` of :func:`divergences`, the first of equals.
 
-    All clips from ``levels`` bins on are looked at to four digits, those that may be the best again
-    to seven. Where none has a finite divergence, there is no clip: all bins are kept.
+    All clips from ``levels`` bins on, or from the fewest, are looked at to four digits, those that
+    may be the best again to seven. Where none has a finite divergence, there is no clip: all bins
+    are kept.
 
     Args:
       counts: ``[bins]``.
       levels: int32, a power of two; more of them than bins leave nothing to clip for.
       stride: every how many bins a clip is tried; the last bin is one in any case.
+      fewest: how many bins the first clip keeps, if that is more than levels.
       most: a static bound of ``levels``.
     """
     bins = counts.shape[0]
     kept = jnp.arange(bins + 1, dtype=jnp.int32)
-    tried = (kept >= levels) & (((kept - levels) % stride == 0) | (kept == bins))
+    start = jnp.minimum(jnp.maximum(levels, fewest), bins)
+    tried = (kept >= start) & (((kept - start) % stride == 0) | (kept == bins))
     rough = looked_at(counts, levels, tried)
     values = functools.partial(_divergences, most)
     return best_of(values, (counts, levels), rough, enough(jnp.min(rough)))
@@ -138,6 +154,7 @@ class _Numbers(NamedTuple):
     copies_first_bin: bool | jax.Array
     unsigned_levels: bool | jax.Array
     half_bin: bool | jax.Array
+    fewest_bins: int | jax.Array
 
 
 def _range(statistics: Statistics, target: Target, *numbers: Any, bins: int) -> Range:
@@ -151,7 +168,8 @@ def _range(statistics: Statistics, target: Target, *numbers: Any, bins: int) -> 
     # Of one level the first bin alone has no divergence, whatever was seen.
     levels = jnp.left_shift(jnp.int32(1), jnp.clip(exponent, 1, 24))
     most = min(1 << target.format.max_bits, bins)
-    kept = best_bin(counts, levels, stride=variant.stride, most=most).astype(jnp.float32)
+    stride, fewest = variant.stride, variant.fewest_bins
+    kept = best_bin(counts, levels, stride=stride, fewest=fewest, most=most).astype(jnp.float32)
     kept += jnp.where(variant.half_bin, 0.5, 0.0)
     clip = jnp.minimum(largest * divide_by_scale(kept, jnp.float32(bins)), largest)
     return Range(jnp.clip(low, -clip, clip), jnp.clip(high, -clip, clip), statistics.batches > 0)
@@ -192,4 +210,4 @@ KL_TENSORRT = kl_tensorrt()
 """2048 bins, every clip from ``2^(b-1)`` on, zeros counted; see :func:`kl_tensorrt`."""
 
 KL_MODELOPT = kl_tensorrt(MODELOPT)
-"""The same, but for the bin at 0 and unsigned codes, as NVIDIA's ModelOpt has it."""
+"""The same, but for the bin at 0, unsigned codes and the first clip, as in NVIDIA's ModelOpt."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -21,14 +23,23 @@ def _fit(
             where="the range rule xnor",
             fix="qj.integer(max_bits=1)",
         )
-    magnitudes = jnp.abs(tensor.astype(jnp.float32))
-    largest = reduce_to(magnitudes, scale_shape, jnp.max, initial=0.0)
-    mean = reduce_to(magnitudes, scale_shape, jnp.mean) if tensor.size else largest
+    largest, mean = _magnitudes(tensor, scale_shape)
     # At one bit a range spans one scale, so the mean itself becomes the scale.
     reach = jnp.where(bits == 1.0, mean, largest)
     return qparams_from_range(
         -reach, reach, bits, format=format, symmetric=True, calibrated=jnp.asarray(True)
     )
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _magnitudes(tensor: jax.Array, scale_shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """The largest and the mean; one program where they are called eagerly, whose sum XLA orders as
+    in any other.
+    """
+    magnitudes = jnp.abs(tensor.astype(jnp.float32))
+    largest = reduce_to(magnitudes, scale_shape, jnp.max, initial=0.0)
+    mean = reduce_to(magnitudes, scale_shape, jnp.mean) if tensor.size else largest
+    return largest, mean
 
 
 XNOR = FitRule("xnor", _fit)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,13 @@ def write_document(path: Path, body: Mapping[str, Any], *, schema: str, version:
       body: JSON data, without NaN and infinity.
 
     Raises:
-      StorageError: a path that is a folder, or text that is no Unicode.
+      StorageError: a path that is a folder or cannot be written, or text that is no Unicode.
     """
-    if path.is_dir() or not path.name:
+    if os.path.isdir(path) or not path.name:  # Path.is_dir raises for a name that is too long
         raise errors.StorageError(
             "the path is a folder", where=path.name or ".", fix='a file: "quantization.json"'
         )
     text = render({SCHEMA: schema, VERSION: version, **body}) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = beside(path)
     try:
         text.encode()
@@ -38,14 +39,36 @@ def write_document(path: Path, body: Mapping[str, Any], *, schema: str, version:
         raise errors.StorageError(
             "a name holds half a character", where=path.name, why=str(error), fix="another name"
         ) from None
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with unfinished.open("x", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        finally:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The system's errors within, as ``StorageError``: ``path`` could not be written."""
     try:
-        with unfinished.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        fix = "another path, or see to what stands in the way"
+        if error.errno == errno.ENAMETOOLONG:
+            fix = "a name of at most 200 bytes"
+        elif isinstance(error, FileExistsError | NotADirectoryError):
+            fix = "a path whose folders are no files"
+        raise errors.StorageError(
+            "the path cannot be written",
+            where=path.name[:80],
+            why=f"{error.strerror or error}, in the folder {str(path.parent)[:160]}",
+            fix=fix,
+        ) from error
 
 
 def read_document(path: Path, *, schema: str, version: int) -> dict[str, Any]:
@@ -55,8 +78,8 @@ def read_document(path: Path, *, schema: str, version: int) -> dict[str, Any]:
       version: the newest that the caller reads.
 
     Raises:
-      StorageError: no file, no JSON (one that was cut short, for instance), another schema, or a
-        newer version.
+      StorageError: no file that can be read, no JSON (one that was cut short, for instance),
+        another schema, or a newer version.
     """
     where = path.name
     try:
@@ -66,6 +89,13 @@ def read_document(path: Path, *, schema: str, version: int) -> dict[str, Any]:
         raise errors.StorageError(
             "there is no such file", where=where, fix="check the path"
         ) from None
+    except OSError as error:
+        raise errors.StorageError(
+            "the file cannot be read",
+            where=where[:80],
+            why=error.strerror or str(error),
+            fix="check the path, and who may read it",
+        ) from error
     except (ValueError, RecursionError) as error:
         raise errors.StorageError(
             "the file is no JSON document",

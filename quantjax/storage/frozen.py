@@ -24,7 +24,7 @@ from quantjax import errors
 from quantjax.printing import shape_text
 from quantjax.storage.arrays import known_array
 from quantjax.storage.codec import Json, decode_dtype
-from quantjax.storage.document import beside, read_document, write_document
+from quantjax.storage.document import beside, read_document, write_document, writing
 from quantjax.storage.tree import check_keys, decode_tree, encode_tree
 
 PARAMS_SCHEMA = "quantjax.params"
@@ -45,7 +45,7 @@ def save_params(path: str | os.PathLike[str], qparams: PyTree, *, overwrite: boo
       overwrite: replace a folder that :func:`save_params` wrote, once the new one is complete.
 
     Raises:
-      StorageError: the folder exists, or a leaf that is no array of numbers.
+      StorageError: the folder exists or cannot be written, or a leaf that is no array of numbers.
 
     >>> import pathlib, tempfile
     >>> tree = {"bias": jnp.ones(2, jnp.bfloat16)}
@@ -67,17 +67,18 @@ def save_params(path: str | os.PathLike[str], qparams: PyTree, *, overwrite: boo
     stored = {str(i): _as_stored(array) for i, array in enumerate(arrays) if array.size}
     unfinished = beside(path)
     try:
-        unfinished.mkdir(parents=True)
-        if stored:  # orbax has no empty checkpoints and no arrays without entries
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                checkpointer.save(unfinished / ARRAYS, args=ocp.args.PyTreeSave(stored))
-        write_document(
-            unfinished / DOCUMENT,
-            {"tree": tree, "arrays": listed},
-            schema=PARAMS_SCHEMA,
-            version=PARAMS_VERSION,
-        )
-        _put_in_place(unfinished, path, overwrite=overwrite)
+        with writing(path):
+            unfinished.mkdir(parents=True)
+            if stored:  # orbax has no empty checkpoints and no arrays without entries
+                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                    checkpointer.save(unfinished / ARRAYS, args=ocp.args.PyTreeSave(stored))
+            write_document(
+                unfinished / DOCUMENT,
+                {"tree": tree, "arrays": listed},
+                schema=PARAMS_SCHEMA,
+                version=PARAMS_VERSION,
+            )
+            _put_in_place(unfinished, path, overwrite=overwrite)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -97,11 +98,11 @@ def load_params(path: str | os.PathLike[str], *, extra: Sequence[Any] = ()) -> P
         or damaged, a format that is not known, or 64-bit arrays where JAX holds 32 bits.
     """
     path = Path(path).absolute()
-    if not (path / DOCUMENT).is_file():
+    if not os.path.isfile(path / DOCUMENT):  # Path.is_file raises for a name that is too long
         raise errors.StorageError(
             f"this is no folder that {save_params.__name__} wrote",
-            where=path.name,
-            why=f"it has no {DOCUMENT}" if path.is_dir() else "there is no such folder",
+            where=path.name[:80],
+            why=f"it has no {DOCUMENT}" if os.path.isdir(path) else "there is no such folder",
             fix=_left_aside(path),
         )
     data = read_document(path / DOCUMENT, schema=PARAMS_SCHEMA, version=PARAMS_VERSION)
@@ -123,7 +124,7 @@ def load_params(path: str | os.PathLike[str], *, extra: Sequence[Any] = ()) -> P
 def _check_free(path: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(path):
         return
-    ours = (path / DOCUMENT).is_file() and not path.is_symlink()
+    ours = os.path.isfile(path / DOCUMENT) and not path.is_symlink()
     if not overwrite or not ours:
         raise errors.StorageError(
             "the path exists already",
@@ -161,7 +162,10 @@ def _put_in_place(unfinished: Path, path: Path, *, overwrite: bool) -> None:
 
 def _left_aside(path: Path) -> str:
     """The folder that a save left which was killed between two renames, or a path without one."""
-    left = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.tmp/{DOCUMENT}"))
+    try:
+        left = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.tmp/{DOCUMENT}"))
+    except OSError:  # a name that no folder has
+        left = []
     if not left:
         return "check the path"
     return f"rename {left[-1].parent.name}, which a save that was killed left beside it"

@@ -22,7 +22,7 @@ from quantjax.storage.arrays import decode_array, encode_array
 from quantjax.storage.codec import Json, decode_known, encode
 from quantjax.storage.document import read_document, write_document
 from quantjax.storage.known import with_extra
-from quantjax.storage.tree import check_keys, decode_tree, encode_tree
+from quantjax.storage.tree import check_keys, check_there, decode_tree, encode_tree
 from quantjax.table import SiteTable
 from quantjax.transforms.calibrate import QState
 
@@ -60,7 +60,8 @@ def save_quantization(
       qstate: from ``qj.calibrate``; float32 arrays of known values, bit by bit.
 
     Raises:
-      StorageError: nothing to write, a plan of another policy, or values that no file can hold.
+      StorageError: nothing to write, a plan of another policy, values that no file can hold, or a
+        path that cannot be written.
 
     >>> import pathlib, tempfile
     >>> from quantjax.policy import uniform_policy
@@ -199,8 +200,11 @@ def _encode_qparams(qparams: Any, at: str) -> Json:
             where=at,
             fix="give what qj.calibrate returned: {site: {operand: QParams}}",
         )
+    check_there(qparams._asdict(), at)
     return {
         name: encode_tree(part, encode_array, at=f"{at}, {name}")
+        if name == "theta"
+        else encode_array(part, f"{at}, {name}")
         for name, part in qparams._asdict().items()
     }
 
@@ -214,8 +218,11 @@ def _decode_qstate(data: Json, extra: Sequence[Any], at: str) -> QState:
         for key, parts in operands.items():
             place = f"{at}, {site}, {key}"
             check_keys(parts, QParams._fields, place)
+            check_there(parts, place)
             leaves = {
                 name: decode_tree(part, decode_array, extra=extra, at=f"{place}, {name}")
+                if name == "theta"
+                else decode_array(part, f"{place}, {name}")
                 for name, part in parts.items()
             }
             state[site][key] = QParams(**leaves)

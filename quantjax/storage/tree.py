@@ -40,7 +40,7 @@ def encode_tree(tree: Any, leaf: SaveLeaf, *, at: str) -> Json:
     if tree is None:
         return None
     if isinstance(tree, QParams):
-        _check_there(tree._asdict(), at)
+        check_there(tree._asdict(), at)
         return {QPARAMS: {name: encode_tree(x, leaf, at=f"{at}.{name}") for name, x in _of(tree)}}
     if isinstance(tree, QTensor):
         _check_codes(tree.stored, tree.format, tree.packing, at)
@@ -105,7 +105,7 @@ def decode_tree(data: Json, leaf: LoadLeaf, *, extra: Sequence[Any] = (), at: st
         return {key: inner(part, f"{at}/{key}") for key, part in body}
     if word == QPARAMS and isinstance(body, dict):
         check_keys(body, QParams._fields, at)
-        _check_there(body, at)
+        check_there(body, at)
         return QParams(**{name: inner(part, f"{at}.{name}") for name, part in body.items()})
     if word == QTENSOR and isinstance(body, dict):
         check_keys(body, ("format", "dtype", "packing", "stored", QPARAMS), at)
@@ -159,7 +159,8 @@ def _check_codes(stored: Any, format: Format, packing: Packing | None, at: str) 
         )
 
 
-def _check_there(fields: Mapping[str, Any], at: str) -> None:
+def check_there(fields: Mapping[str, Any], at: str) -> None:
+    """Raise ``StorageError`` where a field of ``QParams`` that has to hold an array is None."""
     for name in ("scale", "zero_point", "bits"):
         if fields[name] is None:
             raise errors.StorageError(

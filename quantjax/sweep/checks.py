@@ -13,8 +13,8 @@ from quantjax import errors
 from quantjax.arguments import why_unwritable
 from quantjax.formats import example_theta
 from quantjax.policy import Rule
-from quantjax.quantizer import Quantizer
-from quantjax.ranges import RangeRule
+from quantjax.quantizer import Quantizer, RangeMode
+from quantjax.ranges import MIN_MAX, RangeRule
 from quantjax.storage.known import BUILT_IN, FAMILIES, family_of
 from quantjax.sweep.grid import FLOAT_CELL, Grid
 from quantjax.sweep.study import Study
@@ -33,6 +33,7 @@ def check_study(study: Study, grid: Grid) -> None:
     """
     for rule in grid.rules:
         _check_name(rule, study)
+    _check_taken(study, grid)
     for scheme_rule in study.policy.rules:
         for what, quantizer in _quantizers(scheme_rule):
             if quantizer.rounding.is_random or quantizer.estimator.is_random:
@@ -90,6 +91,26 @@ def check_trained(study: Study, params: Any) -> None:
             why="weights that apply closes over are constants, the same for every seed",
             fix="return the parameters from train, and take them as the first argument of apply",
         )
+
+
+def takes_rules(quantizer: Quantizer | None) -> bool:
+    """Whether the rules of a grid stand in for the operand's own: the default, of fixed ranges."""
+    if quantizer is None or quantizer.range is RangeMode.LIVE:
+        return False
+    return quantizer.rule == MIN_MAX
+
+
+def _check_taken(study: Study, grid: Grid) -> None:
+    every = [pair for rule in study.policy.rules for pair in _quantizers(rule)]
+    quantizers = [quantizer for what, quantizer in every if what != "bias"]
+    if len(grid.rules) == 1 or not quantizers or any(map(takes_rules, quantizers)):
+        return
+    raise errors.SweepError(
+        f"{len(grid.rules)} rules, and no operand that takes one",
+        where=f"study {study.name}, rules",
+        why="each quantizer of the policy names a rule of its own, or has live ranges",
+        fix="one rule for the grid, or quantizers that name none",
+    )
 
 
 def _check_name(rule: RangeRule, study: Study) -> None:

@@ -30,7 +30,8 @@ class Grid:
 
     Attributes:
       weight_bits, activation_bits: widths; 0 is float. Any whole numbers, also those of an array.
-      rules: range rules, or a stack of them.
+      rules: range rules, or a stack of them; in place of the default, MIN_MAX. An operand to which
+        the policy gives another rule, or a fit, keeps it, and so do live ranges and biases.
       seeds: one trained model each.
 
     Raises:

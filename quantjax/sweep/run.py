@@ -13,8 +13,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from quantjax import errors
+from quantjax.interpreter import Role
 from quantjax.planning import Plan, plan
-from quantjax.ranges import RangeRule, stack
+from quantjax.ranges import IndexedRule, RangeRule, stack
+from quantjax.site_plan import OperandPlan
+from quantjax.sweep.alike import check_alike, shapes_of
 from quantjax.sweep.checks import (
     CHECKPOINTS,
     RESULTS,
@@ -24,13 +27,14 @@ from quantjax.sweep.checks import (
     check_study,
     check_trained,
     known_labels,
+    takes_rules,
 )
 from quantjax.sweep.grid import FLOAT_CELL, Cell, Grid
 from quantjax.sweep.progress import Progress, Silent
 from quantjax.sweep.runner import CellProgram, Execution, compile_cells
 from quantjax.sweep.store import ResultStore, Row
 from quantjax.sweep.study import Study
-from quantjax.transforms.calibrate import QState, calibrate
+from quantjax.transforms.calibrate import QState, calibrate_by
 from quantjax.transforms.fake_quantize import fake_quantize
 from quantjax.transforms.observe import check_inputs, init, observe
 from quantjax.transforms.sites import sites
@@ -69,12 +73,14 @@ def run_sweep(
 
     Raises:
       SweepError: an inconsistent grid, random roundings, an unreadable result file or checkpoint,
-        labels that are not a class for each row of logits, too small a budget; logits that are not
-        finite, behind all cells, of which the others are filed.
+        labels that are not a class for each row of logits, too small a budget; parameters of other
+        shapes than the first seed's, ahead of that seed's cells; logits that are not finite, behind
+        all cells, of which the others are filed.
       DataError: no calibration batch, or NaN or infinity in one or in what is tested.
       BitsError: widths that the policy's formats do not have, before anything is computed.
     """
     output = Path(output)
+    _check_budget(memory_budget_bytes)
     check_study(study, grid)
     check_output(output)
     progress = progress or Silent()
@@ -90,6 +96,7 @@ def run_sweep(
     checkpoints = output.absolute() / CHECKPOINTS / fingerprint
     trained, broken = 0, list[str]()
     program: CellProgram | None = None
+    first: tuple[int, Any] | None = None
     if todo:
         inputs, labels = study.test()
         labels = known_labels(study, labels)
@@ -100,6 +107,8 @@ def run_sweep(
             fresh = not (checkpoints / f"seed_{seed}").exists()
             trained += fresh
             params = _trained(study, seed, checkpoints / f"seed_{seed}", progress)
+            first = first or (seed, shapes_of(params))
+            check_alike(study, first, seed, params)
             planned = plan(study.policy, sites(study.apply, params, batches[0]))
             state = _observed(study, planned, params, batches, progress)
             check_logits(study, jax.eval_shape(study.apply, params, inputs), labels)
@@ -140,6 +149,16 @@ def run_sweep(
         trained,
         program,
     )
+
+
+def _check_budget(memory_budget_bytes: int) -> None:
+    if memory_budget_bytes < 1:
+        raise errors.SweepError(
+            f"a memory budget of {memory_budget_bytes} bytes",
+            where="run_sweep",
+            why="a program of one cell needs some memory",
+            fix="memory_budget_bytes=1 << 30",
+        )
 
 
 def _trained(study: Study, seed: int, folder: Path, progress: Progress) -> Any:
@@ -199,18 +218,18 @@ def _cell(study: Study, planned: Plan, rules: Sequence[RangeRule]) -> Callable[.
     rule_stack = stack(rules)
     quantized = fake_quantize(study.apply, planned)
     operands = [operand for entry in planned.quantized for operand in entry.quantized]
-    weights = any(operand.is_weight for operand in operands)
-    activations = any(not operand.is_weight for operand in operands)
+    roles = {operand.operand.role for operand in operands}
 
     def cell(values: Any, state: Any, params: Any, inputs: Any, labels: Any) -> jax.Array:
-        qstate = calibrate(
-            planned,
-            state,
-            params,
-            weight_bits=values["weight_bits"] if weights else None,
-            activation_bits=values["activation_bits"] if activations else None,
-            rule=rule_stack[values["rule"]],
-        )
+        widths = {Role.WEIGHT: values["weight_bits"], Role.ACTIVATION: values["activation_bits"]}
+        asked = {role: bits for role, bits in widths.items() if role in roles}
+        chosen = rule_stack[values["rule"]]
+
+        def rule_of(operand: OperandPlan) -> IndexedRule | None:
+            is_bias = operand.operand.role is Role.BIAS
+            return chosen if takes_rules(operand.quantizer) and not is_bias else None
+
+        qstate = calibrate_by(planned, state, params, asked, rule_of)
         logits = quantized(_bypassed(qstate, values["is_float"]), params, inputs)
         valid = jnp.all(jnp.isfinite(logits))
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)

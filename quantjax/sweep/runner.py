@@ -133,7 +133,8 @@ def compile_cells(
             f"one cell needs {smallest / 2**20:.1f} MiB, the budget is "
             f"{memory_budget_bytes / 2**20:.1f} MiB",
             where=f"{count} cells, {', '.join(c.value for c in candidates)}",
-            fix="raise memory_budget_bytes, or evaluate fewer samples in a cell",
+            fix="raise memory_budget_bytes (--memory-budget-mib of the command line), or evaluate "
+            "fewer samples in a cell",
         )
     if len(trials) > 1:
         trials = _timed(trials, values, shared)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
 import io
 import os
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from quantjax import errors
 from quantjax.sweep.grid import Cell
@@ -43,8 +44,15 @@ class Row(NamedTuple):
         return Cell(self.weight_bits, self.activation_bits, self.rule)
 
 
+HEADER = (",".join(Row._fields) + "\n").encode()
+
+
 class ResultStore:
-    """Rows in ``results.csv``; adding appends and flushes, so that an interrupt loses no cell."""
+    """Rows in ``results.csv``; adding appends and flushes, so that an interrupt loses no cell.
+
+    Any number of sweeps may add to one file: each write holds an advisory lock on it. Where there
+    are no locks, a header that two of them wrote is read once.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,12 +63,15 @@ class ResultStore:
         Raises:
           SweepError: a file that is not a result file of this version.
         """
-        if not self.path.exists():
+        try:
+            with self.path.open("rb") as file:
+                _lock(file, shared=True)
+                data = file.read()
+        except FileNotFoundError:
             return []
-        data = self.path.read_bytes()
         try:
             # Cut ahead of decoding: an interrupt may leave a part of a letter.
-            complete = data[: data.rfind(b"\n") + 1].decode("utf-8-sig")
+            complete = data[: self._end(data)].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise errors.SweepError(
                 "this is no text file",
@@ -70,12 +81,12 @@ class ResultStore:
             ) from None
         lines = [line for line in csv.reader(io.StringIO(complete, newline="")) if line]
         if lines and tuple(lines[0]) != Row._fields:
-            raise errors.SweepError(
-                "this is not a result file of this version",
-                where=f"{self.path.name}, columns {lines[0][:4]}...",
-                fix="move the file away, or choose another output folder",
-            )
-        return [self._parse(number, line) for number, line in enumerate(lines[1:], start=2)]
+            raise self._foreign(f"columns {lines[0][:4]}...")
+        return [
+            self._parse(number, line)
+            for number, line in enumerate(lines, start=1)
+            if tuple(line) != Row._fields
+        ]
 
     def known(self, fingerprint: str, seed: int) -> dict[Cell, Row]:
         """What has been computed for one trained model."""
@@ -87,33 +98,48 @@ class ResultStore:
 
     def add(self, rows: Iterable[Row]) -> None:
         """Append rows, after removing a line that an interrupt cut short."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self.path.exists() or self.path.stat().st_size == 0
-        if not is_new and not self.path.read_bytes().endswith(b"\n"):
-            self.rewrite(self.rows())
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if is_new:
-                writer.writerow(Row._fields)
-            writer.writerows(rows)
+        lines = _text(rows)
+        with self._held() as file:
+            data = file.read()
+            end = self._end(data)
+            if end < len(data):
+                file.truncate(end)
+            file.write(lines if end else HEADER + lines)
             file.flush()
             os.fsync(file.fileno())
 
-    def rewrite(self, rows: Sequence[Row]) -> None:
-        """Replace the file by these rows, atomically."""
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[IO[bytes]]:
+        """The file, made if there is none, read from its start and written at its end; locked."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w",
-            dir=self.path.parent,
-            prefix=".results-",
-            delete=False,
-            newline="",
-            encoding="utf-8",
-        ) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(Row._fields)
-            writer.writerows(rows)
-        os.replace(file.name, self.path)
+        while True:
+            with self.path.open("a+b") as file:
+                _lock(file, shared=False)
+                if self._is_at_path(file):
+                    file.seek(0)
+                    yield file
+                    return
+
+    def _is_at_path(self, file: IO[bytes]) -> bool:
+        """Whether it has not been replaced while the lock was waited for: rows would be lost."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _end(self, data: bytes) -> int:
+        """Where the last complete line ends; raises for one cut line that is no header's start."""
+        end = data.rfind(b"\n") + 1
+        if not end and not HEADER.startswith(data.removeprefix(codecs.BOM_UTF8)):
+            raise self._foreign(f"{data[:40]!r}")
+        return end
+
+    def _foreign(self, found: str) -> errors.SweepError:
+        return errors.SweepError(
+            "this is not a result file of this version",
+            where=f"{self.path.name}, {found}",
+            fix="move the file away, or choose another output folder",
+        )
 
     def _parse(self, number: int, line: list[str]) -> Row:
         try:
@@ -136,3 +162,20 @@ class ResultStore:
                 why=str(error),
                 fix="correct or delete the line; the sweep computes what is missing",
             ) from None
+
+
+def _text(rows: Iterable[Sequence[object]]) -> bytes:
+    """Lines of a file, encoded."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def _lock(file: IO[bytes], *, shared: bool) -> None:
+    """Wait for the file's lock, which closing it gives back; nothing where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    with contextlib.suppress(OSError):  # file systems without locks
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)

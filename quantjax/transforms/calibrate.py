@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -80,9 +80,37 @@ def calibrate(
         codes without a zero point.
 
     Sharp edges: under a trace nothing can be raised for values; the scale is NaN instead, and
-    ``qj.check(qstate)`` says why.
+    ``qj.check(qstate)`` says why. Widths have no gradient, though the scale depends on them:
+    estimators that learn a width have (``qj.estimators.ROUNDED_WIDTH``).
     """
+    asked = {
+        Role.WEIGHT: weight_bits,
+        Role.ACTIVATION: activation_bits,
+        Role.GRADIENT: gradient_bits,
+        Role.OUTPUT: output_bits,
+        Role.BIAS: bias_bits,
+    }
     check_plan(plan, verb="calibrate")
+    for given in (rule, weight_rule, activation_rule):
+        if given is not None:
+            checked_rule(given, "qj.calibrate")
+
+    def rule_of(operand: OperandPlan) -> AnyRule | None:
+        if operand.operand.role is Role.BIAS:
+            return None
+        return (weight_rule if operand.is_weight else activation_rule) or rule
+
+    return calibrate_by(plan, state, params, asked, rule_of)
+
+
+def calibrate_by(
+    plan: Plan,
+    state: State,
+    params: Any,
+    asked: Mapping[Role, Bits | None],
+    rule_of: Callable[[OperandPlan], AnyRule | None],
+) -> QState:
+    """:func:`calibrate`, with widths by role and a rule for each operand; None is its own."""
     if not isinstance(state, Mapping):
         raise errors.CalibrationError(
             f"the state is a {type(state).__name__}",
@@ -91,38 +119,21 @@ def calibrate(
             fix="y, state = qj.observe(f, plan)(state, params, x)",
         )
     plan.check_params(params)
-    for given in (rule, weight_rule, activation_rule):
-        if given is not None:
-            checked_rule(given, "qj.calibrate")
     leaves = leaves_by_path(params)
-    check_used(plan, weight_bits, Role.WEIGHT)
-    check_used(plan, activation_bits, Role.ACTIVATION)
-    check_used(plan, gradient_bits, Role.GRADIENT)
-    check_used(plan, output_bits, Role.OUTPUT)
-    check_used(plan, bias_bits, Role.BIAS)
-    asked = {
-        Role.WEIGHT: weight_bits,
-        Role.ACTIVATION: activation_bits,
-        Role.GRADIENT: gradient_bits,
-        Role.OUTPUT: output_bits,
-        Role.BIAS: bias_bits,
-    }
-    weight_rule, activation_rule = weight_rule or rule, activation_rule or rule
+    for role, bits in asked.items():
+        check_used(plan, bits, role)
     found: dict[tuple[str, str], QParams] = {}
     jobs: list[_Job] = []
     for entry in plan.quantized:
         name = entry.site.name
         for operand in entry.quantized:
-            quantizer, is_weight = operand.quantizer, operand.is_weight
+            quantizer = operand.quantizer
             assert quantizer is not None
-            bits, theta = width_of(entry, operand, asked[operand.operand.role])
+            bits, theta = width_of(entry, operand, asked.get(operand.operand.role))
             if quantizer.range is RangeMode.LIVE:
                 found[name, operand.key] = quantizer.width(bits, theta)
                 continue
-            given = weight_rule if is_weight else activation_rule
-            if operand.operand.role is Role.BIAS:
-                given = None
-            chosen = quantizer.rule if given is None else given
+            chosen = rule_of(operand) or quantizer.rule
             weight = weight_at_hand(plan, entry, operand, leaves)
             if weight is not None and _fits(chosen):
                 fit = partial(_fitted, entry, operand)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import Fault, QParams, is_positive
 from quantjax.formats.minifloat import WIDTHS_IN_THETA
+from quantjax.planning import Plan
+from quantjax.quantizer import Quantizer
+from quantjax.transforms.sites import check_plan
+from quantjax.transforms.whole import whole_qparams
 
 REASONS: Mapping[Fault, tuple[str, str]] = {
     Fault.NEVER_CALIBRATED: (
@@ -41,6 +46,19 @@ UNUSABLE = (
     "a scale is not a positive finite number",
     "keep learned scales positive, for instance by optimizing their logarithm",
 )
+
+
+ZERO_NOT_FINITE = (
+    "a zero point is NaN or infinite",
+    "a lower learning rate for zero points, or quantjax.training.by_part without them",
+)
+
+
+MOVED_ZERO = (
+    "a symmetric quantizer has a zero point that is not 0",
+    "leave zero points out of updates and averages: quantjax.training.by_part",
+)
+"""Codes about zero have none, so that what is computed with it is NaN."""
 
 
 LEARNED = (
@@ -77,29 +95,42 @@ class Problem(NamedTuple):
         return f"site {self.site}, {self.operand}{lanes}: {self.what}; try: {self.fix}"
 
 
-def check(qstate: Mapping[str, Mapping[str, QParams]]) -> list[Problem]:
+def check(qstate: Mapping[str, Mapping[str, QParams]], plan: Plan | None = None) -> list[Problem]:
     """Problems of concrete QParams; empty where all is well.
 
     Under a trace, bad values cannot raise: the scale becomes NaN, and so does what is computed with
     it. Call this on the QParams that the traced function returns. A batch of them, the result of
     ``vmap``, is checked lane by lane.
 
+    Args:
+      plan: with it, widths are held against the formats, and zero points against symmetry, too.
+
     Raises:
       CalibrationError: the QParams are tracers.
 
     >>> import jax.numpy as jnp
-    >>> broken = QParams(jnp.full((1, 1), jnp.nan), jnp.ones((1, 1)), jnp.float32(8))
+    >>> never = jnp.full((1, 1), float(Fault.NEVER_CALIBRATED))
+    >>> broken = QParams(jnp.full((1, 1), jnp.nan), never, jnp.float32(8))
     >>> print(check({"dense/kernel": {"activation": broken}})[0].what)
     calibration was never run
     """
+    if plan is not None:
+        check_plan(plan, verb="check")
+    quantizers = {
+        (entry.site.name, operand.key): operand.quantizer
+        for entry in (plan.quantized if plan is not None else ())
+        for operand in entry.quantized
+    }
     problems: list[Problem] = []
     for site, operands in qstate.items():
         for name, qparams in operands.items():
-            problems += _problems(site, name, qparams)
+            problems += _problems(site, name, qparams, quantizers.get((site, name)))
     return problems
 
 
-def _problems(site: str, operand: str, qparams: QParams) -> list[Problem]:
+def _problems(
+    site: str, operand: str, qparams: QParams, quantizer: Quantizer | None
+) -> list[Problem]:
     scale, zero_point = concrete(qparams.scale), concrete(qparams.zero_point)
     bits = concrete(qparams.bits)
     if scale is None or zero_point is None or bits is None:
@@ -111,21 +142,39 @@ def _problems(site: str, operand: str, qparams: QParams) -> list[Problem]:
     batch = bits.ndim
     axes = tuple(range(batch, scale.ndim))
     faults = np.where(np.isnan(scale), zero_point, 0.0)
-    found: list[Problem] = []
-    for fault, (what, fix) in REASONS.items():
-        hit = np.any(faults == float(fault), axis=axes)
-        if hit.any():
-            found.append(Problem(site, operand, _lanes(hit, batch), what, fix))
-    unusable = np.any(~is_positive(scale), axis=axes) & ~np.any(faults > 0, axis=axes)
-    if unusable.any():
-        found.append(Problem(site, operand, _lanes(unusable, batch), *UNUSABLE))
-    learned = _learned_faults(qparams, batch) & ~np.any(faults > 0, axis=axes)
-    if learned.any():
-        found.append(Problem(site, operand, _lanes(learned, batch), *LEARNED))
-    moved = _moved(qparams, batch) & ~np.any(faults > 0, axis=axes)
-    if moved.any():
-        found.append(Problem(site, operand, _lanes(moved, batch), *MOVED_WIDTH))
-    return found
+    stated = np.isin(faults, [float(fault) for fault in REASONS])
+    explained = np.any(stated, axis=axes)
+    is_symmetric = quantizer is not None and quantizer.symmetric
+    zero_axes = tuple(range(batch, zero_point.ndim))
+    reasons = [
+        *((np.any(faults == float(fault), axis=axes), *text) for fault, text in REASONS.items()),
+        (np.any(~is_positive(scale) & ~stated, axis=axes), *UNUSABLE),
+        (np.any(~np.isfinite(zero_point), axis=zero_axes), *ZERO_NOT_FINITE),
+        (_no_width(qparams, quantizer) & ~explained, *REASONS[Fault.BITS_OUTSIDE_FORMAT]),
+        (np.any(is_symmetric & (zero_point != 0.0), axis=zero_axes) & ~explained, *MOVED_ZERO),
+        (_learned_faults(qparams, batch) & ~explained, *LEARNED),
+        (_moved(qparams, batch) & ~explained, *MOVED_WIDTH),
+    ]
+    return [
+        Problem(site, operand, _lanes(hit, batch), what, fix)
+        for hit, what, fix in reasons
+        if hit.any()
+    ]
+
+
+def _no_width(qparams: QParams, quantizer: Quantizer | None) -> np.ndarray:
+    """By lane: widths that no format has, or not that of the quantizer."""
+    bits = np.asarray(qparams.bits, np.float32)
+    if quantizer is None:
+        return ~(np.isfinite(bits) & (bits >= 0))
+    format, rest = quantizer.format, quantizer.estimator.rest
+
+    def valid(qparams: QParams) -> jax.Array:
+        return format.valid_bits(qparams.bits, rest(qparams.theta))
+
+    for _ in range(bits.ndim):
+        valid = jax.vmap(valid)
+    return ~np.asarray(valid(whole_qparams(qparams)))
 
 
 def _moved(qparams: QParams, batch: int) -> np.ndarray:

@@ -48,7 +48,7 @@ from quantjax.transforms.after import Sums, added, additions_of, bits_of, finish
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
-from quantjax.transforms.qstate import checked_qstate, whole_widths
+from quantjax.transforms.qstate import checked_qstate
 from quantjax.transforms.sites import check_arguments, check_program
 from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import (
@@ -60,6 +60,7 @@ from quantjax.transforms.stored import (
     stored_weights,
     with_frozen,
 )
+from quantjax.transforms.whole import whole_widths
 
 INTEGER_FORMS = (Execution.INTEGER, Execution.GROUPED)
 

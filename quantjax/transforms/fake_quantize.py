@@ -105,7 +105,7 @@ def fake_quantize(
 
     def prepared(qstate: QState, params: Any, inputs: Any, key: Key | None) -> _Prepared:
         plan.check_params(params)
-        qstate = checked_qstate(plan, qstate, leave_integers=True)
+        qstate = checked_qstate(plan, qstate, codes_stay_real=True)
         keys = site_keys(plan, key)
         qstate, params, inputs = together(qstate, params, inputs)
         program = programs(params, *inputs)

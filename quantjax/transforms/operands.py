@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import numbers
 from collections.abc import Mapping
 from functools import partial
@@ -100,13 +101,22 @@ def check_used(plan: Plan, bits: Bits | None, role: Role) -> None:
     }
     asked = list(bits) if isinstance(bits, Mapping) else ["all"] * (not known)
     unknown = [name for name in asked if name not in known]
-    if unknown:
+    if not unknown:
+        return
+    argument, what = f"{role.value}_bits", f"a width is given where no {role.value} is quantized"
+    if not known:
         raise errors.PolicyError(
-            f"a width is given where no {role.value} is quantized",
-            where=f"{role.value}_bits, site {unknown[0]}",
-            why=f"sites with a quantized {role.value}: {', '.join(list(known)[:6]) or 'none'}",
-            fix=f"leave {role.value}_bits out, or plan with a quantizer for it",
+            f"{what}, at no site of the plan",
+            where=f"{argument}, site {unknown[0]}",
+            fix=f"leave {argument} out, or plan with a quantizer for it",
         )
+    few = f"{', '.join(list(known)[:6])}{', ...' if len(known) > 6 else ''}"
+    alike = difflib.get_close_matches(str(unknown[0]), known, n=1) or list(known)
+    raise errors.PolicyError(
+        f"{what}: site {unknown[0]}; it is at {few}",
+        where=argument,
+        fix=f"{argument}={{{alike[0]!r}: 4}}, or no width for {unknown[0]!r}",
+    )
 
 
 def width_of(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tuple[jax.Array, Theta]:
@@ -123,6 +133,16 @@ def width_of(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tupl
     value: Any = operand.quantizer.bits if chosen is None else chosen
     format, where = operand.quantizer.format, f"site {name}, {operand.key}"
     theta: Theta = ()
+    example = "a number, an array of rank 0, qj.FloatBits, or {site: width}"
+    for leaf in jax.tree.leaves(value):
+        kinds = numbers.Real, jax.Array, np.ndarray
+        expect(leaf, kinds, argument="a width", where=where, fix=example)
+        if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.number):
+            raise errors.ArgumentError(
+                f"a width is an array of {leaf.dtype}, and a number of bits is needed",
+                where=where,
+                fix=example,
+            )
     if isinstance(value, FloatBits):
         if not isinstance(format, MinifloatFormat):
             raise errors.BitsError(
@@ -136,7 +156,7 @@ def width_of(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tupl
         (numbers.Real, jax.Array, np.ndarray, list, tuple),
         argument="a width",
         where=where,
-        fix="a number, an array of rank 0, qj.FloatBits, or {site: width}",
+        fix=example,
     )
     if any(np.shape(array) not in ((), steps) for array in (value, *jax.tree.leaves(theta))):
         needed = f"one of {steps}, a width for each layer, or a scalar" if steps else "a scalar"
@@ -153,13 +173,18 @@ def width_of(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tupl
         shown = ", ".join(f"{width:g}" for width in np.unique(known))
         every = [b for b in range(1, format.max_bits + 1) if format.known_valid(b, theta)]
         held = f"whole widths from {every[0]} up to {every[-1]}" if every else "no width"
+        # What a wider container does not hold either, NaN among it, is not helped by one.
+        helps = not theta and bool(
+            np.all((known >= 0) & (known == np.floor(known)) & (known <= 16))
+        )
+        wider = ", or plan with qj.integer(max_bits=16)" if helps else ""
         if theta:
             held += f" with {np.unique(np.asarray(theta['exponent_bits']))} exponent bits"
         raise errors.BitsError(
             f"{shown} bits are outside the format {format.name}",
             where=where,
             why=f"its container holds {held}, and 0 for bypass",
-            fix=f"{every[-1] if every else 0} bits, or plan with qj.integer(max_bits=16)",
+            fix=f"{every[-1] if every else 0} bits{wider}",
         )
     for width in () if known is None else np.unique(known):
         operand.quantizer.check_width(int(width), where=where)

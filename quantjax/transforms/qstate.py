@@ -2,76 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
-from jax import lax
 
 from quantjax import errors
+from quantjax._compat import concrete
 from quantjax.affine import QParams
 from quantjax.arguments import expect
 from quantjax.formats import IntegerFormat
-from quantjax.formats.minifloat import WIDTHS_IN_THETA
-from quantjax.granularity import check_scale_shape
+from quantjax.lean import select
 from quantjax.planning import Plan
 from quantjax.printing import shape_text
+from quantjax.quantizer import Quantizer, RangeMode
+from quantjax.site_plan import OperandPlan
 from quantjax.transforms.calibrate import QState
+from quantjax.transforms.whole import known_nearest, whole_qparams
 
 
-def whole_widths(
-    qstate: Mapping[str, Mapping[str, QParams]], *, but: Collection[tuple[str, str]] = ()
-) -> QState:
-    """Each width as the nearest whole number, and 0 only where it is 0.
+def _at_held_width(quantizer: Quantizer, stated: QParams, where: str) -> QParams:
+    """At the nearest whole width; a scale of NaN where the container does not hold that one.
 
-    Weight decay and averages over ``(params, qstate)`` move widths that have no gradient, by parts
-    of a millionth to begin with; most formats would take 3.9999995 bits for 3. ``qj.check``
-    reports what has moved further.
+    Codes beyond the container would be others in what is frozen.
 
-    Args:
-      but: sites and operands whose widths stay as they are.
+    Raises:
+      BitsError: where the width is known.
     """
-    return {
-        site: {
-            key: qparams if (site, key) in but else _whole(qparams)
-            for key, qparams in operands.items()
-        }
-        if isinstance(operands, Mapping)
-        else operands
-        for site, operands in qstate.items()
-    }
-
-
-def _whole(qparams: Any) -> Any:
-    if not isinstance(qparams, QParams) or qparams.bits is None:
+    format, rest = quantizer.format, quantizer.estimator.rest
+    known = whole_qparams(stated, known_nearest)
+    held = format.known_valid(known.bits, rest(known.theta))
+    qparams = whole_qparams(stated)
+    if held is False:
+        raise errors.BitsError(
+            f"a width of {concrete(stated.bits)} bits in the qstate",
+            where=where,
+            why=f"{format.name} in a container of {format.max_bits} bits has no such width",
+            fix=f"qj.calibrate with a width that it has, for instance {format.max_bits}",
+        )
+    if held or quantizer.range is RangeMode.LIVE:  # which has no scale yet, and checks its own
         return qparams
-    theta = qparams.theta
-    if isinstance(theta, Mapping) and not WIDTHS_IN_THETA.isdisjoint(theta):
-        theta = {
-            name: _nearest(array) if name in WIDTHS_IN_THETA else array
-            for name, array in theta.items()
-        }
-    return qparams._replace(bits=_nearest(qparams.bits), theta=theta)
-
-
-def _nearest(bits: Any) -> Any:
-    bits = jnp.asarray(bits, jnp.float32)
-    whole = lax.round(bits, lax.RoundingMethod.TO_NEAREST_EVEN)
-    return lax.max(whole, lax.sign(bits))
+    valid = format.holds_nearest(jnp.asarray(qparams.bits, jnp.float32), rest(qparams.theta))
+    if valid.ndim:  # layers
+        valid = jnp.expand_dims(valid, tuple(range(valid.ndim, jnp.ndim(qparams.scale))))
+    return qparams._replace(scale=select(valid, qparams.scale, jnp.nan))
 
 
 def checked_qstate(
-    plan: Plan, qstate: Mapping[str, Mapping[str, QParams]], *, leave_integers: bool = False
+    plan: Plan, qstate: Mapping[str, Mapping[str, QParams]], *, codes_stay_real: bool = False
 ) -> QState:
-    """The qstate with whole widths.
+    """The qstate with whole widths, and scales of NaN where a format has no such width.
 
     Args:
-      leave_integers: widths of integers as they are, since the format takes the nearest itself: an
-        operation less for each operand of a program that is compiled.
+      codes_stay_real: codes are held as floats. Integers are then left as they are: they take the
+        nearest width themselves, and where there is none their codes are NaN, which is some
+        operations less for each operand of a program that is compiled.
 
     Raises:
       CalibrationError: not every planned operand has QParams of its granularity.
+      BitsError: a concrete width that the format does not have.
     """
+    checked = {
+        site: dict(operands) if isinstance(operands, Mapping) else operands
+        for site, operands in qstate.items()
+    }
     for entry in plan.quantized:
         steps = entry.site.steps
         for operand in entry.quantized:
@@ -103,32 +96,35 @@ def checked_qstate(
                     why="a leading axis is a batch of cells",
                     fix="map over the cells with jax.vmap or jax.lax.map",
                 )
-            if operand.scale_shape is None:
-                continue
-            expected = (*steps, *operand.scale_shape)
-            try:
-                for shape in (qparams.scale.shape, qparams.zero_point.shape):
-                    _check_fits(operand.scale_shape, shape, steps)
-            except errors.GranularityError:
-                raise errors.CalibrationError(
-                    f"a scale of shape {tuple(qparams.scale.shape)} does not fit",
-                    where=where,
-                    why=f"the plan has scales of shape {expected}; one more leading axis is a "
-                    "batch of cells",
-                    fix="map over the cells with jax.vmap or jax.lax.map",
-                ) from None
-    if not leave_integers:
-        return whole_widths(qstate)
-    left = {
-        (entry.site.name, operand.key)
-        for entry in plan.quantized
-        for operand in entry.quantized
-        if operand.quantizer is not None and isinstance(operand.quantizer.format, IntegerFormat)
-    }
-    return whole_widths(qstate, but=left)
+            _check_shapes(operand, qparams, steps, where)
+            assert operand.quantizer is not None
+            found = _at_held_width(operand.quantizer, qparams, where)
+            is_integer = isinstance(operand.quantizer.format, IntegerFormat)
+            checked[name][key] = qparams if codes_stay_real and is_integer else found
+    return checked
 
 
-def _check_fits(scale_shape: Sequence[int], shape: Sequence[int], steps: tuple[int, ...]) -> None:
-    if tuple(shape[: len(steps)]) != steps:
-        raise errors.GranularityError("layers are missing", fix="calibrate with this plan")
-    check_scale_shape(scale_shape, shape[len(steps) :])
+def _check_shapes(
+    operand: OperandPlan, qparams: QParams, steps: tuple[int, ...], where: str
+) -> None:
+    if operand.scale_shape is None:
+        return
+    expected = (*steps, *operand.scale_shape)
+    for name, array in (("scale", qparams.scale), ("zero point", qparams.zero_point)):
+        if not _fits(expected, jnp.shape(array), len(steps)):
+            raise errors.CalibrationError(
+                f"a {name} of shape {jnp.shape(array)} does not fit",
+                where=where,
+                why=f"the plan has scales of shape {expected}; one more leading axis is a "
+                "batch of cells",
+                fix="map over the cells with jax.vmap or jax.lax.map"
+                if jnp.ndim(array) > len(expected)
+                else "qstate = qj.calibrate(plan, state, params)",
+            )
+
+
+def _fits(expected: Sequence[int], shape: Sequence[int], steps: int) -> bool:
+    """Whether every layer has its own, and each axis its own entries or one for all of them."""
+    if len(shape) != len(expected) or tuple(shape[:steps]) != tuple(expected[:steps]):
+        return False
+    return all(size in (1, whole) for size, whole in zip(shape, expected, strict=True))

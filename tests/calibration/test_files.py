@@ -3,6 +3,10 @@
 import csv
 import dataclasses
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +108,25 @@ def test_every_figure_is_in_the_file(report, tmp_path):
         assert float(line["widest_high"]) == found.high.max()
         for name, value in row._asdict().items():
             assert line[name] == str(value)
+
+
+def test_names_are_written_where_the_locale_lacks_their_letters(tmp_path):
+    code = (
+        "import dataclasses, pathlib, sys\n"
+        "from quantjax.calibration import CalibrationReport, write_ranges\n"
+        "from tests.calibration.test_plot import made\n"
+        "one = dataclasses.replace(made(0.5), site='gr\\xf6\\xdfe')\n"
+        "write_ranges(CalibrationReport((one,)), pathlib.Path(sys.argv[1]))\n"
+    )
+    path = tmp_path / "ranges.csv"
+    c_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        env={**os.environ, **c_locale},
+        cwd=Path(__file__).resolve().parents[2],
+        check=True,
+    )
+    assert path.read_text(encoding="utf-8").splitlines()[1].startswith("größe,")
 
 
 def test_infinite_ratios_are_written_as_such(tmp_path):

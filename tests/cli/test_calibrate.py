@@ -212,8 +212,8 @@ def test_mistakes_end_with_a_message_and_status_2(tmp_path, capsys, model, data,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weight-bits", "17"], "max_bits"),
-        (["--weight-bits", "-1"], "-1 bits do not fit a container of 8"),
+        (["--weight-bits", "17"], "17 bits do not fit a container of 16"),
+        (["--weight-bits", "-1"], "-1 bits are no width of int"),
         (["--weight-bits", "0", "--activation-bits", "0"], "are both left out"),
         (["--batches", "0"], "0 batches are asked for"),
         (["--batch-size", "0"], "0 rows in a batch are asked for"),

@@ -12,6 +12,7 @@ from quantjax import errors
 from quantjax.calibration import Model
 from quantjax.cli import named
 from tests.calibration import tiny
+from tests.refused import refused
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "tests.calibration.tiny"
@@ -89,6 +90,26 @@ def test_files_that_hold_no_arrays(tmp_path, name, content):
     assert f"{name} cannot be read as arrays" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("shape.npy", b"(3, 4)", b"(99999"),  # tokenize.TokenError
+        ("quote.npy", b"'shape'", b"'shape "),
+        ("letter.npy", b"'descr'", b"0'escr'"),
+        ("many.npy", b"(3, 4), }            ", b"(3, 99999999999999), }"),
+        ("packed.npz", b"\x08\x00\x00\x00", b"\x63\x00\x00\x00"),  # NotImplementedError
+    ],
+)
+def test_files_whose_head_is_damaged(tmp_path, name, old, new):
+    path = tmp_path / name
+    with path.open("wb") as file:
+        (np.save if path.suffix == ".npy" else np.savez_compressed)(file, np.ones((3, 4)))
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with refused(errors.DataError, f"{name} cannot be read as arrays", "np.save"):
+        named.find_data(str(path))
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 def test_files_of_python_objects_are_not_unpickled(tmp_path, suffix):
     objects = np.array([{"a": 1}, None], object)
@@ -115,6 +136,55 @@ def test_modules_of_the_current_folder_are_found_and_the_path_is_left_as_it_was(
 def test_half_names(name):
     with pytest.raises(errors.UnknownNameError, match="cannot be imported"):
         named.find(name, named.DATA)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("./own:value", "own:value"),
+        ("own.py:value", "own:value"),
+        ("./own.py:value.real", "own:value.real"),
+        ("./inner/own.py:value", "inner.own:value"),
+        ("inner/own:value", "inner.own:value"),
+    ],
+)
+def test_paths_are_no_modules_and_the_module_is_named(tmp_path, monkeypatch, name, instead):
+    """Those with a dot were a TypeError of importlib."""
+    (tmp_path / "inner").mkdir()
+    for folder in (tmp_path, tmp_path / "inner"):
+        (folder / "own.py").write_text("value = [1]\n")
+    monkeypatch.chdir(tmp_path)
+    for find in (named.find_study, named.find_model, named.find_data, named.find_rule):
+        with refused(errors.UnknownNameError, f"{name} cannot be imported", "is a path, no module"):
+            find(name)
+    with pytest.raises(errors.UnknownNameError) as caught:
+        named.find(name, named.DATA)
+    assert caught.value.fix == instead
+    try:
+        assert named.find(instead.removesuffix(".real"), named.DATA) == [1]
+    finally:
+        for module in ("own", "inner", "inner.own"):
+            sys.modules.pop(module, None)
+
+
+@pytest.mark.parametrize("name", ["./absent:x", "../own:x", "..:x", ".:x", "/own.py:x", "a-b.py:x"])
+def test_paths_without_a_module_say_what_is_needed(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with refused(errors.UnknownNameError, "cannot be imported", "importable from the current"):
+        named.find(name, named.DATA)
+
+
+def test_a_module_that_is_no_python_is_named_with_its_line(tmp_path, monkeypatch):
+    """It was a traceback of ours."""
+    (tmp_path / "half_a_model_of_a_user.py").write_text("x = 1\ndef f(:\n")
+    monkeypatch.chdir(tmp_path)
+    with refused(errors.UnknownNameError, "half_a_model_of_a_user.py, line 2", "invalid syntax"):
+        named.find("half_a_model_of_a_user:x", named.DATA)
+    broken = importlib.metadata.EntryPoint("broken", "half_a_model_of_a_user:x", "quantjax.models")
+    monkeypatch.setattr(named, "entry_points", lambda group: [broken])
+    monkeypatch.syspath_prepend(tmp_path)
+    with refused(errors.UnknownNameError, "half_a_model_of_a_user.py, line 2", "invalid syntax"):
+        named.find_model("broken")
 
 
 def test_the_module_runs_as_the_command():

@@ -75,7 +75,6 @@ def test_progress_bars_have_the_time_left(tmp_path, capsys):
         (["--study", "no.such.module:x"], "cannot be imported"),
         (["--study", "tests.sweep.tiny:Calls"], "is Calls, not a quantjax.sweep.Study"),
         (["--study", TINY, "--weight-bits", "9"], "weight widths [9] are outside the format"),
-        (["--study", TINY, "--memory-budget-mib", "0"], "the budget is 0.0 MiB"),
         (["--study", TINY, "--seeds", "1", "1"], "repeats"),
     ],
 )
@@ -85,6 +84,15 @@ def test_mistakes_end_with_a_message_and_status_2(tmp_path, capsys, arguments, m
     assert captured.startswith("error: ")
     assert message in captured
     assert "try:" in captured
+
+
+@pytest.mark.parametrize("budget", ["0", "-5"])
+def test_a_budget_of_nothing_is_refused_at_once_in_the_commands_own_words(capsys, budget):
+    """Behind the training it was, with the advice to raise memory_budget_bytes."""
+    assert cli.main(["sweep", "--study", "no.such:study", "--memory-budget-mib", budget]) == 2
+    captured = capsys.readouterr().err
+    assert f"a memory budget of {budget} MiB\n  where: --memory-budget-mib" in captured
+    assert "memory_budget_bytes" not in captured
 
 
 @pytest.mark.parametrize("value", ["two", "4.5"])

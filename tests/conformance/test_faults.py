@@ -10,7 +10,7 @@ from jax import lax
 
 import quantjax as qj
 from quantjax import errors
-from quantjax.affine import QParams
+from quantjax.affine import Fault, QParams
 from tests.models import Ready, assert_same_bits, mlp, normal, planned, ready
 from tests.refused import refused
 
@@ -114,7 +114,10 @@ def test_a_live_range_at_a_width_outside_the_format():
     plan = planned(CASE, qj.uniform_policy(activation_granularity=qj.PerToken()))
     qstate = jax.jit(lambda b: qj.calibrate(plan, {}, CASE.params, activation_bits=b))(11.0)
     assert reasons(qstate) == {(FIRST, "activation", OUTSIDE), (SECOND, "activation", OUTSIDE)}
-    assert np.isnan(qj.fake_quantize(CASE.f, plan)(qstate, CASE.params, CASE.x)).all()
+    run = qj.fake_quantize(CASE.f, plan)
+    assert np.isnan(jax.jit(run)(qstate, CASE.params, CASE.x)).all()
+    with refused(errors.BitsError, "11.0 bits in the qstate", FIRST, "activation"):
+        run(qstate, CASE.params, CASE.x)
 
 
 @pytest.mark.parametrize("mapper", ["vmap", "map"])
@@ -164,7 +167,8 @@ def test_tracers_cannot_be_checked(fixed):
 
 
 def test_problems_of_all_sites_are_listed_in_order():
-    broken = QParams(jnp.full((1, 1), jnp.nan), jnp.full((1, 1), 2.0), jnp.float32(8))
+    fault = jnp.full((1, 1), float(Fault.NOT_FINITE))
+    broken = QParams(jnp.full((1, 1), jnp.nan), fault, jnp.float32(8))
     fine = QParams(jnp.ones((1, 1)), jnp.zeros((1, 1)), jnp.float32(8))
     qstate = {"b": {"weight": broken, "activation": fine}, "a": {"activation": broken}}
     found = [(p.site, p.operand, p.what) for p in qj.check(qstate)]

@@ -81,6 +81,32 @@ def test_it_is_a_row_with_a_reason(name):
         qj.plan(qj.Policy([qj.rule(qj.everything(), scheme())]), table)
 
 
+def in_custom_root(p: Any, x: jax.Array) -> jax.Array:
+    """A fixed point. Its program lies in an object in JAX 0.12, in a ``custom_jvp`` before."""
+    solve = lambda f, start: lax.fori_loop(0, 5, lambda _, y: y - f(y), start)  # noqa: E731
+    inverse = lambda g, y: jnp.linalg.solve(jax.jacobian(g)(y), y)  # noqa: E731
+    rows = lambda x: lax.custom_root(  # noqa: E731
+        lambda y: y - 0.1 * jnp.tanh(y @ p["w"] + x), x, solve, inverse
+    )
+    return jnp.stack([rows(row) for row in x[:1]])
+
+
+def test_a_root_has_a_row_and_its_value():
+    (site,) = qj.sites(in_custom_root, PARAMS, X)
+    assert site.status is not SiteStatus.OPAQUE or site.reason.endswith("which is not rewritten")
+
+    def f(p: Any, x: jax.Array) -> jax.Array:
+        return in_custom_root(p, x) @ p["v"]
+
+    table = qj.sites(f, PARAMS, X)
+    assert len(table) == 2
+    if site.status is SiteStatus.OPAQUE:
+        plan = qj.plan(qj.uniform_policy(activation_bits=None), table)
+        assert [entry.site.name for entry in plan.quantized] == ["v"]
+        qstate = qj.calibrate(plan, {}, PARAMS, weight_bits=0)
+        assert_same_bits(qj.fake_quantize(f, plan)(qstate, PARAMS, X), f(PARAMS, X))
+
+
 def scheme() -> qj.Scheme:
     return qj.Scheme(weights=qj.weight_quantizer(), activations=qj.activation_quantizer())
 

@@ -51,10 +51,13 @@ def tensorrt(counts: np.ndarray, levels: int) -> np.ndarray:
 
 
 def modelopt(counts: np.ndarray, levels: int) -> np.ndarray:
-    """NVIDIA ModelOpt's variant: the bin at zero has the count of its neighbour."""
+    """NVIDIA ModelOpt's variant: the bin at zero has the count of its neighbour, and no clip keeps
+    fewer than 128 bins (``start_bin`` of ``compute_amax``, at every width)."""
     counts = counts.copy()
     counts[0] = counts[1]
-    return tensorrt(counts, levels)
+    found = tensorrt(counts, levels)
+    found[:128] = np.inf
+    return found
 
 
 def onnxruntime(counts: np.ndarray, levels: int) -> np.ndarray:

@@ -54,9 +54,12 @@ def test_defaults_are_those_of_the_design():
     assert qj.activation_quantizer(symmetric=True).format.signed
 
 
-@pytest.mark.parametrize("bits", [9, -1])
-def test_more_bits_than_the_container_raise(bits):
-    with pytest.raises(errors.BitsError, match="container of 8"):
+@pytest.mark.parametrize(
+    ("bits", "match"),
+    [(9, "9 bits do not fit a container of 8"), (-1, "-1 bits are no width of int8")],
+)
+def test_other_bits_than_the_container_holds_raise(bits, match):
+    with pytest.raises(errors.BitsError, match=match):
         qj.weight_quantizer(bits=bits, format=qj.integer(max_bits=8))
 
 

@@ -198,7 +198,7 @@ def test_a_plan_prints_its_blocks():
 def test_the_plan_says_which_axis_does_not_divide():
     with pytest.raises(errors.GranularityError, match="groups of 4 do not divide axis 0") as caught:
         planned(CASES["dense"], policy_for(PerBlock(4, 5)))
-    assert "PerBlock(4, 5, remainder=qj.Remainder.SHORTER)" in caught.value.why
+    assert "PerBlock(4, 5, remainder=qj.Remainder.SHORTER)" in caught.value.fix
     assert "weight" in caught.value.where
 
 

@@ -1,5 +1,6 @@
 """KL rules: the bin of the published algorithm and of ONNX Runtime's own function, and the clip."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -18,7 +19,7 @@ from quantjax.ranges import KL_MODELOPT, KL_ONNXRUNTIME, KL_TENSORRT, Target
 from quantjax.ranges.kl_look import looked_at
 from quantjax.ranges.kl_onnxruntime import best_reach
 from quantjax.ranges.kl_sums import whole_quotient
-from quantjax.ranges.kl_tensorrt import best_bin, divergences
+from quantjax.ranges.kl_tensorrt import MODELOPT, best_bin, divergences
 from tests.models import dense, planned
 from tests.oracles import divergence as oracle
 from tests.refused import refused
@@ -246,6 +247,22 @@ def test_the_figures_measured_on_the_peers():
     assert laplacian["kl_onnxruntime"] == pytest.approx(10.37, rel=0.01)
     assert relu["kl_modelopt"] == pytest.approx(4.23, rel=0.05)
     assert relu["kl_onnxruntime"] == pytest.approx(2.75, rel=0.08)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_modelopt_keeps_128_bins_at_any_width(bits):
+    """Of few values, a clip at the first of them has no divergence: the bins below are empty."""
+    x = np.random.default_rng(0).integers(-100, 100, size=4096).astype(np.float32)
+    seen = statistics.of_tensor(jnp.asarray(x), (1,), with_values=True)
+    target = SIGNED._replace(bits=jnp.float32(bits))
+    largest = np.abs(x).max()
+    want = oracle.modelopt(oracle.magnitudes(x), 1 << (bits - 1)).argmin() * largest / 2048
+    assert want > 0.06 * largest
+    clip = lambda rule: -ranges.derive(rule, seen, target).low.item()  # noqa: E731
+    assert clip(KL_MODELOPT) == pytest.approx(want, rel=1e-3)
+    fewer = ranges.kl_tensorrt(dataclasses.replace(MODELOPT, name="fewer", fewest_bins=0))
+    if bits < 6:
+        assert clip(fewer) < 0.02 * largest
 
 
 @KINDS

@@ -117,3 +117,12 @@ def test_zero_one_element_and_broken_groups():
 def test_formats_without_plus_and_minus_one_are_refused(format):
     with pytest.raises(errors.FormatError, match="no one-bit codes"):
         XNOR.fit(jnp.ones((2, 2)), (1, 1), format, ONE)
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (1, 8), (32, 1)])
+def test_the_scale_is_the_same_eagerly_and_compiled(groups):
+    draw = np.random.default_rng(3)
+    compiled = fitting(groups)
+    for _ in range(12):
+        w = jnp.asarray(draw.normal(size=(32, 8)), jnp.float32)
+        assert_array_equal(XNOR.fit(w, groups, BINARY, ONE).scale, compiled(w, ONE).scale)

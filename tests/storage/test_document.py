@@ -101,7 +101,7 @@ def test_a_disk_that_fails_leaves_the_old_file(path, monkeypatch, step):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with refused(errors.StorageError, "the path cannot be written", "No space left"):
         write(path, {"new": True})
     assert read(path) == {"old": True}
     assert list(path.parent.iterdir()) == [path]
@@ -125,6 +125,21 @@ def test_a_folder_is_no_file(tmp_path):
         with refused(errors.StorageError, "the path is a folder"):
             write_document(place, {"a": 1}, schema="s", version=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_that_cannot_be_written_say_why(tmp_path):
+    """All of them were errors of the system, of five kinds."""
+    (tmp_path / "file").write_text("x")
+    with refused(errors.StorageError, "cannot be written", "where: a", "File exists", "no files"):
+        write(tmp_path / "file" / "a", {})
+    with refused(errors.StorageError, "cannot be written", "Not a directory", "no files"):
+        write(tmp_path / "file" / "a" / "b", {})
+    for long in ("a" * 250, "ä" * 300):
+        with refused(errors.StorageError, "cannot be written", "File name too long", "200 bytes"):
+            write(tmp_path / long, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    write(tmp_path / ("a" * 200), {"a": 1})
+    assert read(tmp_path / ("a" * 200)) == {"a": 1}
 
 
 def test_half_a_character_is_refused_and_leaves_the_old_file(path):
@@ -164,6 +179,18 @@ def test_no_file(path, tmp_path):
     path.write_text("x")
     with refused(errors.StorageError, "there is no such file"):
         read(path / "inside.json")
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path, path, monkeypatch):
+    with refused(errors.StorageError, "the file cannot be read", "File name too long"):
+        read(tmp_path / ("a" * 300))
+
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with refused(errors.StorageError, "the file cannot be read", "Permission denied"):
+        read(path)
 
 
 def test_every_file_that_was_cut_short(path):

@@ -95,6 +95,17 @@ def test_overwrite_spares_what_is_not_ours(path):
     assert file.read_text() == "x"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_paths_that_cannot_be_written_say_why(path, overwrite):
+    path.write_text("x")
+    for below in (path / "a", path / "a" / "b"):
+        with refused(errors.StorageError, "cannot be written", "Not a directory", "no files"):
+            save_params(below, {"a": jnp.ones(1)}, overwrite=overwrite)
+    with refused(errors.StorageError, "cannot be written", "File name too long", "200 bytes"):
+        save_params(path.with_name("a" * 250), {"a": jnp.ones(1)}, overwrite=overwrite)
+    assert list(path.parent.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_disk_that_fails_leaves_the_old_folder(path, monkeypatch, call):
     """The calls: the document, the old folder aside, the new one in place."""
@@ -113,7 +124,7 @@ def test_a_disk_that_fails_leaves_the_old_folder(path, monkeypatch, call):
         return real(source, target, **options)
 
     monkeypatch.setattr(os, name, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with refused(errors.StorageError, "the path cannot be written", "No space left"):
         save_params(path, {"new": jnp.ones(4)}, overwrite=True)
     monkeypatch.undo()
     cases.assert_loaded(load_params(path), old)
@@ -196,6 +207,14 @@ def test_a_save_that_was_killed_between_two_renames_is_found(path):
 def test_no_folder(path):
     with refused(errors.StorageError, "no folder that save_params wrote", "there is no such"):
         load_params(path)
+
+
+def test_a_name_that_no_folder_has(path):
+    with refused(errors.StorageError, "no folder that save_params wrote", "there is no such"):
+        load_params(path.with_name("a" * 300))
+    path.write_text("x")
+    with refused(errors.StorageError, "no folder that save_params wrote", "there is no such"):
+        load_params(path / "a")
 
 
 def test_another_folder(path):

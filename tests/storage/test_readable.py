@@ -247,6 +247,8 @@ def test_a_plan_of_another_policy(path):
         (lambda q: q._replace(theta=(golden_qstate,)), "a function is no array"),
         (lambda q: q._replace(theta=q), "ok"),
         (lambda q: tuple(q), "a tuple where QParams should be"),
+        (lambda q: q._replace(scale=None), "there is no scale"),
+        (lambda q: q._replace(zero_point=(q.scale,)), "a tuple is no array of numbers"),
         (lambda q: None, "a NoneType where QParams should be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -298,6 +300,17 @@ def test_files_with_a_mistake(path, old, new, reason):
     path.write_text(GOLDEN, encoding="utf-8")
     with refused(errors.StorageError, reason, "quantization.json"):
         load_quantization(cases.edited(path, old, new))
+
+
+@pytest.mark.parametrize("field", ["scale", "zero_point", "bits"])
+def test_qparams_without_an_array_are_refused(path, field):
+    """They were read, with None for a scale."""
+    data = json.loads(GOLDEN)
+    for held, reason in ((None, f"there is no {field}"), ({"tuple": []}, "keys shape, values")):
+        data["qstate"]["dense/kernel"]["weight"][field] = held
+        path.write_text(json.dumps(data))
+        with refused(errors.StorageError, reason, "quantization.json: qstate, dense/kernel"):
+            load_quantization(path)
 
 
 @pytest.mark.parametrize(

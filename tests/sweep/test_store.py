@@ -1,9 +1,20 @@
 """Results on disk survive what happens to files."""
 
+import csv
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 
 from quantjax import errors
 from quantjax.sweep import Cell, ResultStore, Row
+from quantjax.sweep import store as module
+
+ROOT = Path(__file__).resolve().parents[2]
 
 ROWS = [
     Row("abc", "digits", seed, weight, 8, "min_max", weight / 10, weight, 10)
@@ -82,14 +93,146 @@ def test_a_line_that_cannot_be_read_names_its_number(store, line):
         store.rows()
 
 
-def test_rewrite_replaces_all(store):
-    store.add(ROWS)
-    store.rewrite(ROWS[:1])
-    assert store.rows() == ROWS[:1]
-    assert [path.name for path in store.path.parent.iterdir()] == ["results.csv"]
-
-
 def test_accuracies_keep_every_digit(store):
     row = ROWS[0]._replace(accuracy=1 / 3)
     store.add([row])
     assert store.rows()[0].accuracy == 1 / 3
+
+
+# Several sweeps at once
+
+ADDING = """
+import sys, time
+from pathlib import Path
+from quantjax.sweep import ResultStore, Row
+
+folder, who = Path(sys.argv[1]), int(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(60):
+    (folder / f"{i}.{who}").touch()
+    while not (folder / f"{i}.{1 - who}").exists():
+        time.sleep(0)
+    store = ResultStore(folder / str(i) / "results.csv")
+    for j in range(3):
+        store.add([Row("f", "s", who, j, k, "min_max", 0.5, 1, 2) for k in range(3)])
+"""
+
+
+def test_two_processes_lose_no_row_and_write_one_header(tmp_path):
+    """Each wrote a header where both saw a new file, which no later sweep could read."""
+    adding = [
+        subprocess.Popen(
+            [sys.executable, "-c", ADDING, str(tmp_path), str(who)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for who in (0, 1)
+    ]
+    for process in adding:
+        assert process.stdout.readline() == "ready\n"
+    for process in adding:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in adding:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    for i in range(60):
+        store = ResultStore(tmp_path / str(i) / "results.csv")
+        assert len(set(store.rows())) == len(store.rows()) == 18
+        assert store.path.read_text().count("fingerprint") == 1
+
+
+def test_threads_that_add_and_read_see_whole_rows(store):
+    store.add(ROWS)
+    failed = []
+
+    def work(who):
+        try:
+            for i in range(30):
+                store.add([ROWS[0]._replace(seed=10 + who, weight_bits=i)])
+                assert set(ROWS) <= set(store.rows())
+        except Exception as error:  # noqa: BLE001  threads keep theirs to themselves
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(who,)) for who in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert len(set(store.rows())) == len(ROWS) + 4 * 30
+
+
+def test_a_header_in_the_middle_is_no_row(store):
+    """What two sweeps of an older version, or on a disk without locks, have left."""
+    store.add(ROWS[:2])
+    head = store.path.read_text().splitlines()[0]
+    store.path.write_text(store.path.read_text() + head + "\n")
+    store.add(ROWS[2:])
+    assert store.rows() == ROWS
+
+
+def test_rows_added_while_the_file_is_replaced_are_in_the_new_one(store, monkeypatch):
+    """The lock that was waited for is that of a file which has no name any more."""
+    store.add(ROWS[:1])
+    real, other = module._lock, ResultStore(store.path.with_name("other.csv"))
+
+    def replaced_meanwhile(file, *, shared):
+        monkeypatch.setattr(module, "_lock", real)
+        other.add(ROWS[:2])
+        os.replace(other.path, store.path)
+        real(file, shared=shared)
+
+    monkeypatch.setattr(module, "_lock", replaced_meanwhile)
+    store.add(ROWS[2:])
+    assert store.rows() == ROWS
+
+
+def test_a_cut_line_is_taken_out_of_the_file_itself(store):
+    """Another sweep may hold it open: what that adds to a file without a name is lost."""
+    store.add(ROWS[:2])
+    with store.path.open("a", newline="") as held:
+        held.write("abc,digits,1")
+        held.flush()
+        store.add(ROWS[2:3])
+        csv.writer(held, lineterminator="\n").writerow(ROWS[3])
+    assert store.rows() == ROWS
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o664, 0o600])
+def test_permissions_stay(store, mode):
+    """0644 became 0600."""
+    store.add(ROWS[:1])
+    os.chmod(store.path, mode)
+    store.path.write_text(store.path.read_text() + "abc")
+    store.add(ROWS)
+    assert stat.S_IMODE(store.path.stat().st_mode) == mode
+
+
+def test_one_line_of_another_file_is_not_taken_out(store):
+    store.path.parent.mkdir()
+    store.path.write_text("a note")
+    for call in (store.rows, lambda: store.add(ROWS)):
+        with pytest.raises(errors.SweepError, match="not a result file"):
+            call()
+    assert store.path.read_text() == "a note"
+    store.path.write_text("fingerprint,stu")
+    store.add(ROWS)
+    assert store.rows() == ROWS
+
+
+def test_a_disk_without_locks_is_written_all_the_same(store, monkeypatch):
+    import fcntl
+
+    def refuse(file, kind):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store.add(ROWS)
+    assert store.rows() == ROWS
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    store.add(ROWS)
+    assert store.rows() == [*ROWS, *ROWS]

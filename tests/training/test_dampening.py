@@ -1,5 +1,7 @@
 """The dampening loss against NumPy in float64, and what it does to weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,11 +29,17 @@ def by_hand(w, scale, zero, low, high):
     return ((middle - clipped) ** 2).sum(), 2.0 * (clipped - middle) * inside
 
 
+@functools.cache
+def plans(*, narrow):
+    format = qj.integer(narrow=narrow)
+    return cases.one_product(models.normal(0, 5, 3), qj.weight_quantizer(bits=8, format=format))
+
+
 @given(seed=st.integers(0, 999), bits=st.integers(2, 8), narrow=st.booleans())
 def test_value_and_gradient_by_an_independent_model(seed, bits, narrow):
     """Scales that clip some weights, one for each channel."""
     w = models.normal(seed, 5, 3)
-    plan, qstate, params = PLANS[narrow]
+    plan, qstate, params = plans(narrow=narrow)
     weight = qstate["w"]["weight"]
     scale = jnp.asarray([[0.25, 0.5, 1.0]]) * 2.0 ** (3 - bits)
     qstate = {"w": {"weight": weight._replace(scale=scale, bits=jnp.float32(bits))}}
@@ -41,14 +49,6 @@ def test_value_and_gradient_by_an_independent_model(seed, bits, narrow):
     want, slope = by_hand(w, scale, 0.0, low, high)
     assert float(value) == pytest.approx(want, rel=1e-4, abs=1e-8)
     assert_allclose(gradient["w"], slope, atol=1e-5)
-
-
-PLANS = {
-    narrow: cases.one_product(
-        models.normal(0, 5, 3), qj.weight_quantizer(bits=8, format=qj.integer(narrow=narrow))
-    )
-    for narrow in (False, True)
-}
 
 
 def test_asymmetric_ranges():

@@ -1,5 +1,7 @@
 """Oscillations against a plain Python model of the paper's algorithm; what is held stays held."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,11 @@ from quantjax.training import (
 )
 from tests.training import cases
 
-ONE = cases.one_product(np.ones((12, 1)), qj.weight_quantizer(granularity=qj.PerTensor(), bits=4))
+
+@functools.cache
+def one():
+    quantizer = qj.weight_quantizer(granularity=qj.PerTensor(), bits=4)
+    return cases.one_product(np.ones((12, 1)), quantizer)
 
 
 def by_hand(positions, scale, low, high, threshold, m):
@@ -51,7 +57,7 @@ def follow(threshold, m, qstate, positions):
 
     What it is asked for last is where it is already.
     """
-    tx = freeze_oscillations(ONE[0], threshold, momentum=m)
+    tx = freeze_oscillations(one()[0], threshold, momentum=m)
 
     def move(carry, position):
         params, state = carry
@@ -74,7 +80,7 @@ def follow(threshold, m, qstate, positions):
 )
 def test_the_algorithm_by_an_independent_model(seed, m, threshold, bits):
     """Random walks of 12 weights about a few levels, each as its own model has it."""
-    _plan, qstate, _ = ONE
+    _plan, qstate, _ = one()
     scale = 0.5
     weight = qstate["w"]["weight"]._replace(scale=jnp.full((1, 1), scale), bits=jnp.float32(bits))
     draw = np.random.default_rng(seed)
@@ -94,7 +100,7 @@ def test_the_algorithm_by_an_independent_model(seed, m, threshold, bits):
 
 def test_by_hand():
     """0, 1, 0, 1: the third value is the first oscillation, f = m; the fourth f = m + (1 - m) m."""
-    _, qstate, _ = ONE
+    _, qstate, _ = one()
     weight = qstate["w"]["weight"]._replace(scale=jnp.ones((1, 1)))
     state_of = {"w": {"weight": weight}}
     positions = np.tile([[0.4], [0.6], [0.4], [0.6]], (1, 12))
@@ -114,7 +120,7 @@ def test_by_hand():
 
 
 def test_one_way_is_no_oscillation():
-    _plan, qstate, _ = ONE
+    _plan, qstate, _ = one()
     positions = np.tile(np.linspace(-3.0, 3.0, 20)[:, None], (1, 12))
     reached, state = follow(0.0, 0.5, qstate, positions)
     assert not state.weights["w"].frozen.any()
@@ -123,7 +129,7 @@ def test_one_way_is_no_oscillation():
 
 def test_what_is_frozen_follows_a_learned_scale():
     """The integer stays, whatever gradient and whatever scale."""
-    plan, qstate, params = ONE
+    plan, qstate, params = one()
     weight = qstate["w"]["weight"]
 
     def with_scale(s):
@@ -150,7 +156,7 @@ def test_what_is_frozen_follows_a_learned_scale():
 
 
 def test_thresholds_are_traced_or_schedules():
-    plan, qstate, _ = ONE
+    plan, qstate, _ = one()
     weight = qstate["w"]["weight"]._replace(scale=jnp.ones((1, 1)))
     qstate = {"w": {"weight": weight}}
     params = {"w": jnp.full((12, 1), 0.4)}
@@ -177,7 +183,7 @@ def test_thresholds_are_traced_or_schedules():
 
 
 def test_a_change_of_width_starts_anew():
-    plan, qstate, _ = ONE
+    plan, qstate, _ = one()
     weight = qstate["w"]["weight"]._replace(scale=jnp.ones((1, 1)))
     qstate = {"w": {"weight": weight}}
     tx = freeze_oscillations(plan, 0.2, momentum=0.25)
@@ -196,7 +202,7 @@ def test_a_change_of_width_starts_anew():
 
 
 def test_below_zero_the_threshold_holds_everything_but_at_zero_bits():
-    plan, qstate, params = ONE
+    plan, qstate, params = one()
     tx = freeze_oscillations(plan, -1.0)
     updates = {"w": jnp.full((12, 1), 0.25)}
     moved, state = tx.update(updates, tx.init(params), params, qstate=qstate)

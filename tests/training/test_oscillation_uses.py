@@ -1,5 +1,7 @@
 """Which weights are followed, in which trees, through which moves; what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,11 @@ from tests import models
 from tests.refused import refused
 from tests.training import cases
 
-ONE = cases.one_product(np.ones((12, 1)), qj.weight_quantizer(granularity=qj.PerTensor(), bits=4))
+
+@functools.cache
+def one():
+    quantizer = qj.weight_quantizer(granularity=qj.PerTensor(), bits=4)
+    return cases.one_product(np.ones((12, 1)), quantizer)
 
 
 def test_transposed_and_reshaped_parameters():
@@ -163,7 +169,7 @@ def test_a_parameter_of_two_sites_needs_a_choice():
 
 
 def test_mistakes_are_refused():
-    plan, qstate, params = ONE
+    plan, qstate, params = one()
     for momentum in (0.0, 1.5, -0.1):
         with refused(errors.TrainingError, f"a momentum of {momentum:g}"):
             freeze_oscillations(plan, 0.1, momentum=momentum)

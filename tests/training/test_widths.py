@@ -1,5 +1,7 @@
 """Ranges survive a change of width: against calibration, by hand, traced, stacked, at 0 bits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,11 @@ from tests.training import cases
 WIDTHS = st.integers(1, 8)
 POLICY = qj.uniform_policy(weight_bits=8, activation_bits=8)
 MLP = models.mlp()
-MLP_READY = models.ready(MLP, POLICY)
+
+
+@functools.cache
+def mlp_ready():
+    return models.ready(MLP, POLICY)
 
 
 def ends(qparams, quantizer):
@@ -38,7 +44,7 @@ def quantizers(plan):
 @given(wb=WIDTHS, ab=WIDTHS)
 def test_equal_to_calibration_at_that_width(wb, ab):
     """Min-max ranges do not depend on the width, so both ways lead to one place."""
-    case, ready = MLP, MLP_READY
+    case, ready = MLP, mlp_ready()
     calibrated = qj.calibrate(
         ready.plan, ready.state, case.params, weight_bits=wb, activation_bits=ab
     )

@@ -137,7 +137,8 @@ def gradients_are_those_of_one_device() -> None:
     lsq = qj.Policy([qj.rule(qj.weighted(), qj.presets.lsq_plus())])
     for name, (f, params, specs) in MODELS.items():
         plan = qj.plan(lsq, qj.sites(f, params, X))
-        qstate = qj.calibrate(plan, qj.observe(f, plan)(qj.init(plan), params, X)[1], params)
+        _, state = jax.jit(qj.observe(f, plan))(qj.init(plan), params, X)
+        qstate = jax.jit(functools.partial(qj.calibrate, plan))(state, params)
         grad = jax.jit(jax.grad(functools.partial(loss, f=f, plan=plan), (0, 1)))
         want = grad(params, qstate, X)
         got = grad(split(params, *specs), qstate, split(X, P("data")))

@@ -8,7 +8,7 @@ import pytest
 
 import quantjax as qj
 from quantjax import training
-from quantjax.transforms.qstate import whole_widths
+from quantjax.transforms.whole import whole_widths
 from tests.models import mlp, planned
 
 pytestmark = pytest.mark.thinned(2)

@@ -108,6 +108,7 @@ def test_a_stream_with_an_answer_of_its_own_keeps_it(errors):
         streams.write_what_fits(none)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("arguments", [["studies"], ["--help"], None], ids=str)
 def test_a_closed_pipe_ends_it_quietly(swept, arguments, unbuffered):
@@ -119,7 +120,9 @@ def test_a_closed_pipe_ends_it_quietly(swept, arguments, unbuffered):
     assert (ended.returncode, ended.stderr) == (141, b"")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="only Linux has a disk that is always full"
+)
 @pytest.mark.parametrize("arguments", [["studies"], None], ids=str)
 def test_a_full_disk_is_one_line(swept, arguments):
     with open("/dev/full", "wb") as full:

@@ -7,7 +7,7 @@ import pytest
 
 import quantjax as qj
 from quantjax import errors
-from quantjax.sweep import Grid, ResultStore, run_sweep
+from quantjax.sweep import Execution, Grid, ResultStore, run_sweep
 from quantjax.sweep.alike import check_alike, shapes_of
 from tests.refused import refused
 from tests.sweep.tiny import tiny_study
@@ -34,17 +34,22 @@ def test_a_seed_of_another_shape_is_named_with_its_leaf(tmp_path):
         "where: study tiny, train, first",
         "it is 6x9 float32, and was 6x8 float32",
     ):
-        run_sweep(study, GRID, tmp_path)
+        run_sweep(study, GRID, tmp_path, execution=Execution.MAP)
     assert {row.seed for row in ResultStore(tmp_path / "results.csv").rows()} == {0}
 
 
 def test_what_the_error_says_works(tmp_path):
     study = dataclasses.replace(tiny_study(), train=widened)
     with pytest.raises(errors.SweepError) as caught:
-        run_sweep(study, GRID, tmp_path)
+        run_sweep(study, GRID, tmp_path, execution=Execution.MAP)
     assert caught.value.fix.endswith("a sweep of its own with seeds=(1,)")
-    assert run_sweep(study, dataclasses.replace(GRID, seeds=(1,)), tmp_path).trained == 0
-    assert len(run_sweep(study, GRID, tmp_path).rows) == 4
+    assert (
+        run_sweep(
+            study, dataclasses.replace(GRID, seeds=(1,)), tmp_path, execution=Execution.MAP
+        ).trained
+        == 0
+    )
+    assert len(run_sweep(study, GRID, tmp_path, execution=Execution.MAP).rows) == 4
 
 
 W = jnp.ones((2, 3))

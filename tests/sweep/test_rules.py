@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import quantjax as qj
 from quantjax import errors, formats
-from quantjax.sweep import Cell, Grid, run_sweep
+from quantjax.sweep import Cell, Execution, Grid, run_sweep
 from tests.refused import refused
 from tests.sweep.tiny import tiny_study
 
@@ -36,20 +37,22 @@ def counted(study, cell, **rules):
     batches, (inputs, labels) = study.calibration(), study.test()
     plan = qj.plan(study.policy, qj.sites(study.apply, params, batches[0]))
     state = qj.init(plan)
+    observe = jax.jit(qj.observe(study.apply, plan))
     for batch in batches:
-        _, state = qj.observe(study.apply, plan)(state, params, batch)
+        _, state = observe(state, params, batch)
     widths = {"weight_bits": cell.weight_bits}
     if cell.activation_bits:
         widths["activation_bits"] = cell.activation_bits
     qstate = qj.calibrate(plan, state, params, **widths, **rules)
-    logits = qj.fake_quantize(study.apply, plan)(qstate, params, inputs)
+    logits = jax.jit(qj.fake_quantize(study.apply, plan))(qstate, params, inputs)
     return int((jnp.argmax(logits, axis=-1) == labels).sum())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("rule", [qj.ranges.percentile(0.9), qj.ranges.ADMM], ids=lambda r: r.name)
 def test_a_rule_that_the_policy_names_stays(tmp_path, rule):
     study = study_of(qj.weight_quantizer(rule=rule))
-    rows = run_sweep(study, GRID, tmp_path).rows
+    rows = run_sweep(study, GRID, tmp_path, execution=Execution.MAP).rows
     for row in rows:
         if row.cell.weight_bits:
             assert row.correct == counted(study, row.cell)
@@ -60,15 +63,15 @@ def test_a_rule_that_the_policy_names_stays(tmp_path, rule):
 
 def test_levels_are_fitted_as_the_policy_says(tmp_path):
     study = study_of(LEARNED)
-    rows = run_sweep(study, GRID, tmp_path).rows
+    rows = run_sweep(study, GRID, tmp_path, execution=Execution.MAP).rows
     assert [row.correct for row in rows[1:]] == [counted(study, row.cell) for row in rows[1:]]
 
 
 def test_operands_without_a_rule_of_their_own_take_each_of_the_grid(tmp_path):
-    study = study_of(LEARNED, qj.activation_quantizer())
+    study = study_of(qj.weight_quantizer(rule=qj.ranges.sigma(2)), qj.activation_quantizer())
     rules = (MIN_MAX, qj.ranges.percentile(0.6))
     grid = dataclasses.replace(GRID, weight_bits=(3,), activation_bits=(2,), rules=rules)
-    rows = run_sweep(study, grid, tmp_path).rows[1:]
+    rows = run_sweep(study, grid, tmp_path, execution=Execution.MAP).rows[1:]
     want = [
         counted(study, row.cell, activation_rule=rule)
         for row, rule in zip(rows, rules, strict=True)

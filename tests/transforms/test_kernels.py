@@ -64,6 +64,7 @@ def compiled(verb: str, sites: int) -> set[str]:
     return kernels(loss if verb == "simulate" else jax.grad(loss), params, qstate)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "verb", ["observe", "min_max", "percentile", "freeze", "simulate", "gradients", "execute"]
 )

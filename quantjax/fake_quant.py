@@ -103,7 +103,8 @@ def fake_quant(
     check_floating(x, "qj.fake_quant")
     if bits is None:
         bits = 8 if format is None else format.max_bits
-    if not jnp.issubdtype(jnp.result_type(bits), jnp.number):
+    dtype = bits.dtype if isinstance(bits, jax.Array) else np.asarray(bits).dtype
+    if not jnp.issubdtype(dtype, jnp.number):
         raise errors.ArgumentError(
             f"bits is {bits}, and a number is needed",
             where="qj.fake_quant",

@@ -89,10 +89,17 @@ def test_scales_that_are_none_raise(scale):
     assert f"scale of shape {np.shape(scale)}" in caught.value.where
 
 
-@pytest.mark.parametrize("bits", [True, np.True_, jnp.array(True)])
-def test_truth_is_no_width(bits):
-    with pytest.raises(errors.ArgumentError, match="bits is True"):
-        fake_quant(X, 0.1, bits=bits)
+@pytest.mark.parametrize("bits", [True, np.True_, jnp.array(True), "8", None, [None]])
+def test_what_is_no_number_is_no_width(bits):
+    with pytest.raises(errors.ArgumentError, match="and a number is needed"):
+        fake_quant(X, 0.1, bits=[bits] if bits is None else bits)
+
+
+def test_a_width_is_what_float32_makes_of_it():
+    """3.0000000000000004 is what sums of widths in float64 come to."""
+    assert_array_equal(fake_quant(X, 0.1, bits=3.0 * (1 + 2**-52)), fake_quant(X, 0.1, bits=3))
+    with pytest.raises(errors.BitsError, match="for one tensor"):
+        fake_quant(X, 0.1, bits=[4, 8])
 
 
 @pytest.mark.parametrize("zero_point", [np.nan, np.inf, jnp.array([[0.0] * 7 + [np.nan]])])

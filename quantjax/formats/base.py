@@ -24,7 +24,7 @@ from jax import lax
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.formats.scales import REAL, ScaleRule
-from quantjax.lean import elementwise
+from quantjax.lean import elementwise, select
 from quantjax.rounding import HALF_EVEN, Rounding
 
 Theta = Any
@@ -64,13 +64,16 @@ class Snapped(NamedTuple):
 
 
 def nearest_width(bits: Any) -> jax.Array:
-    """The nearest whole number, half a bit up, and 0 only for 0.
+    """The nearest whole number, halves up; what is below a half stays, and is a width if it is 0.
 
-    >>> nearest_width(jnp.array([3.9999995, 2.5, 1e-6, 0.0])).tolist()
-    [4.0, 3.0, 1.0, 0.0]
+    Rounded as integers do it, where they make a power of two of a width.
+
+    >>> nearest_width(jnp.array([3.9999995, 2.5, 0.25, 0.0, -1e-6])).tolist()
+    [4.0, 3.0, 0.25, 0.0, -9.999999974752427e-07]
     """
     bits = jnp.asarray(bits, jnp.float32)
-    return lax.max(lax.floor(elementwise(lax.add, bits, 0.5)), lax.sign(bits))
+    whole = elementwise(lax.sub, lax.floor(elementwise(lax.add, bits, 127.5)), 127.0)
+    return select(elementwise(lax.lt, bits, 0.5), bits, whole)
 
 
 def parameter(theta: Theta, name: str, family: str) -> jax.Array:

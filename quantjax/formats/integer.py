@@ -115,9 +115,11 @@ class IntegerFormat(Format):
         return jnp.maximum(half - 1.0, 1.0) if self.narrow else half
 
     def holds_nearest(self, bits: jax.Array, theta: Theta = ()) -> jax.Array:
-        """In two operations: every operand of a program has its own."""
+        """In few operations: every operand of a program has its own."""
         del theta
-        return lax.eq(clip(bits, 0.0, self.max_bits + 0.49), bits)
+        most = np.nextafter(np.float32(self.max_bits + 0.5), np.float32(0.0))
+        held = lax.eq(clip(bits, 0.5, float(most)), bits)
+        return held | elementwise(lax.eq, bits, 0.0)
 
     def known_valid(self, bits: Any, theta: Theta = ()) -> bool | None:
         """In NumPy: a program of JAX would have to be compiled."""
@@ -125,6 +127,7 @@ class IntegerFormat(Format):
         known = concrete(bits)
         if known is None:
             return None
+        known = known.astype(np.float32)
         held = (known >= 0) & (known <= self.max_bits) & (known == np.floor(known))
         return bool(np.all(held))
 

@@ -104,7 +104,7 @@ class ResultStore:
             end = self._end(data)
             if end < len(data):
                 file.truncate(end)
-            file.write(lines if end else HEADER + lines)
+            file.write(lines if data[:end].strip() else HEADER + lines)
             file.flush()
             os.fsync(file.fileno())
 

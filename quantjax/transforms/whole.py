@@ -14,7 +14,7 @@ from quantjax.formats.minifloat import WIDTHS_IN_THETA
 
 
 def whole_widths(qstate: Mapping[str, Mapping[str, QParams]]) -> dict[str, dict[str, QParams]]:
-    """Each width as the nearest whole number, and 0 only where it is 0.
+    """Each width as the nearest whole number; what is below a half stays, and is one if it is 0.
 
     Weight decay and averages over ``(params, qstate)`` move widths that have no gradient, by parts
     of a millionth to begin with; most formats would take 3.9999995 bits for 3. ``qj.check``
@@ -47,4 +47,4 @@ def known_nearest(bits: Any) -> Any:
     if known is None:
         return bits
     known = known.astype(np.float32)
-    return np.maximum(np.floor(known + np.float32(0.5)), np.sign(known))
+    return np.where(known < 0.5, known, np.floor(known + np.float32(127.5)) - np.float32(127.0))

@@ -166,6 +166,13 @@ def test_threads_that_add_and_read_see_whole_rows(store):
     assert len(set(store.rows())) == len(ROWS) + 4 * 30
 
 
+def test_a_file_of_empty_lines_gets_a_header(store):
+    store.path.parent.mkdir()
+    store.path.write_text("\n")
+    store.add(ROWS)
+    assert store.rows() == ROWS
+
+
 def test_a_header_in_the_middle_is_no_row(store):
     """What two sweeps of an older version, or on a disk without locks, have left."""
     store.add(ROWS[:2])

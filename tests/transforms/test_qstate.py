@@ -97,11 +97,13 @@ def test_moved_exponent_widths_are_reported_too():
 
 
 @pytest.mark.parametrize(
-    ("bits", "whole"), [(0.0, 0.0), (0.3, 1.0), (1.0, 1.0), (2.4, 2.0), (7.6, 8.0)]
+    ("bits", "whole"),
+    [(0.0, 0.0), (0.3, 0.3), (-1e-7, -1e-7), (0.5, 1.0), (1.0, 1.0), (2.4, 2.0), (2.5, 3.0)],
 )
 def test_only_zero_bits_are_bypass(bits, whole):
+    """What lies between bypass and a bit is no width."""
     q = qj.QParams(jnp.ones((1, 1)), jnp.zeros((1, 1)), jnp.float32(bits))
-    assert float(whole_widths({"w": {"weight": q}})["w"]["weight"].bits) == whole
+    assert float(whole_widths({"w": {"weight": q}})["w"]["weight"].bits) == np.float32(whole)
 
 
 def test_what_no_plan_has_is_left_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,16 +170,22 @@ def _trained(study: Study, seed: int, folder: Path, progress: Progress) -> Any:
         with progress.task(f"training seed {seed}", study.train_steps) as advance:
             params = study.train(seed, advance)
         check_trained(study, params)
+        # Under a name of its own: two sweeps may have trained it, and save at the same time.
+        own = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}")
+        checkpointer.save(own, params)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(own)
+        is_whole = str(jax.tree.structure(restored)) == str(jax.tree.structure(params))
         try:
-            checkpointer.save(folder, params)
-        except ValueError:
+            if is_whole:
+                own.rename(folder)
+        except OSError:
             if not folder.exists():
                 raise
-            return _restored(checkpointer, folder)  # another sweep has saved it meanwhile
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(folder)
-    if str(jax.tree.structure(restored)) != str(jax.tree.structure(params)):
-        shutil.rmtree(folder)
+            return _restored(checkpointer, folder)  # another sweep has been first
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+    if not is_whole:
         raise errors.SweepError(
             "the parameters do not come back from a checkpoint as they are",
             where=f"study {study.name}, {jax.tree.structure(params)}"[:200],

@@ -10,7 +10,7 @@ import jax
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import QParams
+from quantjax.affine import Fault, QParams
 from quantjax.interpreter import Role, leaves_by_path
 from quantjax.meshes import automatic
 from quantjax.planning import Plan
@@ -18,13 +18,14 @@ from quantjax.quantizer import RangeMode
 from quantjax.ranges import FitRule, IndexedRule, RangeRule, Target, checked_rule, derive_many
 from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.statistics import Statistics
-from quantjax.transforms.check import check
+from quantjax.transforms.check import REASONS, check
 from quantjax.transforms.observe import State
 from quantjax.transforms.operands import (
     Bits,
     check_used,
     covering,
     holding_what_was_seen,
+    is_a_choice,
     statistics_for,
     weight_at_hand,
     width_of,
@@ -149,7 +150,7 @@ def calibrate_by(
         entry.site.name: {o.key: _started(entry, o, found) for o in entry.quantized}
         for entry in plan.quantized
     }
-    _raise_problems(qstate)
+    _raise_problems(plan, qstate)
     return qstate
 
 
@@ -208,9 +209,13 @@ def _by_rule(jobs: list[_Job]) -> Iterator[tuple[_Job, QParams]]:
             yield job, holding_what_was_seen(job.entry, job.operand, qparams, job.statistics)
 
 
-def _raise_problems(qstate: QState) -> None:
+def _raise_problems(plan: Plan, qstate: QState) -> None:
     known = all(concrete(leaf) is not None for leaf in jax.tree.leaves(qstate))
     problems = check(qstate) if known else []
+    # What no layer saw has raised before; one that never takes a branch is not computed either.
+    never, _ = REASONS[Fault.NEVER_CALIBRATED]
+    choices = {entry.site.name for entry in plan.quantized if is_a_choice(entry)}
+    problems = [one for one in problems if one.what != never or one.site not in choices]
     if problems:
         first = problems[0]
         raise errors.DataError(

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 import quantjax as qj
@@ -72,6 +73,21 @@ def test_a_model_that_another_sweep_saved_meanwhile_is_taken(tmp_path):
         return study.train(seed, on_step)
 
     assert run_sweep(dataclasses.replace(study, train=train), GRID, tmp_path).rows == found[0]
+
+
+def test_two_sweeps_may_save_a_model_at_the_same_time(tmp_path, monkeypatch):
+    """Orbax waited five minutes for the other one's folder, and one of the two ended there."""
+    real, found = ocp.StandardCheckpointer.save, []
+
+    def save(self, path, params):
+        monkeypatch.setattr(ocp.StandardCheckpointer, "save", real)
+        real(self, path, params)
+        found.append(run_sweep(tiny_study(), GRID, tmp_path).rows)
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", save)
+    assert run_sweep(tiny_study(), GRID, tmp_path).rows == found[0]
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["seed_0"]
 
 
 def test_an_error_in_a_rule_of_ones_own_names_the_rule(tmp_path):

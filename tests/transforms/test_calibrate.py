@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import quantjax as qj
+from quantjax import errors
 from quantjax.affine import qparams_from_range
 from tests.models import assert_same_bits, cnn, dense, mlp, normal, planned, policy, ready
+from tests.refused import refused
 
 SITES = ("params/Dense_0/kernel", "params/Dense_1/kernel")
 
@@ -195,3 +197,29 @@ def test_traced_verbs_move_nothing_to_the_device(case, observed):
         qstate = verb(state, case.params)
         frozen = jax.jit(functools.partial(qj.freeze, plan))(qstate, case.params)
         jax.jit(qj.execute(case.f, plan))(qstate, frozen, case.x)
+
+
+def test_a_layer_that_never_takes_a_branch_needs_no_calibration():
+    """Every other layer of a scan is left out by its number, whatever the data are."""
+
+    def f(params, x):
+        def layer(h, of_step):
+            w, number = of_step
+            taken = lambda h: jnp.tanh(h @ w)  # noqa: E731
+            return jax.lax.cond(number % 2 == 0, taken, lambda h: h, h), None
+
+        return jax.lax.scan(layer, x, (params["w"], jnp.arange(3)))[0]
+
+    params, x = {"w": normal(0, 3, 8, 8)}, normal(1, 4, 8)
+    plan = qj.plan(qj.uniform_policy(), qj.sites(f, params, x))
+    with refused(errors.CalibrationError, "never run", "in cond"):
+        qj.calibrate(plan, qj.init(plan), params)
+    _, state = jax.jit(qj.observe(f, plan))(qj.init(plan), params, x)
+    qstate = qj.calibrate(plan, state, params)
+    assert np.isnan(qstate["w"]["activation"].scale.ravel()).tolist() == [False, True, False]
+    (problem,) = qj.check(qstate)
+    assert problem.lanes == (1,)
+    y = jax.jit(qj.fake_quantize(f, plan))(qstate, params, x)
+    np.testing.assert_allclose(y, f(params, x), atol=0.1)
+    executed = jax.jit(qj.execute(f, plan))(qstate, qj.freeze(plan, qstate, params), x)
+    np.testing.assert_allclose(executed, y, rtol=1e-6)  # multiply-adds of the compiler

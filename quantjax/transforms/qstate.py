@@ -20,7 +20,9 @@ from quantjax.transforms.calibrate import QState
 from quantjax.transforms.whole import known_nearest, whole_qparams
 
 
-def _at_held_width(quantizer: Quantizer, stated: QParams, where: str) -> QParams:
+def _at_held_width(
+    quantizer: Quantizer, stated: QParams, where: str, *, codes_stay_real: bool
+) -> QParams:
     """At the nearest whole width; a scale of NaN where the container does not hold that one.
 
     Codes beyond the container would be others in what is frozen.
@@ -31,7 +33,6 @@ def _at_held_width(quantizer: Quantizer, stated: QParams, where: str) -> QParams
     format, rest = quantizer.format, quantizer.estimator.rest
     known = whole_qparams(stated, known_nearest)
     held = format.known_valid(known.bits, rest(known.theta))
-    qparams = whole_qparams(stated)
     if held is False:
         raise errors.BitsError(
             f"a width of {concrete(stated.bits)} bits in the qstate",
@@ -39,6 +40,9 @@ def _at_held_width(quantizer: Quantizer, stated: QParams, where: str) -> QParams
             why=f"{format.name} in a container of {format.max_bits} bits has no such width",
             fix=f"qj.calibrate with a width that it has, for instance {format.max_bits}",
         )
+    if codes_stay_real and isinstance(format, IntegerFormat):
+        return stated
+    qparams = whole_qparams(stated)
     if held or quantizer.range is RangeMode.LIVE:  # which has no scale yet, and checks its own
         return qparams
     valid = format.holds_nearest(jnp.asarray(qparams.bits, jnp.float32), rest(qparams.theta))
@@ -98,9 +102,9 @@ def checked_qstate(
                 )
             _check_shapes(operand, qparams, steps, where)
             assert operand.quantizer is not None
-            found = _at_held_width(operand.quantizer, qparams, where)
-            is_integer = isinstance(operand.quantizer.format, IntegerFormat)
-            checked[name][key] = qparams if codes_stay_real and is_integer else found
+            checked[name][key] = _at_held_width(
+                operand.quantizer, qparams, where, codes_stay_real=codes_stay_real
+            )
     return checked
 
 

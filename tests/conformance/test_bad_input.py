@@ -37,7 +37,8 @@ def test_calibration_that_was_never_run():
 @pytest.mark.parametrize("which", ["weight_bits", "activation_bits"])
 def test_a_width_outside_the_format(mlp_ready, bits, which):
     plan, state, _ = mlp_ready
-    with refused(errors.BitsError, FIRST, which.removesuffix("_bits"), "up to 8", "max_bits=16"):
+    helps = ["max_bits=16"] if bits == 9 else []  # of the others no container has one
+    with refused(errors.BitsError, FIRST, which.removesuffix("_bits"), "up to 8", *helps):
         qj.calibrate(plan, state, MLP.params, **{which: bits})
     with refused(errors.BitsError, SECOND):
         qj.calibrate(plan, state, MLP.params, **{which: {SECOND: bits}})

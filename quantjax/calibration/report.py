@@ -162,8 +162,7 @@ def _seen(
 ) -> Iterator[_Seen]:
     """All operands with a fixed range and a width."""
     plan.check_params(params)
-    for role, bits in widths.items():
-        check_used(plan, bits, role)
+    check_used(plan, widths)
     leaves = leaves_by_path(params)
     for entry in plan.quantized:
         for operand in entry.quantized:

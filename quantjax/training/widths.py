@@ -11,12 +11,11 @@ import jax.numpy as jnp
 
 from quantjax.affine import LARGEST_SCALE, SMALLEST_SCALE, Fault, QParams, is_bypassed
 from quantjax.formats import REAL, Format, Span, Theta, divide_by_scale, levels_overflow
-from quantjax.interpreter import Role
 from quantjax.planning import Plan
 from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.transforms.calibrate import QState
-from quantjax.transforms.operands import Bits, check_used, width_of
+from quantjax.transforms.operands import Bits, by_role, check_used, width_of
 from quantjax.transforms.qstate import checked_qstate
 from quantjax.transforms.steps import over_steps
 
@@ -79,15 +78,8 @@ def with_bits(
     (2.0, 0.5)
     """
     qstate = checked_qstate(plan, qstate)
-    asked = {
-        Role.WEIGHT: weight_bits,
-        Role.ACTIVATION: activation_bits,
-        Role.GRADIENT: gradient_bits,
-        Role.OUTPUT: output_bits,
-        Role.BIAS: bias_bits,
-    }
-    for role, widths in asked.items():
-        check_used(plan, widths, role)
+    asked = by_role(weight_bits, activation_bits, gradient_bits, output_bits, bias_bits)
+    check_used(plan, asked)
     changed: QState = {name: dict(operands) for name, operands in qstate.items()}
     for entry in plan.quantized:
         name = entry.site.name

@@ -22,6 +22,7 @@ from quantjax.transforms.check import REASONS, check
 from quantjax.transforms.observe import State
 from quantjax.transforms.operands import (
     Bits,
+    by_role,
     check_used,
     covering,
     holding_what_was_seen,
@@ -84,13 +85,7 @@ def calibrate(
     ``qj.check(qstate)`` says why. Widths have no gradient, though the scale depends on them:
     estimators that learn a width have (``qj.estimators.ROUNDED_WIDTH``).
     """
-    asked = {
-        Role.WEIGHT: weight_bits,
-        Role.ACTIVATION: activation_bits,
-        Role.GRADIENT: gradient_bits,
-        Role.OUTPUT: output_bits,
-        Role.BIAS: bias_bits,
-    }
+    asked = by_role(weight_bits, activation_bits, gradient_bits, output_bits, bias_bits)
     check_plan(plan, verb="calibrate")
     for given in (rule, weight_rule, activation_rule):
         if given is not None:
@@ -121,8 +116,7 @@ def calibrate_by(
         )
     plan.check_params(params)
     leaves = leaves_by_path(params)
-    for role, bits in asked.items():
-        check_used(plan, bits, role)
+    check_used(plan, asked)
     found: dict[tuple[str, str], QParams] = {}
     jobs: list[_Job] = []
     for entry in plan.quantized:

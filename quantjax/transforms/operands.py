@@ -97,10 +97,26 @@ def is_a_choice(entry: SitePlan) -> bool:
     return bool({"cond", "while"} & {*entry.site.loops})
 
 
-def check_used(plan: Plan, bits: Bits | None, role: Role) -> None:
+def by_role(
+    weight: Bits | None,
+    activation: Bits | None,
+    gradient: Bits | None,
+    output: Bits | None,
+    bias: Bits | None,
+) -> dict[Role, Bits | None]:
+    """The widths that a verb is asked for."""
+    roles = (Role.WEIGHT, Role.ACTIVATION, Role.GRADIENT, Role.OUTPUT, Role.BIAS)
+    return dict(zip(roles, (weight, activation, gradient, output, bias), strict=True))
+
+
+def check_used(plan: Plan, asked: Mapping[Role, Bits | None]) -> None:
     """Raise ``PolicyError`` for widths of operands that no quantizer touches."""
-    if bits is None:
-        return
+    for role, bits in asked.items():
+        if bits is not None:
+            _check_role(plan, bits, role)
+
+
+def _check_role(plan: Plan, bits: Bits, role: Role) -> None:
     known = {
         entry.site.name: None
         for entry in plan.quantized

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import numbers
 import tempfile
@@ -41,6 +43,42 @@ def expect(
     raise errors.ArgumentError(
         f"{argument} is {_kind(value)}, and {_article(names)} is needed", where=where, fix=fix
     )
+
+
+def undeclared(value: Any) -> list[str]:
+    """What a dataclass holds besides its fields, which equality, hashes and files do not see."""
+    names = {field.name for field in dataclasses.fields(value)}
+    return [
+        name
+        for name in getattr(value, "__dict__", {})
+        if name not in names
+        and not isinstance(getattr(type(value), name, None), functools.cached_property)
+    ]
+
+
+def expect_declared(value: Any, *, where: str) -> None:
+    """Raise where a dataclass, or one inside of it, holds what is no field of it.
+
+    Two such values are equal, and the programs of the first are run for the second.
+
+    Raises:
+      ArgumentError: naming the class and what it holds.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for name in undeclared(value):
+            kind = type(value).__name__
+            raise errors.ArgumentError(
+                f"{kind} holds '{name}', which is no field of it",
+                where=where,
+                why="values are compared by their fields, and programs are kept by values: another "
+                f"{kind} would be taken for this one",
+                fix=f"@dataclasses.dataclass(frozen=True) on {kind}, with the field {name}",
+            )
+        for field in dataclasses.fields(value):
+            expect_declared(getattr(value, field.name), where=where)
+    elif isinstance(value, tuple):
+        for entry in value:
+            expect_declared(entry, where=where)
 
 
 def expect_key(key: object, *, where: str) -> None:

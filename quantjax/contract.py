@@ -15,6 +15,7 @@ import numpy as np
 
 from quantjax import errors
 from quantjax.affine import QParams
+from quantjax.arguments import expect_declared
 from quantjax.arithmetic import Arithmetic
 from quantjax.formats import ALL_LAWS, Format, Law, Theta
 from quantjax.granularity import expand
@@ -270,6 +271,7 @@ def check_format(
     >>> sorted(law.name for law in laws)
     ['IDEMPOTENT', 'INTEGER', 'MONOTONE', 'NEAREST', 'RESCALED', 'ZERO']
     """
+    expect_declared(format, where="qj.contract.check_format")
     try:
         hash(format)
     except TypeError as error:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import DIVIDED, QParams, Scaling, is_positive
-from quantjax.arguments import expect, expect_key
+from quantjax.arguments import expect, expect_declared, expect_key
 from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator
 from quantjax.formats import Format, Theta, integer
@@ -98,6 +98,7 @@ def fake_quant(
     ):
         example = "qj.integer(), qj.rounding.HALF_EVEN, qj.estimators.LSQ, qj.affine.DIVIDED"
         expect(value, kind, argument=name, where="qj.fake_quant", fix=f"one as in {example}")
+    expect_declared(format, where="qj.fake_quant")
     container = format or integer(max_bits=16, signed=signed, narrow=narrow)
     x = jnp.asarray(x)
     check_floating(x, "qj.fake_quant")

@@ -120,10 +120,11 @@ class Plan:
         ratio = whole / self.bytes if self.bytes else 1.0
         macs = sum(entry.site.multiply_adds for entry in self.sites)
         quantized = sum(entry.site.multiply_adds for entry in self.quantized)
-        share = quantized / macs if macs else 0.0
+        known = isinstance(macs, int) and macs > 0
+        share = f", {quantized / macs:.0%} of them in quantized sites" if known else ""
         return (
             f"total: {amount(parameters)} weights, {amount(self.bytes)} bytes, {amount(whole)} in "
-            f"float ({ratio:.3g}x); {amount(macs)} MACs, {share:.0%} of them in quantized sites"
+            f"float ({ratio:.3g}x); {amount(macs)} MACs{share}"
         )
 
     def to_pandas(self) -> Any:

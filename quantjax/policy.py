@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from quantjax.arguments import expect
+from quantjax.arguments import expect, expect_declared
 from quantjax.biases import AccumulatorBias
 from quantjax.formats import integer
 from quantjax.formats.widths import check_bits
@@ -79,6 +79,7 @@ class Rule:
         example = 'qj.rule(qj.path("*/Dense_0/*"), qj.Scheme(weights=...))'
         expect(self.selector, Selector, argument="selector", where="qj.rule", fix=example)
         expect(self.scheme, Scheme, argument="scheme", where="qj.rule", fix=example)
+        expect_declared(self.selector, where="qj.rule")
 
     def __str__(self) -> str:
         return f"{self.selector}: {self.scheme}" + (" (optional)" if self.optional else "")

@@ -23,6 +23,8 @@ def amount(number: int) -> str:
     >>> [amount(n) for n in (0, 999, 1000, 12_345, 999_999, 41_000_000, 5 * 10**12)]
     ['0', '999', '1k', '12.3k', '1M', '41M', '5T']
     """
+    if not isinstance(number, int | float):  # of an exported program, where it may be symbolic
+        return str(number)
     for unit, letter in ((1, ""), (10**3, "k"), (10**6, "M"), (10**9, "G"), (10**12, "T")):
         shown = float(f"{number / unit:.3g}")
         if shown < 1000 or letter == "T":

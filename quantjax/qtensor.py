@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import DIVIDED, QParams, Scaling, is_positive
-from quantjax.arguments import expect
+from quantjax.arguments import expect, expect_declared
 from quantjax.arithmetic import Arithmetic
 from quantjax.fake_quant import check_floating, check_scale
 from quantjax.formats import Format, Theta
@@ -187,6 +187,7 @@ def encode(
     """
     expect(qparams, QParams, argument="qparams", where="qj.encode", fix="qj.QParams(scale, 0, 8)")
     expect(format, Format, argument="format", where="qj.encode", fix="qj.integer()")
+    expect_declared(format, where="qj.encode")
     expect(rounding, Rounding, argument="rounding", where="qj.encode", fix="qj.rounding.FLOOR")
     _check_bits(x, qparams, format)
     check_scale(qparams.scale, qparams.zero_point, where="qj.encode")

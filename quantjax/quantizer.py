@@ -14,7 +14,7 @@ import numpy as np
 
 from quantjax import errors, statistics
 from quantjax.affine import DIVIDED, QParams, Scaling, mark_faults, qparams_from_range
-from quantjax.arguments import expect
+from quantjax.arguments import expect, expect_declared
 from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator, check_needs
 from quantjax.formats import Format, Theta, integer, known_overflow, levels_overflow
@@ -96,6 +96,7 @@ class Quantizer:
                 where="a quantizer",
                 fix=f"{name}={example}",
             )
+        expect_declared(self, where="a quantizer")
         if not self.symmetric and not self.format.has_zero_point:
             raise errors.QuantizerError(
                 f"{self.format.name} has no zero point, so its range cannot be asymmetric",

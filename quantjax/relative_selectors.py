@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from quantjax import errors
+from quantjax.arguments import expect
 from quantjax.interpreter import Site, SiteStatus
 from quantjax.selectors import Named, Selector, weighted
 
@@ -127,6 +128,15 @@ class EveryUse(_Relative):
         return f"every use of {self.among}"
 
 
+def _among(selector: Selector | None) -> Selector:
+    """What a relative selector chooses from: by default what has a weight."""
+    if selector is None:
+        return weighted()
+    fix = 'qj.first(qj.path("*/Dense_0/*"))'
+    expect(selector, Selector, argument="selector", where="a selector among others", fix=fix)
+    return selector
+
+
 def first(selector: Selector | None = None, *, count: int = 1) -> Selector:
     """The first ``count`` sites in program order of those that ``selector`` matches.
 
@@ -136,12 +146,12 @@ def first(selector: Selector | None = None, *, count: int = 1) -> Selector:
     >>> str(first())
     'first 1 of weighted'
     """
-    return First(selector or weighted(), _positive(count))
+    return First(_among(selector), _positive(count))
 
 
 def last(selector: Selector | None = None, *, count: int = 1) -> Selector:
     """The last ``count`` sites; as :func:`first`."""
-    return Last(selector or weighted(), _positive(count))
+    return Last(_among(selector), _positive(count))
 
 
 def costliest(share: float, selector: Selector | None = None) -> Selector:
@@ -155,7 +165,7 @@ def costliest(share: float, selector: Selector | None = None) -> Selector:
     """
     if not 0.0 < share <= 1.0:
         raise errors.PolicyError(f"a share of {share}", fix="a number above 0 and up to 1")
-    return Costliest(selector or weighted(), share)
+    return Costliest(_among(selector), share)
 
 
 def first_use(selector: Selector | None = None) -> Selector:
@@ -173,7 +183,7 @@ def first_use(selector: Selector | None = None) -> Selector:
     ...  for chosen in (weighted(), first_use())]
     [['a', 'b', 'b#1'], ['a', 'b']]
     """
-    return FirstUse(selector or weighted())
+    return FirstUse(_among(selector))
 
 
 def every_use(selector: Selector) -> Selector:

@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Sequence
 
+from quantjax import errors
 from quantjax.arguments import expect
 from quantjax.interpreter import Op, Role, Site
 
@@ -32,6 +33,15 @@ class Selector(abc.ABC):
 
     def __invert__(self) -> Selector:
         return not_(self)
+
+    def __bool__(self) -> bool:
+        """Raises: ``and``, ``or`` and ``not`` would drop one of two selectors without a word."""
+        raise errors.ArgumentError(
+            f"the selector '{self}' is neither true nor false",
+            where="and, or, not or if",
+            why="which sites it matches depends on the table",
+            fix="a & b, a | b, ~a",
+        )
 
     @abc.abstractmethod
     def __str__(self) -> str:
@@ -240,11 +250,14 @@ def path(pattern: str) -> Path:
 
 def op(*ops: Op) -> Selector:
     """Sites of some primitives: ``qj.op(qj.Op.CONV)``; lookups are ``GATHER`` and ``SLICE``."""
+    for each in ops:
+        expect(each, Op, argument="one of the ops", where="qj.op", fix="qj.op(qj.Op.CONV)")
     return OfOp(ops)
 
 
 def role(role: Role) -> Selector:
     """Sites that have an operand of a role: weight, activation or gradient."""
+    expect(role, Role, argument="role", where="qj.role", fix="qj.role(qj.Role.GRADIENT)")
     return WithRole(role)
 
 
@@ -268,11 +281,13 @@ def at_least(*, multiply_adds: int = 0, parameters: int = 0) -> Selector:
 
 def all_of(*selectors: Selector) -> Selector:
     """Sites that all of them match; ``a & b`` is short for it."""
+    _expect_selectors(selectors, "all_of")
     return Combined(selectors, every=True)
 
 
 def any_of(*selectors: Selector) -> Selector:
     """Sites that one of them matches; ``a | b`` is short for it."""
+    _expect_selectors(selectors, "any_of")
     return Combined(selectors, every=False)
 
 
@@ -282,4 +297,11 @@ def not_(selector: Selector) -> Selector:
     >>> str(weighted() & ~path("*/head/*"))
     '(weighted & ~*/head/*)'
     """
+    _expect_selectors((selector,), "not_")
     return Not(selector)
+
+
+def _expect_selectors(selectors: Sequence[Selector], function: str) -> None:
+    fix = f"qj.{function}(*selectors)" if function != "not_" else "~qj.path('*')"
+    for each in selectors:
+        expect(each, Selector, argument="a selector", where=f"qj.{function}", fix=fix)

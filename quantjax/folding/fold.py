@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from quantjax import errors
+from quantjax.arguments import expect
 from quantjax.folding.norms import BatchNorm, FoldStatus, Place
 from quantjax.interpreter import leaves_by_path
 from quantjax.printing import shape_text
@@ -77,6 +78,10 @@ def fold_batch_norm(params: PyTree, norms: Sequence[BatchNorm]) -> PyTree:
 
 def foldable(norms: Sequence[BatchNorm], where: str) -> list[BatchNorm]:
     """The rows that can be folded; an error where there are rows and none of them can."""
+    again = "norms = qj.batch_norms(f, params, x)"
+    expect(norms, Sequence, argument="norms", where=where, fix=again)
+    for norm in norms:
+        expect(norm, BatchNorm, argument="one of the norms", where=where, fix=again)
     rows = [norm for norm in norms if norm.foldable]
     if norms and not rows:
         in_training = norms[0].status is FoldStatus.BATCH_STATISTICS
@@ -139,6 +144,28 @@ def factor(norm: BatchNorm, leaves: Mapping[str, Any]) -> Float[Array, " channel
     return k if norm.scale is None else k * of_channels(norm.scale, leaves).astype(k.dtype)
 
 
+_SMALLEST = 2.0**-40
+
+
+def is_gone(k: Float[Array, " channels"]) -> Bool[Array, " channels"]:
+    """Where a factor is so small that no product can be had back by it.
+
+    That is the case at 0, and where ``1 / k²``, the derivative of dividing by it, would overflow.
+    """
+    return jnp.abs(k) < _SMALLEST
+
+
+def folded_kernel(
+    norm: BatchNorm, leaves: Mapping[str, Any], k: Float[Array, " channels"]
+) -> Float[Array, "..."]:
+    """``W k``, in the parameter's own dtype."""
+    assert norm.kernel is not None
+    kernel = jnp.asarray(leaves[norm.kernel.path])
+    dtype = wide(k.dtype, kernel.dtype)
+    along = in_parameter(norm.kernel, k).astype(dtype)
+    return (kernel.astype(dtype) * along).astype(kernel.dtype)
+
+
 def wide(*dtypes: Any) -> Any:
     """float32, or float64 where one of them is."""
     return jnp.float64 if jnp.float64 in dtypes else jnp.float32
@@ -171,11 +198,7 @@ def _folded(norm: BatchNorm, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
             changed[place.path] = in_parameter(place, values).astype(dtype)
 
     assert norm.kernel is not None
-    kernel = jnp.asarray(leaves[norm.kernel.path])
-    along = in_parameter(norm.kernel, k)
-    dtype = wide(k.dtype, kernel.dtype)
-    product = kernel.astype(dtype) * along.astype(dtype)
-    changed[norm.kernel.path] = product.astype(kernel.dtype)
+    changed[norm.kernel.path] = folded_kernel(norm, leaves, k)
     put(norm.variance, jnp.ones_like(k) - norm.epsilon)
     put(norm.scale, jnp.ones_like(k))
     shift: jax.Array = jnp.zeros_like(k)

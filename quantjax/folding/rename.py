@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ from jaxtyping import PyTree
 
 from quantjax import errors
 from quantjax.affine import QParams
-from quantjax.folding.fold import check_leaves, factor, foldable
+from quantjax.arguments import expect
+from quantjax.folding.fold import check_leaves, factor, foldable, is_gone
 from quantjax.folding.norms import BatchNorm
 from quantjax.interpreter import leaves_by_path
 from quantjax.planning import Plan
-from quantjax.site_plan import OperandPlan
+from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.qstate import checked_qstate
 
@@ -23,7 +25,9 @@ def renamed(qstate: QState, plan: Plan, other: Plan) -> QState:
     """The qstate of a plan for another plan of the same program, site for site in program order.
 
     A program with folding calls its kernels ``f(...)``, and the deployed one by their paths; all
-    else is the same, and the QParams are.
+    else is the same, and the QParams are. One thing may not be: where the product has a bias,
+    :func:`folded_training` divides ahead of it, so that the range of an output, and a bias, are not
+    those of the deployed model, and cannot be planned in both.
 
     Args:
       qstate: of ``plan``.
@@ -31,10 +35,11 @@ def renamed(qstate: QState, plan: Plan, other: Plan) -> QState:
 
     Raises:
       PlanMismatchError: planned products that differ in number, operation, operands, shapes or
-        quantizers.
+        quantizers; planned outputs or biases of which one plan alone has a bias.
       CalibrationError: a planned operand without QParams.
     """
     qstate = checked_qstate(plan, qstate)
+    expect(other, Plan, argument="other", where="qj.training.renamed", fix="renamed(qstate, a, b)")
     pairs = list(zip(plan.quantized, other.quantized, strict=False))
     different = [
         f"{old.site.name} and {new.site.name}"
@@ -52,7 +57,23 @@ def renamed(qstate: QState, plan: Plan, other: Plan) -> QState:
             why=f"they differ in {different[0]}" if different else numbers,
             fix="plan both with the same policy, for the same model",
         )
+    for old, new in pairs:
+        if _behind(old) != _behind(new):
+            raise errors.PlanMismatchError(
+                "an output or bias is not the same one in both plans",
+                where=f"qj.training.renamed, {old.site.name} and {new.site.name}",
+                why="one of the two has a bias ahead of its output, or another quantizer there",
+                fix="outputs=None, biases=None in the scheme of that site, in both plans",
+            )
     return {new.site.name: dict(qstate[old.site.name]) for old, new in pairs}
+
+
+def _behind(entry: SitePlan) -> tuple[Any, ...]:
+    """What is planned for output and bias, and whether there is a bias ahead of the output."""
+    planned = [(o.key, o.quantizer, o.scale_shape) for o in entry.after]
+    if not planned and entry.bias is None:
+        return ()
+    return planned, entry.bias, entry.site.bias is None
 
 
 def refolded(
@@ -76,6 +97,7 @@ def refolded(
     Raises:
       TrainingError: a scale that several channels share, or an estimator with parameters of its
         own, or a planned output or bias, which cannot follow; parameters that are not there.
+      PlanMismatchError: a kernel that is no site of the plan, as in that of the folded function.
       CalibrationError: a planned operand without QParams.
     """
     where = "qj.training.refolded"
@@ -84,6 +106,15 @@ def refolded(
     leaves = [leaves_by_path(tree) for tree in (before, after)]
     for each in leaves:
         check_leaves(list(rows.values()), each, where)
+    known = {entry.site.name for entry in plan.sites}
+    for name in rows:
+        if name not in known:
+            raise errors.PlanMismatchError(
+                f"no site of the plan is {name}",
+                where=where,
+                why=f"it is the kernel of a batch norm; there are {', '.join(sorted(known)[:6])}",
+                fix="qj.training.renamed(qstate, plan, own) first, own of the model in evaluation",
+            )
     moved = {name: dict(operands) for name, operands in qstate.items()}
     for entry in plan.quantized:
         norm = rows.get(entry.site.name)
@@ -93,7 +124,7 @@ def refolded(
             if operand.is_weight and norm is not None:
                 old, new = (factor(norm, each) for each in leaves)
                 # A channel that is 0 before or after has codes of 0 under any scale.
-                ratio = jnp.where((old == 0.0) | (new == 0.0), 1.0, jnp.abs(new / old))
+                ratio = jnp.where(is_gone(old) | is_gone(new), 1.0, jnp.abs(new / old))
                 qparams = moved[entry.site.name][operand.key]
                 moved[entry.site.name][operand.key] = _rescaled(qparams, ratio, operand, norm)
     return moved

@@ -13,16 +13,19 @@ from jaxtyping import PyTree
 
 from quantjax import errors
 from quantjax.folding.channels import channel_shape, out_axes
-from quantjax.folding.fold import check_leaves, factor, foldable, wide
-from quantjax.folding.norms import BatchNorm
+from quantjax.folding.fold import check_leaves, factor, foldable, folded_kernel, is_gone, wide
+from quantjax.folding.norms import BatchNorm, Place
 from quantjax.interpreter import (
     Carried,
     Outcome,
     Product,
     Program,
     ProgramCache,
+    Role,
+    Site,
     Visit,
     evaluate,
+    evaluate_origin,
     leaves_by_path,
 )
 from quantjax.interpreter.trace import Function
@@ -57,13 +60,13 @@ class Held(NamedTuple):
 def folded_training(f: Function, norms: Sequence[BatchNorm]) -> Callable[..., Any]:
     """``folded_training(f, norms)(params, *inputs)``: a training-mode ``f``, its kernels as folded.
 
-    Each product ahead of a batch norm is computed as ``z = (x ⋆ (W k)) / k`` with ``k = γ /
-    sqrt(σ² + ε)`` of the **running** variance, for each channel; the batch norm behind it is left
-    as it is, with the statistics of the batch. Without quantization that is ``f`` to rounding, in
-    value, new statistics and gradients. With it, what is quantized is ``W k``, the kernel that
-    :func:`fold_batch_norm` makes and an integer program holds: ``qj.sites`` of the result shows it
-    as ``f(...)``. After training, :func:`renamed` hands the qstate over to the plan of the folded
-    model in evaluation mode, whose codes are the same.
+    Each product of a kernel ahead of a batch norm is computed as ``z = (x ⋆ (W k)) / k`` with
+    ``k = γ / sqrt(σ² + ε)`` of the **running** variance, for each channel; the batch norm behind it
+    is left as it is, with the statistics of the batch. Without quantization that is ``f`` to
+    rounding, in value, new statistics and gradients. With it, what is quantized is ``W k``, the
+    kernel that :func:`fold_batch_norm` makes and an integer program holds: ``qj.sites`` of the
+    result shows it as ``f(...)``. After training, :func:`renamed` hands the qstate over to the plan
+    of the folded model in evaluation mode, whose codes are the same.
 
     Where the running statistics are taken anew at the end, see :class:`Held` and :func:`refolded`.
 
@@ -80,8 +83,10 @@ def folded_training(f: Function, norms: Sequence[BatchNorm]) -> Callable[..., An
       TrainingError: a product or parameter that ``norms`` names is not there or has another shape;
         no row can be folded.
 
-    Sharp edges: where γ is 0 the channel's product could not be had back, and is not scaled: its
-    codes are then those of ``W``. Gradients flow through ``k`` to γ; those to σ² are 0 in float.
+    Sharp edges: where ``|k|`` is below 1e-12, as with γ = 0, the channel's product could not be had
+    back, and is not scaled: its codes are then those of ``W``. A range that was calibrated there
+    does not fit once γ has grown: give weights a live range, or calibrate when it has. Gradients
+    flow through ``k`` to γ; those to σ² are 0 in float.
 
     >>> from quantjax.folding import batch_norms
     >>> def train(p, x):
@@ -108,36 +113,40 @@ def folded_training(f: Function, norms: Sequence[BatchNorm]) -> Callable[..., An
 
     def training(params: Any, *inputs: Any) -> Any:
         params, at = params if isinstance(params, Held) else (params, params)
-        leaves = leaves_by_path(at)
+        leaves, own = leaves_by_path(at), leaves_by_path(params)
         check_leaves(rows, leaves, WHERE)
         program = programs(params, *inputs)
-        _check_products(rows, program)
-        values = {norm.site: _factors(norm, leaves) for norm in rows}
+        values = {}
+        for norm in rows:
+            assert norm.kernel is not None
+            k = factor(norm, leaves)
+            k = jnp.where(is_gone(k), 1.0, k)
+            kernel = folded_kernel(norm, own, k)
+            for name in _products_of(norm, program):
+                weight = evaluate_origin(program.weights[name], {**own, norm.kernel.path: kernel})
+                values[name] = _Scaled(weight, k.reshape((*norm.steps, norm.channels)))
         carried = Carried(values, {})
-        return evaluate(program, _scaled, frozenset(values), carried, params, *inputs).result
+        return evaluate(program, _product, frozenset(values), carried, params, *inputs).result
 
     return training
 
 
-def _factors(norm: BatchNorm, leaves: dict[str, Any]) -> jax.Array:
-    """``k`` behind an axis for each loop, 1 where it is 0."""
-    k = factor(norm, leaves)
-    return jnp.where(k == 0.0, 1.0, k).reshape((*norm.steps, norm.channels))
+class _Scaled(NamedTuple):
+    """``W k`` as it enters the product, and ``k``, behind an axis for each loop."""
+
+    kernel: jax.Array
+    k: jax.Array
 
 
-def _scaled(visit: Visit) -> Outcome:
+def _product(visit: Visit) -> Outcome:
     """``(x ⋆ (W k)) / k``."""
     weight = visit.site.weight
     assert weight is not None
     pair = [visit.lhs, visit.rhs]
-    kernel, product, k = pair[weight.side], visit.product, visit.value
-    dtype = wide(k.dtype, kernel.dtype)
-    own = [n if axis in weight.free else 1 for axis, n in enumerate(kernel.shape)]
-    scaled = kernel.astype(dtype) * k.reshape(own).astype(dtype)
-    pair[weight.side] = scaled.astype(kernel.dtype)
-    out = product.bind(*pair)
+    pair[weight.side], k = visit.value
+    out = visit.product.bind(*pair)
     dtype = wide(k.dtype, out.dtype)
-    divided = out.astype(dtype) / _along_result(k, product, weight.side).astype(dtype)
+    divided = out.astype(dtype) / _along_result(k, visit.product, weight.side).astype(dtype)
     return Outcome(divided.astype(out.dtype))
 
 
@@ -151,20 +160,29 @@ def _along_result(k: jax.Array, product: Product, side: int) -> jax.Array:
     return k.reshape(shape).transpose(order).reshape(result)
 
 
-def _check_products(norms: Sequence[BatchNorm], program: Program) -> None:
-    sites = {site.name: site for site in program.sites.values()}
-    for norm in norms:
-        site = sites.get(norm.site)
+def _products_of(norm: BatchNorm, program: Program) -> list[str]:
+    """All products of the kernel with data: the one behind which the batch norm was found, and
+    those of a further pass."""
+    assert norm.kernel is not None
+    found = {site.name: site for site in program.sites.values() if _has_kernel(site, norm.kernel)}
+    for site in [found.get(norm.site), *found.values()]:
         weight = None if site is None else site.weight
         channels = 0
         if site is not None and weight is not None:
             channels = math.prod(weight.shape[axis] for axis in weight.free)
         if site is None or (site.op, site.steps, channels) != (norm.op, norm.steps, norm.channels):
-            found = "no such product" if site is None else f"{site.op.value} of {channels} channels"
+            what = "no such product" if site is None else f"{site.op.value} of {channels} channels"
             raise errors.TrainingError(
                 "the program in training mode is another one",
-                where=f"{WHERE}, product {norm.site}",
-                why=f"found {found}, with layers {shape_text(() if site is None else site.steps)}; "
+                where=f"{WHERE}, product {norm.site if site is None else site.name}",
+                why=f"found {what}, with layers {shape_text(() if site is None else site.steps)}; "
                 f"in evaluation mode {norm.channels} channels, layers {shape_text(norm.steps)}",
                 fix="norms=qj.batch_norms(f, params, x) of the same model in evaluation mode",
             )
+    return list(found)
+
+
+def _has_kernel(site: Site, kernel: Place) -> bool:
+    """Whether it multiplies data by this parameter, moved or cast."""
+    weights = [operand for operand in site.operands if operand.role is Role.WEIGHT]
+    return len(weights) == 1 and weights[0].storable and weights[0].paths == (kernel.path,)

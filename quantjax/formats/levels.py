@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import numbers
 from collections.abc import Mapping, Sequence
 
@@ -56,9 +57,27 @@ def width_table(rows: Mapping[int, Sequence[float]], max_bits: int) -> np.ndarra
     Each row repeats its highest level to the end. A width without a row of its own has that of the
     next width that has one, so that what is computed there and discarded is finite.
 
+    Raises:
+      FormatError: too many levels for a width, or none for the widest; levels that descend.
+
     >>> width_table({1: (0, 1), 2: (0, 1, 4)}, 2).tolist()
     [[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 4.0, 4.0]]
     """
+    for bits, levels in rows.items():
+        fits = 0 < bits <= max_bits and 0 < len(levels) <= 1 << bits
+        if not fits or any(a > b for a, b in itertools.pairwise(levels)):
+            raise errors.FormatError(
+                f"{len(levels)} levels for a width of {bits} bits",
+                where=f"a table of up to {max_bits} bits",
+                why="b bits have up to 2^b levels, in ascending order",
+                fix="width_table({1: (-1, 1), 2: (-1, 0, 1)}, 2)",
+            )
+    if max_bits not in rows:
+        raise errors.FormatError(
+            f"no levels for {max_bits} bits",
+            where=f"a table of up to {max_bits} bits",
+            fix=f"width_table(rows, {max(rows, default=1)}), or a row for {max_bits}",
+        )
     table = np.empty((max_bits + 1, 1 << max_bits), np.float32)
     for bits in reversed(range(max_bits + 1)):
         row = rows.get(bits)
@@ -123,7 +142,9 @@ class LevelFormat(Format):
         Args:
           bits: a scalar that may be traced. At 0 and at widths that do not exist the levels are
             not used, but have to be finite.
-          theta: parameters of the tensor, ``()`` for formats that have none.
+          theta: parameters of the tensor, ``()`` for formats that have none, and where a format
+            that has some is asked before a rule has found them: ``FormatError``, or the
+            ``KeyError`` or ``TypeError`` of looking them up, says that there are no levels yet.
         """
 
     @property
@@ -137,7 +158,7 @@ class LevelFormat(Format):
         function = self.levels
         for _ in range(bits.ndim):
             function = jax.vmap(function)
-        table = function(bits, theta)
+        table = jnp.asarray(function(bits, theta), jnp.float32)
         if table.shape != (*bits.shape, 1 << self.max_bits):
             raise errors.FormatError(
                 f"levels of shape {table.shape[bits.ndim :]} do not fill {self.max_bits} bits",

@@ -24,6 +24,10 @@ def levels_overflow(format: Format, bits: jax.Array, theta: Theta) -> jax.Array:
         _, high = format.level_range(bits, theta)
     except errors.FormatError:
         return jnp.zeros(jnp.shape(bits), bool)
+    except (KeyError, TypeError):  # theta["gamma"] of a format of one's own
+        if theta != ():
+            raise
+        return jnp.zeros(jnp.shape(bits), bool)
     is_scaled = format.scale_rule != UNIT
     return (high > LARGEST_SUMMED) & (bits != 0.0) & is_scaled
 

@@ -60,8 +60,9 @@ class Container:
 
     @property
     def length(self) -> int:
-        """How often a scan runs its body."""
-        return int(self.eqn.params["length"])
+        """How often a scan runs its body; in an exported program it may be symbolic."""
+        length: int = self.eqn.params["length"]
+        return length
 
     def split(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """Operands of a scan: constants, carry, and what it iterates over.
@@ -210,6 +211,8 @@ def _scan(
         )
 
     options = {k: container.eqn.params[k] for k in ("length", "reverse", "unroll")}
+    if not isinstance(container.length, int):  # symbolic, and that of what is iterated over
+        del options["length"]
     if container.eqn.params.get("_split_transpose"):
         options["_split_transpose"] = True
     (last, states), (ys, stacked_states, records) = lax.scan(

@@ -37,16 +37,6 @@ Precision = tuple[lax.Precision, lax.Precision] | None
 
 HIGHEST: Precision = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
 
-CONVOLUTION_PARAMS = (
-    "window_strides",
-    "padding",
-    "lhs_dilation",
-    "rhs_dilation",
-    "dimension_numbers",
-    "feature_group_count",
-    "batch_group_count",
-)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product:
@@ -108,13 +98,11 @@ class Product:
         Operands may be smaller than the equation's along contracted axes (blocks of them).
         """
         options: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
-        if self.op is Op.DOT:
-            return bind_altered(self.eqn, options, lhs, rhs)[0]
         if self.op is Op.RAGGED:
             numbers = self.params["ragged_dot_dimension_numbers"]
             return lax.ragged_dot_general(lhs, rhs, self.rest[0], numbers, **options)
-        options |= {name: self.params[name] for name in CONVOLUTION_PARAMS}
-        return lax.conv_general_dilated(lhs, rhs, **options)
+        # Bound, and not called anew: a window that is placed by a symbolic size would be refused.
+        return bind_altered(self.eqn, options, lhs, rhs)[0]
 
     def multiply_adds(self) -> int:
         """Multiply-accumulates of one call; taps that fall on padding are counted."""

@@ -27,6 +27,7 @@ NEUTRAL_MOVES = frozenset(
         "convert_element_type",
         "copy",
         "copy_p",
+        "name",
         "pcast",
         "pvary",
         "reshard",
@@ -42,6 +43,9 @@ STRUCTURAL = REARRANGING | {"dynamic_slice", "slice"}
 
 PASSING = STRUCTURAL | {"optimization_barrier"}
 """Primitives after which a parameter is still that parameter."""
+
+UNSTORED = frozenset({"weak_type"})
+"""Parameters of equations that change no number."""
 
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -213,16 +217,28 @@ def recipe(origin: Origin) -> tuple[str, tuple[str, ...]]:
             name, params = node.eqn.primitive.name, node.eqn.params
         elif node.kind is OriginKind.CONSTANT:
             constants.add(node.signature)
-        plain = {k: v for k, v in params.items() if isinstance(v, int | str | tuple | np.dtype)}
+        plain = {
+            key: value
+            for key, value in params.items()
+            if isinstance(value, int | str | tuple | np.dtype) and key not in UNSTORED
+        }
         inside = jex_core.jaxprs_in_params(plain)
         stated = "" if any(True for _ in inside) else ADDRESS.sub("", repr(sorted(plain.items())))
         below = [digests[id(operand)] for operand in node.operands]
-        if name in NEUTRAL_MOVES - {"convert_element_type"}:
+        if name in NEUTRAL_MOVES and not _is_cast(node.eqn):
             digests[id(node)] = below[0]
             continue
         text = f"{name}{stated}{below}{node.output}"
         digests[id(node)] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return digests[id(origin)], tuple(sorted(constants))
+
+
+def _is_cast(eqn: jex_core.JaxprEqn | None) -> bool:
+    """Whether it makes another dtype; that a number is no longer weakly typed changes nothing."""
+    if eqn is None or eqn.primitive.name != "convert_element_type":
+        return False
+    before, after = (getattr(var.aval, "dtype", None) for var in (eqn.invars[0], eqn.outvars[0]))
+    return before != after
 
 
 def step(source: Origin, loop: Loop) -> Origin:

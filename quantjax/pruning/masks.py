@@ -244,9 +244,19 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.A
 def sparsity_of(mask: PyTree) -> Float[Array, ""]:
     """The share of weights that go, of all that have a mask of their own.
 
+    Raises:
+      PruningError: a tree of something else than masks.
+
     >>> float(sparsity_of({"w": jnp.array([[True, False]]), "b": jnp.ones((), bool)}))
     0.5
     """
+    for path, leaf in leaves_by_path(mask).items():
+        if jnp.result_type(leaf) != jnp.bool_:
+            raise errors.PruningError(
+                f"{path or 'the tree'} is {jnp.result_type(leaf)}, and masks are True and False",
+                where="qj.pruning.sparsity_of",
+                fix="sparsity_of(qj.prune_mask(params, 0.5))",
+            )
     own = [jnp.asarray(leaf) for leaf in jax.tree.leaves(mask) if jnp.ndim(leaf) > 0]
     total = sum(leaf.size for leaf in own)
     gone = sum((jnp.sum(~leaf).astype(jnp.float32) for leaf in own), start=jnp.zeros(()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import numbers
 from abc import ABC, abstractmethod
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from quantjax import errors
 from quantjax._compat import concrete
+from quantjax.arguments import expect
 from quantjax.printing import shape_text
 
 
@@ -113,6 +115,9 @@ class NOfM(Structure):
     axis: int = -2
 
     def __post_init__(self) -> None:
+        for name, value in {"m": self.m, "axis": self.axis}.items():
+            where, fix = "qj.pruning.NOfM", "qj.pruning.NOfM(m=4, axis=-2)"
+            expect(value, numbers.Integral, argument=name, where=where, fix=fix)
         if self.m < 2:
             raise errors.PruningError(
                 f"groups of {self.m}", why="one weight has no neighbour", fix="qj.pruning.NOfM(4)"

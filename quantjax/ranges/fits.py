@@ -31,7 +31,7 @@ def apply_fit(
         codes of negative values, with :attr:`Fault.NEGATIVE`.
 
     Raises:
-      PolicyError: it returned something else than QParams of the scale's shape.
+      PolicyError: it returned something else than QParams of the scale's shape, or another width.
       QuantizerError: a zero point for a symmetric quantizer.
     """
     check_symmetry(rule, symmetric=symmetric)
@@ -43,6 +43,8 @@ def apply_fit(
             why=f"it returned {type(found).__name__}",
             fix="qj.QParams(scale, zero_point, bits)",
         )
+    if found.bits is not bits:
+        found = _at_the_width(rule, found, bits)
     found = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), found)
     for array in (found.scale, found.zero_point):
         if not holds_for(jnp.shape(array), scale_shape):
@@ -55,6 +57,21 @@ def apply_fit(
     if not format.signed:
         found = holding_negatives(found, x, scale_shape)
     return _without_zero_point(rule, found) if symmetric else found
+
+
+def _at_the_width(rule: FitRule, found: QParams, bits: jax.Array) -> QParams:
+    """Refused, or NaN under a trace, where the rule made another width of the one asked for."""
+    is_other = jnp.asarray(found.bits, jnp.float32) != bits
+    known = concrete(is_other)
+    if known is None:
+        return found._replace(scale=jnp.where(is_other, jnp.nan, found.scale), bits=bits)
+    if known.any():
+        raise errors.PolicyError(
+            f"the rule {rule.name} returned another width than it was asked for",
+            why=f"{concrete(found.bits)} bits in place of {concrete(bits)}",
+            fix="qj.QParams(scale, zero_point, bits), with the bits that it is called with",
+        )
+    return found._replace(bits=bits)
 
 
 def holding_negatives(found: QParams, x: jax.Array, scale_shape: tuple[int, ...]) -> QParams:

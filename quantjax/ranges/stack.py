@@ -203,12 +203,21 @@ def checked_rule(rule: Any, where: str) -> RangeRule | FitRule | IndexedRule:
     if isinstance(rule, RangeRule | FitRule | IndexedRule):
         for one in rule.rules if isinstance(rule, IndexedRule) else (rule,):
             _check_hashable(one, where)
+            if isinstance(one, RangeRule) and not isinstance(one.parameters, tuple):
+                raise errors.PolicyError(
+                    f"the parameters of the rule {one.name} are no tuple",
+                    where=where,
+                    why="its function is called with each of them",
+                    fix="parameters=(3.0,), with a comma",
+                )
         return rule
     fix = "qj.ranges.MSE, or another of qj.ranges"
+    name = getattr(rule, "__name__", "own")
     if isinstance(rule, RuleStack):
         fix = "stack[i], one of its rules; i may be an array"
     elif callable(rule):
-        fix = f"call it: qj.ranges.{getattr(rule, '__name__', 'percentile')}(...)"
+        is_ours = getattr(rule, "__module__", "").startswith("quantjax.")
+        fix = f"call it: qj.ranges.{name}(...)" if is_ours else f'qj.RangeRule("{name}", {name})'
     raise errors.PolicyError(f"{rule!r:.80} is no range rule", where=where, fix=fix)
 
 

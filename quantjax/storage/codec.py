@@ -21,14 +21,25 @@ import numpy as np
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.ranges import RangeRule
-from quantjax.storage.known import BUILT_IN, FAMILIES, KINDS, Known, family_of, kind_of, with_extra
+from quantjax.arguments import undeclared
+from quantjax.ranges import FitRule, RangeRule
+from quantjax.storage.known import (
+    BUILT_IN,
+    CONFIGURED,
+    FAMILIES,
+    KINDS,
+    Known,
+    family_of,
+    kind_of,
+    settings_of,
+    with_extra,
+)
 
 Json = Any
 """None, a boolean, a number, text, a list or a dictionary with text for keys."""
 
 TYPE, ENUM, FLOAT, DTYPE = "type", "enum", "float", "dtype"
-RANGE_RULE, PARAMETERS = "range_rule", "parameters"
+RANGE_RULE, PARAMETERS, SETTINGS = "range_rule", "parameters", "settings"
 
 
 def encode(value: Any, *, at: str = "value") -> Json:
@@ -36,7 +47,8 @@ def encode(value: Any, *, at: str = "value") -> Json:
 
     Dataclasses become ``{"type": name, field: ...}``, members of enumerations
     ``{"enum": "RangeMode.FIXED"}``, named functions ``{"rounding": "half_even"}``, a rule with
-    numbers ``{"range_rule": "percentile", "parameters": [0.999]}``, tuples lists.
+    numbers ``{"range_rule": "percentile", "parameters": [0.999]}``, one with settings
+    ``{"fit_rule": "admm", "settings": {"rho": 3.0}}``, tuples lists.
     A user's own class or named value is written by its name; :func:`decode` has to be told of it.
 
     Args:
@@ -56,6 +68,10 @@ def encode(value: Any, *, at: str = "value") -> Json:
         if numbers and (family := family_of(value)) is not None:
             return {RANGE_RULE: family, PARAMETERS: numbers}
     if kind is not None:
+        is_rule = isinstance(value, RangeRule | FitRule)
+        is_named = BUILT_IN.named.get((kind, value.name)) == value
+        if is_rule and not is_named and (settings := settings_of(value)) is not None:
+            return {kind: settings[0], SETTINGS: settings[1]}
         _check_own(BUILT_IN.named.get((kind, value.name), value), value, f"{kind} {value.name}", at)
         return {kind: value.name}
     if isinstance(value, enum.Enum):
@@ -113,6 +129,8 @@ def decode_known(data: Json, known: Known, at: str) -> Any:
         return _decode_dataclass(data, known, at)
     if data.keys() == {RANGE_RULE, PARAMETERS}:
         return _decode_rule(data, at)
+    if len(data) == 2 and SETTINGS in data:
+        return _decode_configured(data, at)
     if len(data) == 1:
         ((word, name),) = data.items()
         if isinstance(name, str):
@@ -193,16 +211,30 @@ def _decode_rule(data: dict[str, Json], at: str) -> Any:
         ) from None
 
 
+def _decode_configured(data: dict[str, Json], at: str) -> Any:
+    kind = next(key for key in data if key != SETTINGS)
+    family, settings = _look_up(CONFIGURED, data[kind], "rule with settings", at), data[SETTINGS]
+    try:
+        rule = family(**settings)
+    except (TypeError, errors.QuantizerError) as error:
+        raise errors.StorageError(
+            f"{settings!r:.80} are no settings of {data[kind]}",
+            where=f"{at}.{SETTINGS}",
+            why=getattr(error, "what", str(error)),
+            fix=getattr(error, "fix", "those that the function of that name takes"),
+        ) from None
+    if kind_of(rule) != kind:
+        raise errors.StorageError(
+            f"{data[kind]} is no {kind.replace('_', ' ')}", where=at, fix=f'"{kind_of(rule)}"'
+        )
+    return rule
+
+
 def _encode_dataclass(value: Any, at: str) -> Json:
     cls = type(value)
     _check_own(BUILT_IN.classes.get(cls.__name__, cls), cls, cls.__name__, at)
     fields = dataclasses.fields(value)
-    names = {field.name for field in fields}
-    hidden = [
-        name
-        for name in getattr(value, "__dict__", {})
-        if name not in names and not isinstance(getattr(cls, name, None), functools.cached_property)
-    ]
+    names, hidden = {field.name for field in fields}, undeclared(value)
     if hidden or TYPE in names:
         raise errors.StorageError(
             f"{cls.__name__} holds '{(hidden or [TYPE])[0]}', which cannot be written",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from quantjax.storage.tree import check_keys, decode_tree, encode_tree
 PARAMS_SCHEMA = "quantjax.params"
 PARAMS_VERSION = 1
 DOCUMENT, ARRAYS = "quantjax.json", "arrays"
+ATTEMPTS, PAUSE_SECONDS = 50, 0.01  # while another process replaces what is read
 
 
 def save_params(path: str | os.PathLike[str], qparams: PyTree, *, overwrite: bool = False) -> None:
@@ -91,19 +93,53 @@ def load_params(path: str | os.PathLike[str], *, extra: Sequence[Any] = ()) -> P
       extra: the user's own formats that a ``QTensor`` has, classes or values.
 
     Returns:
-      The tree, with JAX arrays for leaves.
+      The tree, with JAX arrays for leaves: the one that was there when it was begun, or one that
+      replaced it in the meantime, and never a part of each.
 
     Raises:
       StorageError: no such folder, another kind of folder, a newer version, arrays that are missing
         or damaged, a format that is not known, or 64-bit arrays where JAX holds 32 bits.
     """
     path = Path(path).absolute()
+    failure = errors.StorageError(
+        "the folder is replaced over and over while it is read",
+        where=path.name,
+        fix="load it when nothing saves to it",
+    )
+    for _ in range(ATTEMPTS):
+        before = _identity(path)
+        try:
+            found = _loaded(path, extra)
+        except errors.StorageError as error:
+            failure = error
+            # Replaced meanwhile, or between two names right now: by a writer that goes on.
+            if before is not None and _identity(path) == before:
+                raise
+            if before is None and not _left_aside(path):
+                raise
+        else:
+            if before is not None and _identity(path) == before:
+                return found
+        time.sleep(PAUSE_SECONDS)
+    raise failure
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Of the document that is there; that of another save is another one. None without one."""
+    try:
+        found = os.stat(path / DOCUMENT)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _loaded(path: Path, extra: Sequence[Any]) -> PyTree:
     if not os.path.isfile(path / DOCUMENT):  # Path.is_file raises for a name that is too long
         raise errors.StorageError(
             f"this is no folder that {save_params.__name__} wrote",
             where=path.name[:80],
             why=f"it has no {DOCUMENT}" if os.path.isdir(path) else "there is no such folder",
-            fix=_left_aside(path),
+            fix=_left_aside(path) or "check the path",
         )
     data = read_document(path / DOCUMENT, schema=PARAMS_SCHEMA, version=PARAMS_VERSION)
     check_keys(data, ("tree", "arrays"), f"{path.name}/{DOCUMENT}")
@@ -161,14 +197,14 @@ def _put_in_place(unfinished: Path, path: Path, *, overwrite: bool) -> None:
 
 
 def _left_aside(path: Path) -> str:
-    """The folder that a save left which was killed between two renames, or a path without one."""
+    """What to do with the folder that a save left which was killed between two renames; or ""."""
     try:
         left = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.tmp/{DOCUMENT}"))
     except OSError:  # a name that no folder has
         left = []
     if not left:
-        return "check the path"
-    return f"rename {left[-1].parent.name}, which a save that was killed left beside it"
+        return ""
+    return f"rename {left[-1].parent.name} beside it, unless a save is still at work on it"
 
 
 def _as_stored(array: np.ndarray) -> np.ndarray:

@@ -70,12 +70,18 @@ from quantjax.ranges import (
     FitRule,
     RangeRule,
     Solved,
+    admm,
     constant,
+    k_means,
+    kl_onnxruntime,
     l_p,
+    least_squares,
     percentile,
     sigma,
     sqnr,
+    ttq,
 )
+from quantjax.ranges.base import Configured
 from quantjax.relative_selectors import Costliest, EveryUse, First, FirstUse, Last
 from quantjax.rounding import ROUNDINGS, Rounding
 from quantjax.selectors import (
@@ -193,6 +199,15 @@ FAMILIES: Mapping[str, Callable[..., RangeRule]] = {
 }
 """Rules with numbers, written as ``{"range_rule": "percentile", "parameters": [0.999]}``."""
 
+CONFIGURED: Mapping[str, Callable[..., RangeRule | FitRule]] = {
+    "admm": admm,
+    "k_means": k_means,
+    "kl_onnxruntime": kl_onnxruntime,
+    "least_squares": least_squares,
+    "ttq": ttq,
+}
+"""Rules with settings, written as ``{"fit_rule": "admm", "settings": {"rho": 3.0, ...}}``."""
+
 KINDS: Mapping[str, type] = {
     "estimator": Estimator,
     "fit_rule": FitRule,
@@ -235,6 +250,38 @@ def family_of(rule: RangeRule) -> str | None:
     except (KeyError, TypeError, errors.QuantjaxError):
         return None
     return family if (own.name, own.range) == (rule.name, rule.range) else None
+
+
+def settings_of(rule: RangeRule | FitRule) -> tuple[str, dict[str, Any]] | None:
+    """The function and the settings that make this rule, where it is one of the library's.
+
+    >>> settings_of(kl_onnxruntime(bins=513)), settings_of(MSE)
+    (('kl_onnxruntime', {'bins': 513}), None)
+    """
+    function = rule.range if isinstance(rule, RangeRule) else rule.fit
+    if not isinstance(function, Configured):
+        return None
+    settings = dict(function.settings)
+    for family, make in CONFIGURED.items():
+        try:
+            own = make(**settings)
+        except (TypeError, errors.QuantjaxError):
+            continue
+        if own == rule:
+            return family, settings
+    return None
+
+
+def is_ours(rule: RangeRule | FitRule) -> bool:
+    """Whether the library has this rule, by its name or as one of a family.
+
+    >>> is_ours(MSE), is_ours(percentile(0.9)), is_ours(RangeRule("mse", print))
+    (True, True, False)
+    """
+    if BUILT_IN.named.get((kind_of(rule) or "", rule.name)) == rule:
+        return True
+    numbered = isinstance(rule, RangeRule) and family_of(rule) is not None
+    return numbered or settings_of(rule) is not None
 
 
 def with_extra(extra: Sequence[Any]) -> Known:

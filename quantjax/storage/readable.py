@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from quantjax import errors
 from quantjax.affine import QParams
+from quantjax.arguments import expect
 from quantjax.interpreter import Site
 from quantjax.planning import Plan, first_difference, plan, site_text
 from quantjax.policy import Policy
@@ -145,6 +146,10 @@ def plan_from(quantization: Quantization, table: SiteTable) -> Plan:
       PlanMismatchError: the first row that differs.
       StorageError: no policy was saved.
     """
+    fix = "plan_from(load_quantization(path), qj.sites(f, params, x))"
+    where = "quantjax.storage.plan_from"
+    expect(quantization, Quantization, argument="quantization", where=where, fix=fix)
+    expect(table, SiteTable, argument="table", where=where, fix=fix)
     if quantization.policy is None:
         raise errors.StorageError(
             "there is no policy to plan with",

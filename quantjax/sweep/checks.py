@@ -13,9 +13,10 @@ from quantjax import errors
 from quantjax.arguments import why_unwritable
 from quantjax.formats import example_theta
 from quantjax.policy import Rule
+from quantjax.printing import shape_text
 from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.ranges import MIN_MAX, RangeRule
-from quantjax.storage.known import BUILT_IN, FAMILIES, family_of
+from quantjax.storage.known import BUILT_IN, CONFIGURED, FAMILIES, is_ours
 from quantjax.sweep.grid import FLOAT_CELL, Grid
 from quantjax.sweep.study import Study
 from quantjax.transforms.observe import check_inputs
@@ -72,6 +73,31 @@ def calibration_batches(study: Study) -> list[Any]:
     return batches
 
 
+def check_comparable(study: Study, batch: Any, inputs: Any) -> None:
+    """Raise ``SweepError`` where a calibration batch is of another kind than what is tested.
+
+    Sizes may differ, axes and dtypes may not: the model is planned with one, and run on the other.
+    """
+
+    def kind(tree: Any) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, [(jnp.ndim(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+    if kind(batch) != kind(inputs):
+        found, wanted = (
+            ", ".join(
+                f"{jnp.result_type(a)} {shape_text(jnp.shape(a))}" for a in jax.tree.leaves(t)
+            )
+            for t in (batch, inputs)
+        )
+        raise errors.SweepError(
+            "calibration batches and test inputs are not alike",
+            where=f"study {study.name}",
+            why=f"the first batch is {found:.80}, the test inputs are {wanted:.80}",
+            fix="calibration=lambda: [inputs], a list of batches like those of test",
+        )
+
+
 def check_trained(study: Study, params: Any) -> None:
     """Raise ``SweepError`` for a tree without parameters, or with text; no checkpoint holds it."""
     leaves = jax.tree.leaves(params)
@@ -120,7 +146,7 @@ def _check_name(rule: RangeRule, study: Study) -> None:
         what = "is the name of the float baseline"
     elif library is not None and library != rule:
         what = "is not the library's, but has its name"
-    elif bracket and family in FAMILIES and family_of(rule) is None:
+    elif bracket and (family in FAMILIES or family in CONFIGURED) and not is_ours(rule):
         what = "is not of the library's family, but has its name"
     else:
         return

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quantjax import errors
+from quantjax._compat import concrete
+from quantjax.interpreter.provenance import ADDRESS
 from quantjax.ranges import FitRule, RangeRule, several
+from quantjax.storage.known import is_ours
 
 
 class Cell(NamedTuple):
@@ -52,7 +55,7 @@ class Grid:
             "activation_bits": self.activation_bits,
             "seeds": self.seeds,
         }
-        axes["rules"] = tuple(rule.name for rule in self.rules)
+        axes["rules"] = self.names
         for name, values in axes.items():
             if not values:
                 raise errors.SweepError(f"the axis {name} is empty", fix=f"give {name} a value")
@@ -63,11 +66,44 @@ class Grid:
 
     def cells(self) -> list[Cell]:
         """The float baseline, then all combinations, weight bits slowest."""
-        combinations = itertools.product(self.weight_bits, self.activation_bits, self.rules)
-        return [FLOAT_CELL, *(Cell(w, a, rule.name) for w, a, rule in combinations)]
+        combinations = itertools.product(self.weight_bits, self.activation_bits, self.names)
+        return [FLOAT_CELL, *(Cell(w, a, name) for w, a, name in combinations)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What results of each rule are filed by."""
+        return tuple(map(filed_name, self.rules))
 
     def __len__(self) -> int:
         return len(self.cells()) * len(self.seeds)
+
+
+def filed_name(rule: RangeRule) -> str:
+    """The name of a rule, and numbers of a rule of one's own that the name does not have.
+
+    >>> from quantjax.ranges import MSE, percentile
+    >>> filed_name(MSE), filed_name(percentile(0.999))
+    ('mse', 'percentile(0.999)')
+    >>> filed_name(RangeRule("reach", print, parameters=(4.0,)))
+    'reach(4)'
+    """
+    if is_ours(rule):
+        return rule.name
+    settings = []
+    if dataclasses.is_dataclass(rule.range):
+        fields = dataclasses.fields(rule.range)
+        settings = [f"{getattr(rule.range, field.name)!r}" for field in fields]
+    known = [concrete(number) for number in rule.parameters]
+    if any(number is None or np.ndim(number) for number in known):
+        raise errors.SweepError(
+            f"the rule {rule.name} has an array for a parameter",
+            where="rules of a grid",
+            why="results are filed by names and numbers",
+            fix="a rule for each of its numbers",
+        )
+    settings += [f"{float(np.float32(number)):.7g}" for number in known]
+    shown = ADDRESS.sub("", f"({', '.join(settings)})")
+    return rule.name if not settings or rule.name.endswith(shown) else rule.name + shown
 
 
 def _whole(axis: str, values: Any) -> tuple[int, ...]:

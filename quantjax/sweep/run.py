@@ -23,6 +23,7 @@ from quantjax.sweep.checks import (
     CHECKPOINTS,
     RESULTS,
     calibration_batches,
+    check_comparable,
     check_logits,
     check_output,
     check_study,
@@ -103,6 +104,7 @@ def run_sweep(
         labels = known_labels(study, labels)
         check_inputs((inputs,), None)
         batches = calibration_batches(study)
+        check_comparable(study, batches[0], inputs)
     with progress:
         for seed in todo:
             fresh = not (checkpoints / f"seed_{seed}").exists()
@@ -114,14 +116,14 @@ def run_sweep(
             state = _observed(study, planned, params, batches, progress)
             check_logits(study, jax.eval_shape(study.apply, params, inputs), labels)
             shared = (state, params, inputs, labels)
-            values = _values(todo[seed], grid.rules)
+            values = _values(todo[seed], grid.names)
             if program is None:
                 cell = _cell(study, planned, grid.rules)
                 longest = max(todo.values(), key=len)
                 progress.note("compiling one program for all cells")
                 program = compile_cells(
                     cell,
-                    _values(longest, grid.rules),
+                    _values(longest, grid.names),
                     *shared,
                     memory_budget_bytes=memory_budget_bytes,
                     execution=execution,
@@ -177,21 +179,16 @@ def _trained(study: Study, seed: int, folder: Path, progress: Progress) -> Any:
         restored = checkpointer.restore(own)
         is_whole = str(jax.tree.structure(restored)) == str(jax.tree.structure(params))
         try:
-            if is_whole:
-                own.rename(folder)
+            if not is_whole:  # tuples, keys that are no text: a later run trains them again
+                progress.note(f"seed {seed} is not kept: no tree of dicts with text keys and lists")
+                return params
+            own.rename(folder)
         except OSError:
             if not folder.exists():
                 raise
             return _restored(checkpointer, folder)  # another sweep has been first
         finally:
             shutil.rmtree(own, ignore_errors=True)
-    if not is_whole:
-        raise errors.SweepError(
-            "the parameters do not come back from a checkpoint as they are",
-            where=f"study {study.name}, {jax.tree.structure(params)}"[:200],
-            why="checkpoints hold dicts with string keys, and lists",
-            fix="return such a tree from train; flax.serialization.to_state_dict makes one",
-        )
     return restored
 
 
@@ -256,8 +253,7 @@ def _bypassed(qstate: QState, is_float: jax.Array) -> QState:
     }
 
 
-def _values(cells: Sequence[Cell], rules: Sequence[RangeRule]) -> dict[str, np.ndarray]:
-    names = [rule.name for rule in rules]
+def _values(cells: Sequence[Cell], names: Sequence[str]) -> dict[str, np.ndarray]:
     index = [0 if cell == FLOAT_CELL else names.index(cell.rule) for cell in cells]
     return {
         "weight_bits": np.array([cell.weight_bits for cell in cells], np.float32),

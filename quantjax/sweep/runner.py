@@ -24,7 +24,7 @@ from quantjax import errors
 CellFunction = Callable[..., Any]
 """``cell(values, *shared) -> pytree``; ``values`` holds one scalar for each axis of the grid."""
 
-Values = Mapping[str, np.ndarray]
+Values = Mapping[str, np.ndarray | jax.Array]
 CELLS_PER_CALL = 14
 TRIAL_ROUNDS = 2
 
@@ -203,7 +203,8 @@ def _bytes(compiled: Any) -> int:
 
 
 def _count(values: Values) -> int:
-    lengths = {name: len(array) for name, array in values.items()}
+    shapes = {name: np.shape(array) for name, array in values.items()}
+    lengths = {name: shape[0] if shape else 0 for name, shape in shapes.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise errors.SweepError(
             "the axes of the grid have no common length of one or more",
@@ -213,8 +214,9 @@ def _count(values: Values) -> int:
     return next(iter(lengths.values()))
 
 
-def _chunk(values: Values, start: int, size: int) -> dict[str, np.ndarray]:
+def _chunk(values: Values, start: int, size: int) -> dict[str, np.ndarray | jax.Array]:
     """``size`` cells from ``start`` on; past the end the last cell is repeated."""
     count = _count(values)
     index = np.minimum(np.arange(start, start + size), count - 1)
-    return {name: np.asarray(array)[index] for name, array in values.items()}
+    arrays = {n: a if isinstance(a, jax.Array) else np.asarray(a) for n, a in values.items()}
+    return {name: array[index] for name, array in arrays.items()}  # keys are no NumPy arrays

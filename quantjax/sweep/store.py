@@ -69,6 +69,9 @@ class ResultStore:
                 data = file.read()
         except FileNotFoundError:
             return []
+        return self._parsed(data)
+
+    def _parsed(self, data: bytes) -> list[Row]:
         try:
             # Cut ahead of decoding: an interrupt may leave a part of a letter.
             complete = data[: self._end(data)].decode("utf-8-sig")
@@ -97,10 +100,14 @@ class ResultStore:
         }
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Append rows, after removing a line that an interrupt cut short."""
-        lines = _text(rows)
+        """Append rows, after removing a line that an interrupt cut short.
+
+        What another sweep has filed in the meantime is not filed twice.
+        """
         with self._held() as file:
             data = file.read()
+            there = {(row.fingerprint, row.seed, row.cell) for row in self._parsed(data)}
+            lines = _text(r for r in rows if (r.fingerprint, r.seed, r.cell) not in there)
             end = self._end(data)
             if end < len(data):
                 file.truncate(end)

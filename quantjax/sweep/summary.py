@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from quantjax import errors
 from quantjax.printing import columns
 from quantjax.sweep.grid import FLOAT_CELL, Cell
 from quantjax.sweep.store import Row
@@ -29,16 +30,28 @@ class Summary(NamedTuple):
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
-    """One summary a cell, in the order of the rows.
+    """One summary a cell, in the order of the rows; a row that is there twice counts once.
+
+    Raises:
+      SweepError: rows of two studies, or of two identities of one: they are no seeds of one cell.
 
     >>> rows = [Row("f", "s", seed, 8, 8, "min_max", a, 0, 0) for seed, a in ((0, 0.9), (1, 0.8))]
     >>> summary = summarize(rows)[0]
     >>> round(summary.mean, 2), round(summary.spread, 3), summary.seeds
     (0.85, 0.071, 2)
     """
-    accuracies: dict[Cell, list[float]] = {}
+    of = sorted({row.fingerprint for row in rows})
+    if len(of) > 1:
+        raise errors.SweepError(
+            f"rows of {len(of)} studies, or identities of one, in one summary",
+            where=f"fingerprints {', '.join(of[:6])}",
+            why="their numbers are of other data, models or versions",
+            fix="[row for row in rows if row.fingerprint == study.fingerprint()]",
+        )
+    by_seed: dict[Cell, dict[int, float]] = {}
     for row in rows:
-        accuracies.setdefault(row.cell, []).append(row.accuracy)
+        by_seed.setdefault(row.cell, {})[row.seed] = row.accuracy
+    accuracies = {cell: list(seeds.values()) for cell, seeds in by_seed.items()}
     return [
         Summary(
             cell,

@@ -56,8 +56,8 @@ def dampening_loss(plan: Plan, qstate: QState, params: PyTree) -> Float[Array, "
 
     Source: Nagel et al., Overcoming oscillations in quantization-aware training, 2022, section 4.2.
     """
-    plan.check_params(params)
     qstate = checked_qstate(plan, qstate)
+    plan.check_params(params)
     leaves = leaves_by_path(params)
     total = jnp.zeros((), jnp.float32)
     for entry in plan.quantized:

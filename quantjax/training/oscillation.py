@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams, is_bypassed
+from quantjax.arguments import expect
 from quantjax.granularity import expand
 from quantjax.interpreter import leaves_by_path
 from quantjax.layout import casts, scale_in_parameter
@@ -115,11 +117,18 @@ def freeze_oscillations(
     Source: Nagel et al., Overcoming oscillations in quantization-aware training, 2022, sections 4.1
     and 4.3, algorithm 1.
     """
+    where = "qj.training.freeze_oscillations"
+    kinds = (numbers.Real, jax.Array, np.ndarray, np.generic)
+    expect(momentum, kinds, argument="momentum", where=where, fix="momentum=0.01")
+    if not callable(threshold):
+        expect(threshold, kinds, argument="threshold", where=where, fix="threshold=0.02")
+    if select is not None:
+        expect(select, Selector, argument="select", where=where, fix="select=qj.path('*kernel')")
     known = concrete(momentum)
     if known is not None and not np.all((known > 0.0) & (known <= 1.0)):
         raise errors.TrainingError(
             f"a momentum of {float(known):g}",
-            where="qj.training.freeze_oscillations",
+            where=where,
             why="it is the weight of the newest step in moving averages",
             fix="momentum=0.01",
         )
@@ -149,14 +158,14 @@ def freeze_oscillations(
             )
         qstate = checked_qstate(plan, qstate)
         limit = threshold(state.step) if callable(threshold) else threshold
-        numbers = jnp.asarray(limit, jnp.float32), jnp.asarray(momentum, jnp.float32)
+        limits = jnp.asarray(limit, jnp.float32), jnp.asarray(momentum, jnp.float32)
         leaves, values = leaves_by_path(updates), leaves_by_path(params)
         places, weights = places_in(list(followed), values), {}
         for path, weight in followed.items():
             place = places[path]
             qparams = parameter_qparams(weight, qstate)
             weights[path], leaves[place] = _step(
-                weight, state.weights[path], values[place], leaves[place], qparams, numbers
+                weight, state.weights[path], values[place], leaves[place], qparams, limits
             )
         updates = jax.tree.unflatten(jax.tree.structure(updates), list(leaves.values()))
         return updates, OscillationState(state.step + 1, weights)
@@ -197,10 +206,10 @@ def _step(
     value: jax.Array,
     update: jax.Array,
     qparams: QParams,
-    numbers: tuple[jax.Array, jax.Array],
+    limits: tuple[jax.Array, jax.Array],
 ) -> tuple[Followed, jax.Array]:
     """One update of one parameter; QParams at the parameter."""
-    threshold, m = numbers
+    threshold, m = limits
     quantizer = weight.operand.quantizer
     assert quantizer is not None
     shape = value.shape

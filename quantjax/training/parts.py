@@ -12,18 +12,20 @@ from jaxtyping import PyTree
 
 from quantjax import errors
 from quantjax.affine import QParams
+from quantjax.arguments import expect
 
 FROZEN = "frozen"
 WEIGHTS = "weights"
 
 
 class Part(enum.Enum):
-    """What an array of a qstate is."""
+    """What an array of a qstate is; a parameter is one outside of it."""
 
     SCALE = "scale"
     ZERO_POINT = "zero_point"
     BITS = "bits"
     THETA = "theta"
+    PARAMETER = "parameter"
 
 
 def is_qparams(node: Any) -> bool:
@@ -32,10 +34,10 @@ def is_qparams(node: Any) -> bool:
 
 
 def parts_of(tree: PyTree) -> PyTree:
-    """The :class:`Part` of each array of a qstate, None for arrays that are not in one.
+    """The :class:`Part` of each array of a qstate, ``PARAMETER`` for arrays that are not in one.
 
     The tree may hold parameters too, for instance ``(params, qstate)``. A mask for ``optax.masked``
-    is ``jax.tree.map(lambda part: part is Part.SCALE, parts_of(qstate))``.
+    is ``jax.tree.map(lambda part: part is Part.SCALE, parts_of(tree))``.
 
     >>> import jax.numpy as jnp
     >>> qparams = QParams(jnp.ones((1, 1)), jnp.zeros((1, 1)), jnp.float32(4.0))
@@ -45,10 +47,11 @@ def parts_of(tree: PyTree) -> PyTree:
 
     def named(node: Any) -> Any:
         if not is_qparams(node):
-            return None
+            return Part.PARAMETER
+        parts = {part.value: part for part in Part}
         fields = {
-            part.value: jax.tree.map(lambda _, part=part: part, getattr(node, part.value))
-            for part in Part
+            name: jax.tree.map(lambda _, part=parts[name]: part, field)
+            for name, field in node._asdict().items()
         }
         return QParams(**fields)
 
@@ -115,6 +118,9 @@ def by_part(
     }
     groups.update({name: tx for name, tx in given.items() if tx is not None})
     groups.update({_entry(name): tx for name, tx in (by_name or {}).items()})
+    for name, tx in groups.items():
+        kind, where = optax.GradientTransformation, "qj.training.by_part"
+        expect(tx, kind, argument=name, where=where, fix="by_part(scale=optax.sgd(1e-3))")
 
     def known(label: str) -> str:
         return label if label in groups else FROZEN

@@ -85,7 +85,8 @@ def weight_bits_total(plan: Plan, qstate: QState) -> Float[Array, ""]:
             weight, bits = operand.operand, widths[entry.site.name][operand.key]
             own = 8.0 * jnp.dtype(weight.dtype).itemsize
             total = math.prod(weight.shape) * jnp.sum(jnp.where(is_bypassed(bits), own, bits))
-            # Derived alike from the same parameters: the same numbers, stored once.
-            what = weight.paths, weight.recipe, weight.constants
+            # One parameter, however it is moved, or what is derived alike from the same ones.
+            what = (weight.recipe, weight.constants) if not weight.storable else ()
+            what = (weight.paths, *what)
             found[what] = jnp.maximum(found[what], total) if what in found else total
     return sum(found.values(), start=jnp.zeros((), jnp.float32))

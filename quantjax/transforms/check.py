@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import Fault, QParams, is_positive
+from quantjax.arguments import expect
 from quantjax.formats.minifloat import WIDTHS_IN_THETA
+from quantjax.interpreter import leaves_by_path
 from quantjax.planning import Plan
 from quantjax.quantizer import Quantizer
 from quantjax.transforms.sites import check_plan
@@ -74,6 +77,12 @@ MOVED_WIDTH = (
 """By more than a hundredth: a step of weight decay moves it by millionths."""
 
 
+OTHER_DTYPE = (
+    "a float of another dtype than float32, in which scales are computed",
+    "leave the qstate out of what is cast: cast(params), qstate",
+)
+
+
 class Problem(NamedTuple):
     """One operand whose parameters cannot be used.
 
@@ -114,6 +123,8 @@ def check(qstate: Mapping[str, Mapping[str, QParams]], plan: Plan | None = None)
     >>> print(check({"dense/kernel": {"activation": broken}})[0].what)
     calibration was never run
     """
+    fix = "qj.check(qj.calibrate(plan, state, params))"
+    expect(qstate, Mapping, argument="qstate", where="qj.check", fix=fix)
     if plan is not None:
         check_plan(plan, verb="check")
     quantizers = {
@@ -154,11 +165,22 @@ def _problems(
         (np.any(is_symmetric & (zero_point != 0.0), axis=zero_axes) & ~explained, *MOVED_ZERO),
         (_learned_faults(qparams, batch) & ~explained, *LEARNED),
         (_moved(qparams, batch) & ~explained, *MOVED_WIDTH),
+        (np.full(bits.shape, bool(other_dtypes(qparams))), *OTHER_DTYPE),
     ]
     return [
         Problem(site, operand, _lanes(hit, batch), what, fix)
         for hit, what, fix in reasons
         if hit.any()
+    ]
+
+
+def other_dtypes(qparams: QParams) -> list[str]:
+    """Floats that are not float32, as a cast of a whole tree for training makes them."""
+    dtypes = {path: getattr(a, "dtype", None) for path, a in leaves_by_path(qparams).items()}
+    return [
+        f"{path.replace('_', ' ')}, {dtype}"
+        for path, dtype in dtypes.items()
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype != jnp.float32
     ]
 
 

@@ -25,7 +25,7 @@ from quantjax.transforms.fake_quantize import quantized_product, site_values
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
 from quantjax.transforms.qstate import checked_qstate
-from quantjax.transforms.sites import check_arguments, check_program
+from quantjax.transforms.sites import check_arguments, check_given, check_program
 from quantjax.transforms.steps import layers_first, over_steps
 
 
@@ -138,6 +138,7 @@ def compare(f: Function, plan: Plan) -> Callable[..., Report]:
     planned = {entry.site.name: entry for entry in plan.quantized}
 
     def comparing(qstate: QState, params: Any, *inputs: Any, key: Key | None = None) -> Report:
+        check_given(f, inputs, verb="compare", key=key)
         plan.check_params(params)
         qstate = checked_qstate(plan, qstate)
         keys = site_keys(plan, key)

@@ -49,7 +49,7 @@ from quantjax.transforms.calibrate import QState
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
 from quantjax.transforms.qstate import checked_qstate
-from quantjax.transforms.sites import check_arguments, check_program
+from quantjax.transforms.sites import check_arguments, check_given, check_program
 from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import (
     StoredWeight,
@@ -112,6 +112,7 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
     stored = {weight.entry.site.name: weight for weight in stored_weights(plan)}
 
     def executing(qstate: QState, qparams: Any, *inputs: Any, key: Key | None = None) -> Any:
+        check_given(f, inputs, verb="execute", key=key)
         params = dequantize_params(qparams)
         plan.check_params(params)
         frozen = frozen_leaves(qparams)

@@ -50,7 +50,7 @@ from quantjax.transforms.observe import (
     with_output,
 )
 from quantjax.transforms.qstate import checked_qstate
-from quantjax.transforms.sites import check_arguments, check_program
+from quantjax.transforms.sites import check_arguments, check_given, check_program
 from quantjax.transforms.steps import over_steps
 
 
@@ -114,6 +114,7 @@ def fake_quantize(
         return _Prepared(program, keys, values, (params, *inputs))
 
     def quantized(qstate: QState, params: Any, *inputs: Any, key: Key | None = None) -> Any:
+        check_given(f, inputs, verb="fake_quantize", key=key)
         program, keys, values, given = prepared(qstate, params, inputs, key)
 
         def handler(visit: Visit) -> Outcome:
@@ -135,6 +136,7 @@ def fake_quantize(
         state: State | None = None,
         where: Bool[Array, "..."] | None = None,
     ) -> tuple[Any, State]:
+        check_given(f, inputs, verb="fake_quantize", key=key, state=state, where=where)
         mask = None if where is None else jnp.asarray(where)
         check_inputs(inputs, mask)
         program, keys, values, given = prepared(qstate, params, inputs, key)

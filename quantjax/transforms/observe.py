@@ -33,7 +33,7 @@ from quantjax.planning import Plan
 from quantjax.printing import shape_text
 from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.statistics import BINS, TORCH_AVERAGING_CONSTANT, AxisName, Statistics
-from quantjax.transforms.sites import check_arguments, check_plan, check_program
+from quantjax.transforms.sites import check_arguments, check_given, check_plan, check_program
 from quantjax.transforms.steps import repeat_steps
 
 State = dict[str, dict[str, Statistics]]
@@ -117,6 +117,7 @@ def observe(
     def observing(
         state: State, params: Any, *inputs: Any, where: Bool[Array, "..."] | None = None
     ) -> tuple[Any, State]:
+        check_given(f, inputs, verb="observe", where=where)
         plan.check_params(params)
         if where is not None:
             where = jnp.asarray(where)

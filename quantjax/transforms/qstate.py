@@ -17,6 +17,7 @@ from quantjax.printing import shape_text
 from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.site_plan import OperandPlan
 from quantjax.transforms.calibrate import QState
+from quantjax.transforms.check import OTHER_DTYPE, other_dtypes
 from quantjax.transforms.whole import known_nearest, whole_qparams
 
 
@@ -62,9 +63,24 @@ def checked_qstate(
         operations less for each operand of a program that is compiled.
 
     Raises:
-      CalibrationError: not every planned operand has QParams of its granularity.
+      ArgumentError: no plan, or no qstate.
+      CalibrationError: not every planned operand has QParams of its granularity, in float32.
       BitsError: a concrete width that the format does not have.
     """
+    expect(
+        plan,
+        Plan,
+        argument="the plan of a qstate",
+        where="calibrated QParams",
+        fix="plan = qj.plan(policy, qj.sites(f, params, x))",
+    )
+    expect(
+        qstate,
+        Mapping,
+        argument="qstate",
+        where="a plan's QParams",
+        fix="qstate = qj.calibrate(plan, state, params)",
+    )
     checked = {
         site: dict(operands) if isinstance(operands, Mapping) else operands
         for site, operands in qstate.items()
@@ -101,6 +117,7 @@ def checked_qstate(
                     fix="map over the cells with jax.vmap or jax.lax.map",
                 )
             _check_shapes(operand, qparams, steps, where)
+            _check_dtypes(qparams, where)
             assert operand.quantizer is not None
             checked[name][key] = _at_held_width(
                 operand.quantizer, qparams, where, codes_stay_real=codes_stay_real
@@ -125,6 +142,12 @@ def _check_shapes(
                 if jnp.ndim(array) > len(expected)
                 else "qstate = qj.calibrate(plan, state, params)",
             )
+
+
+def _check_dtypes(qparams: QParams, where: str) -> None:
+    for found in other_dtypes(qparams):
+        what, fix = OTHER_DTYPE
+        raise errors.CalibrationError(what, where=f"{where}, {found}", fix=fix)
 
 
 def _fits(expected: Sequence[int], shape: Sequence[int], steps: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ def sites(f: Function, params: Any, *inputs: Any) -> SiteTable:
     Args:
       f: any JAX function of ``(params, *inputs)``.
       params: the tree that holds the weights.
-      inputs: arrays or ``jax.ShapeDtypeStruct``.
+      inputs: arrays or ``jax.ShapeDtypeStruct``, by position, here and in all verbs: of a model
+        that takes more by keyword, give ``lambda params, x: f(params, x, train=True)``.
 
     Raises:
       ArgumentError: ``f`` is no function, or a module of Flax.
@@ -47,6 +49,27 @@ def check_arguments(f: Function, plan: Plan, *, verb: str) -> None:
     where, fix = f"qj.{verb}", f"qj.{verb}(f, plan), plan = qj.plan(policy, qj.sites(f, params, x))"
     expect_function(f, where=where, fix=fix)
     expect(plan, Plan, argument="plan", where=where, fix=fix)
+
+
+def check_given(f: Function, inputs: tuple[Any, ...], *, verb: str, **given: Any) -> None:
+    """Raise ``ArgumentError`` where a keyword of a verb is one that the function has as well, and
+    the inputs have not bound: a model's own ``key`` or ``where`` would go to the verb, unseen."""
+    names = [name for name, value in given.items() if value is not None]
+    if not names:
+        return
+    try:
+        signature = inspect.signature(f)
+        bound = signature.bind_partial(None, *inputs).arguments
+    except (TypeError, ValueError):  # no signature, or other arguments than it takes: said later
+        return
+    for name in names:
+        if name in signature.parameters and name not in bound:
+            raise errors.ArgumentError(
+                f"{name}= is the verb's own, and the function has an argument of that name, too",
+                where=f"qj.{verb}(f, plan)(..., {name}=...)",
+                why="inputs of the function are given by position",
+                fix=f"lambda params, x, own: f(params, x, {name}=own), for f",
+            )
 
 
 def check_plan(plan: Plan, *, verb: str) -> None:

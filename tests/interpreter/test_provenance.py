@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from numpy.testing import assert_array_equal
 
 import quantjax as qj
+from quantjax import errors
 from quantjax.interpreter import (
     Origin,
     OriginKind,
@@ -18,6 +21,7 @@ from quantjax.interpreter import (
     trace,
 )
 from tests.models import Case, assert_same_bits, mlp, normal, planned, ready
+from tests.refused import refused
 
 PARAMS = {"w": normal(1, 6, 4), "v": normal(2, 6, 4), "g": jnp.abs(normal(3, 1, 4)) + 0.5}
 X = normal(0, 3, 6)
@@ -205,3 +209,47 @@ def test_names_are_unique_whatever_parameters_are_called():
     assert [site.name for site in table] == ["w", "w#1", "w#2", "w#1#1"]
     plan = qj.plan(qj.uniform_policy(), table)
     assert len(qj.calibrate(plan, qj.init(plan), params, activation_bits=0)) == 4
+
+
+def test_a_weak_type_is_no_other_derivation():
+    """``jnp.full(4, 1.0)`` is weakly typed; one step of an optimizer makes it strong."""
+    f = lambda p, x: x @ (p["w"] * p["s"])  # noqa: E731
+    weak = {"w": jnp.eye(4), "s": jnp.full((4, 1), 2.0)}
+    strong = jax.tree.map(lambda a: jnp.asarray(a, a.dtype), weak)
+    assert weak["s"].weak_type
+    assert not strong["s"].weak_type
+    x = jnp.ones((2, 4))
+    tables = [qj.sites(f, params, x) for params in (weak, strong)]
+    assert tables[0] == tables[1]
+    plan = qj.plan(qj.uniform_policy(weight_bits=4, activation_bits=None), tables[0])
+    qstate = qj.calibrate(plan, {}, weak)
+    found = [qj.fake_quantize(f, plan)(qstate, params, x) for params in (weak, strong)]
+    assert_array_equal(*found)
+
+
+def test_a_cast_is_another_derivation():
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    params = {"w": jnp.eye(4, dtype=jnp.bfloat16), "s": jnp.ones((4, 1), jnp.bfloat16)}
+    plain = lambda p, x: x @ (p["w"] * p["s"])  # noqa: E731
+
+    def through_float32(p, x):
+        return x @ (p["w"] * p["s"]).astype(jnp.float32).astype(jnp.bfloat16)
+
+    plan = qj.plan(qj.uniform_policy(activation_bits=None), qj.sites(plain, params, x))
+    qstate = qj.calibrate(plan, {}, params)
+    with refused(errors.PlanMismatchError, "computed otherwise"):
+        qj.fake_quantize(through_float32, plan)(qstate, params, x)
+
+
+def test_a_parameter_with_a_name_is_that_parameter():
+    """``checkpoint_name``, by which policies of ``jax.checkpoint`` know what to keep."""
+    f = lambda p, x: x @ checkpoint_name(p["w"], "kernel")  # noqa: E731
+    params, x = {"w": normal(0, 4, 4)}, jnp.ones((2, 4))
+    (site,) = qj.sites(f, params, x)
+    assert (site.name, site.weight.storable) == ("w", True)
+    plan = qj.plan(qj.uniform_policy(activation_bits=None), qj.sites(f, params, x))
+    qstate = qj.calibrate(plan, {}, params)
+    frozen = qj.freeze(plan, qstate, params)
+    assert isinstance(frozen["w"], qj.QTensor)
+    simulated = qj.fake_quantize(f, plan)(qstate, params, x)
+    assert_array_equal(qj.execute(f, plan)(qstate, frozen, x), simulated)

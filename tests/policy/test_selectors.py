@@ -10,6 +10,7 @@ import quantjax as qj
 from quantjax import errors
 from quantjax.selectors import Named
 from tests.models import cnn, normal
+from tests.refused import refused
 
 CASE = cnn()
 TABLE = qj.sites(CASE.f, CASE.params, CASE.x)
@@ -204,3 +205,36 @@ def test_without_a_model_places_are_those_of_the_tree():
 def test_taps_and_masks_take_them():
     taps = qj.tap(CASE.f, qj.last())(CASE.params, CASE.x)
     assert list(taps) == [NAMES[2]]
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda a, b: a and b,
+        lambda a, b: a or b,
+        lambda a, b: not a,
+        lambda a, b: b if a else a,
+    ],
+)
+def test_selectors_are_neither_true_nor_false(combine):
+    """``and`` and ``or`` return one of the two, and a policy spoke of other layers."""
+    with refused(errors.ArgumentError, "neither true nor false", "a & b, a | b, ~a"):
+        combine(qj.path("a"), qj.path("b"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: qj.any_of([qj.path("a"), qj.path("b")]),
+        lambda: qj.all_of(qj.path("a"), "b"),
+        lambda: qj.path("a") & "b",
+        lambda: qj.not_("a"),
+        lambda: qj.first("0/w"),
+        lambda: qj.costliest(0.5, "0/w"),
+        lambda: qj.op("dot"),
+        lambda: qj.role("weight"),
+    ],
+)
+def test_text_and_lists_are_no_selectors(make):
+    with refused(errors.ArgumentError, " is a ", "qj."):
+        make()

@@ -311,3 +311,14 @@ def test_text_stands_for_nothing(given):
 def test_a_gradient_is_no_text():
     with refused(errors.ArgumentError, "gradient is a str", "qj.apply_mask"):
         qj.apply_mask(TREE, qj.prune_mask(TREE, 0.5), gradient="straight_through")
+
+
+@pytest.mark.parametrize("wrong", [{"m": 4.0}, {"m": "4"}, {"axis": 1.5}, {"m": True}])
+def test_groups_have_whole_lengths_and_axes(wrong):
+    with refused(errors.ArgumentError, next(iter(wrong)), "whole number", "NOfM(m=4, axis=-2)"):
+        NOfM(**wrong)
+
+
+def test_a_share_is_of_masks():
+    with refused(errors.PruningError, "a/kernel is float32", "True and False"):
+        qj.pruning.sparsity_of({"a": {"kernel": jnp.ones((2, 2))}})

@@ -14,8 +14,8 @@ from quantjax.estimators import CLIPPED
 from quantjax.interpreter import Op, Role, SiteStatus
 from quantjax.ranges import MIN_MAX
 from quantjax.rounding import HALF_AWAY
-from quantjax.storage.codec import encode
-from quantjax.storage.known import BUILT_IN, DATACLASSES, ENUMS, KINDS, NAMED
+from quantjax.storage.codec import decode, encode
+from quantjax.storage.known import BUILT_IN, DATACLASSES, ENUMS, KINDS, NAMED, kind_of
 from tests import models
 from tests.refused import refused
 from tests.storage import cases
@@ -157,3 +157,35 @@ def test_every_public_value_of_a_room_can_be_written():
 def test_every_known_class_is_frozen():
     for cls in DATACLASSES:
         assert cls.__dataclass_params__.frozen, cls
+
+
+SETTINGS = [
+    ranges.admm(rho=3.0),
+    ranges.admm(iterations=7, inner=1),
+    ranges.k_means(iterations=3),
+    ranges.kl_onnxruntime(bins=513),
+    ranges.least_squares(iterations=3),
+    ranges.ttq(threshold=0.1),
+]
+
+
+@pytest.mark.parametrize("rule", SETTINGS, ids=lambda rule: rule.name)
+def test_rules_with_settings_come_back(rule):
+    """They were written by their names, and could not be read."""
+    assert trip(rule) == rule
+    assert encode(rule).keys() == {kind_of(rule), "settings"}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"fit_rule": "admm", "settings": {"rho": -1.0}}, "no settings of admm"),
+        ({"fit_rule": "admm", "settings": {"speed": 1}}, "no settings of admm"),
+        ({"fit_rule": "admm", "settings": [1]}, "no settings of admm"),
+        ({"range_rule": "admm", "settings": {"rho": 3.0}}, "admm is no range rule"),
+        ({"fit_rule": "magic", "settings": {}}, "magic"),
+    ],
+)
+def test_settings_that_no_rule_has_are_refused(data, said):
+    with refused(errors.StorageError, said):
+        decode(data)

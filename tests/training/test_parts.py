@@ -152,7 +152,7 @@ def test_rates_may_be_traced():
 def test_parts_are_masks():
     params, qstate = {"kernel": jnp.ones((2, 2))}, cases.qstate(clip=2.0)
     parts = parts_of((params, qstate))
-    assert parts[0]["kernel"] is None
+    assert parts[0]["kernel"] is Part.PARAMETER
     assert parts[1]["a"]["weight"] == qj.QParams(
         Part.SCALE, Part.ZERO_POINT, Part.BITS, {"clip": Part.THETA}
     )
@@ -163,6 +163,24 @@ def test_parts_are_masks():
     )
     after, _ = cases.step(masked, cases.ones_like(qstate), qstate)
     assert moved(qstate, after) == {"zero_point"}
+
+
+def test_a_mask_fits_a_tree_with_parameters():
+    tree = {"kernel": jnp.ones((2, 2))}, cases.qstate(clip=2.0)
+    mask = jax.tree.map(lambda part: part is Part.SCALE, parts_of(tree))
+    optimizer = optax.masked(optax.set_to_zero(), mask)
+    updates, _ = optimizer.update(cases.ones_like(tree), optimizer.init(tree), tree)
+    assert_array_equal(updates[0]["kernel"], jnp.ones((2, 2)))
+    weight = updates[1]["a"]["weight"]
+    assert not np.any(weight.scale)
+    assert np.all(weight.zero_point)
+
+
+def test_a_rate_is_no_optimizer():
+    with refused(errors.ArgumentError, "scale is a float", "optax.sgd"):
+        by_part(scale=1e-3)
+    with refused(errors.ArgumentError, "theta/clip is None", "optax.sgd"):
+        by_part(theta={"clip": None})
 
 
 def test_training_learns_scales_of_a_model():

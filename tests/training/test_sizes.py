@@ -126,3 +126,28 @@ def test_a_qstate_of_another_plan_is_refused():
     for function in (learned_bits, weight_bits_total):
         with refused(errors.CalibrationError, "no QParams for a planned operand"):
             function(plan, cases.qstate())
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda p, x: jnp.tanh(p["w"][x]) @ p["w"].T,
+        lambda p, x: jnp.tanh(jnp.eye(16)[x] @ p["w"]) @ p["w"].T,
+        lambda p, x: (jnp.eye(16)[x] @ p["w"], jnp.eye(8)[x] @ p["w"].reshape(8, 16)),
+        lambda p, x: (
+            jnp.eye(16)[x] @ p["w"],
+            jnp.eye(16)[x].astype("bfloat16") @ p["w"].astype("bfloat16"),
+        ),
+    ],
+    ids=["looked up", "transposed", "reshaped", "cast"],
+)
+def test_a_tied_weight_counts_once_however_it_enters(f):
+    """The table of a language model, looked up and turned around: it was counted twice."""
+    params, tokens = {"w": models.normal(0, 16, 8)}, jnp.arange(3)
+    policy = qj.uniform_policy(weight_bits=4, activation_bits=None)
+    plan = qj.plan(policy, qj.sites(f, params, tokens))
+    assert len(plan.quantized) == 2
+    qstate = qj.calibrate(plan, {}, params)
+    assert float(weight_bits_total(plan, qstate)) == 4 * 128
+    wider = with_bits(plan, qstate, weight_bits={plan.quantized[1].site.name: 6})
+    assert float(weight_bits_total(plan, wider)) == 6 * 128

@@ -7,9 +7,10 @@ import optax
 import pytest
 
 import quantjax as qj
-from quantjax import training
+from quantjax import errors, training
 from quantjax.transforms.whole import whole_widths
 from tests.models import mlp, planned
+from tests.refused import refused
 
 pytestmark = pytest.mark.thinned(2)
 
@@ -176,3 +177,28 @@ def test_integers_take_the_nearest_width_themselves(signed, narrow):
                 np.testing.assert_array_equal(got.level, want.level)
             bounds = (format.level_range(jnp.float32(bits)) for bits in (width + off, width))
             np.testing.assert_array_equal(*map(np.array, bounds))
+
+
+@pytest.mark.parametrize("field", ["scale", "zero_point", "bits"])
+def test_what_a_cast_of_the_whole_tree_made_is_refused(field):
+    """Mixed precision casts ``(params, qstate)``: execution failed in JAX, and check was silent."""
+    case = mlp()
+    plan = planned(case, FORMATS["integer"][0])
+    _, state = qj.observe(case.f, plan)(qj.init(plan), case.params, case.x)
+    qstate = qj.calibrate(plan, state, case.params)
+    (name, *_) = qstate
+    weight = qstate[name]["weight"]
+    cast = weight._replace(**{field: getattr(weight, field).astype(jnp.bfloat16)})
+    other = {**qstate, name: {**qstate[name], "weight": cast}}
+    for verb in (
+        lambda: qj.fake_quantize(case.f, plan)(other, case.params, case.x),
+        lambda: qj.freeze(plan, other, case.params),
+        lambda: training.with_bits(plan, other, weight_bits=2),
+    ):
+        said = field.replace("_", " ")
+        with refused(errors.CalibrationError, "another dtype", f"{name} ", f"{said}, bfloat16"):
+            verb()
+    (problem,) = qj.check(other, plan)
+    assert (problem.site, problem.operand) == (name, "weight")
+    assert "float32" in problem.what
+    assert qj.check(qstate, plan) == []

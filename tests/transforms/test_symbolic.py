@@ -42,6 +42,25 @@ def convolved(p: Any, x: jax.Array) -> jax.Array:
     )
 
 
+def strided(p: Any, x: jax.Array) -> jax.Array:
+    """Padding by a size that is not known."""
+    y = lax.conv_general_dilated(x, p["w"], (2,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+    return y.sum(1)
+
+
+def recurrent(p: Any, x: jax.Array) -> jax.Array:
+    """A loop of a length that is not known, and one without products."""
+
+    def step(h: jax.Array, xt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = jnp.clip(xt @ p["in"] + h @ p["rec"], -1.0, 1.0)
+        return h, h
+
+    start = jnp.zeros((x.shape[0], 4))
+    ys = lax.scan(step, start, jnp.swapaxes(x, 0, 1))[1]
+    mean = lambda c, y: (0.5 * c + 0.5 * y, None)  # noqa: E731
+    return lax.scan(mean, start, ys)[0] @ p["out"]
+
+
 def two_layers(p: Any, x: jax.Array) -> jax.Array:
     return jax.nn.relu(x @ p["a"]) @ p["b"]
 
@@ -49,6 +68,11 @@ def two_layers(p: Any, x: jax.Array) -> jax.Array:
 LONG = Case(lambda p, x: x @ p["w"], {"w": normal(0, 600, 7)}, normal(1, 2, 600))
 LAYERS = Case(two_layers, {"a": normal(0, 8, 4), "b": normal(1, 4, 2)}, normal(2, 3, 8))
 HEADS = Case(attention, {"q": normal(0, 4, 4), "o": normal(1, 4, 3)}, normal(2, 2, 5, 4))
+RECURRENT = Case(
+    recurrent,
+    {"in": normal(0, 3, 4), "rec": normal(1, 4, 4), "out": normal(2, 4, 2)},
+    normal(3, 2, 5, 3),
+)
 PADDED = Case(convolved, {"w": normal(0, 3, 2, 4)}, normal(1, 3, 4, 2))
 
 CASES = {
@@ -57,6 +81,8 @@ CASES = {
     "tokens": Exported(dense(features=32), qj.presets.w8a8_dynamic(), "b, 32"),
     "blocks": Exported(dense(features=32), qj.presets.mxfp4(), "b, 32"),
     "padded tokens": Exported(PADDED, by(qj.weighted(), TOKENS), "b, 4, 2"),
+    "any width": Exported(PADDED._replace(f=strided), W8A8, "b, t, 2"),
+    "any length": Exported(RECURRENT, W8A8, "b, t, 3"),
     "attention": Exported(HEADS, by(qj.everything(), qj.activation_quantizer()), "b, t, 4"),
 }
 
@@ -124,3 +150,13 @@ def test_a_bound_of_the_length_keeps_sums_exact():
     bounded = exported(run, one, constraints=["t <= 128"]).mlir_module()
     free = exported(run, one).mlir_module()
     assert bounded.count("i8>") > free.count("i8>")
+
+
+def test_a_table_of_unknown_sizes_prints():
+    one = CASES["any length"]
+    shape = jax.export.symbolic_shape(one.shape)
+    table = qj.sites(one.case.f, one.case.params, jax.ShapeDtypeStruct(shape, jnp.float32))
+    shown = str(table)
+    assert "scan×t" in shown
+    assert "12*b*t" in shown
+    assert "28*b*t + 8*b MACs" in str(qj.plan(W8A8, table))

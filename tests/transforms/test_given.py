@@ -1,0 +1,95 @@
+"""Keywords of verbs that are the model's own as well, and arguments that are no qstate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+import quantjax as qj
+from quantjax import errors, storage
+from tests.models import normal
+from tests.refused import refused
+
+PARAMS, X, KEY = {"w": normal(0, 6, 4)}, normal(1, 5, 6), jax.random.key(3)
+
+
+def dropped(params, x, key=None, where=None):
+    """A model with a key and a mask of its own."""
+    y = x @ params["w"]
+    y = y if key is None else jnp.where(jax.random.bernoulli(key, 0.5, y.shape), y, 0.0)
+    return y if where is None else jnp.where(where[:, None], y, 0.0)
+
+
+def ready(policy):
+    plan = qj.plan(policy, qj.sites(dropped, PARAMS, X))
+    _, state = qj.observe(dropped, plan)(qj.init(plan), PARAMS, X)
+    return plan, qj.calibrate(plan, state, PARAMS)
+
+
+def test_a_key_of_the_model_is_an_input():
+    """As ``key=`` it was the verb's, which drew nothing, and the model ran without dropout."""
+    plan, qstate = ready(qj.uniform_policy())
+    frozen = qj.freeze(plan, qstate, PARAMS)
+    for verb, params in (
+        (qj.fake_quantize, PARAMS),
+        (qj.execute, frozen),
+        (qj.compare, PARAMS),
+    ):
+        with refused(errors.ArgumentError, "key= is the verb's own", "by position"):
+            verb(dropped, plan)(qstate, params, X, key=KEY)
+    run = qj.fake_quantize(dropped, plan)
+    assert (np.asarray(run(qstate, PARAMS, X, KEY)) == 0.0).mean() > 0.2
+    assert (np.asarray(run(qstate, PARAMS, X)) == 0.0).mean() < 0.2
+
+
+def test_where_and_a_mask_of_the_model_are_two():
+    plan, _ = ready(qj.uniform_policy())
+    mask = jnp.arange(5) < 2
+    with refused(errors.ArgumentError, "where= is the verb's own"):
+        qj.observe(dropped, plan)(qj.init(plan), PARAMS, X, where=mask)
+    own = lambda p, x, mask: dropped(p, x, where=mask)  # noqa: E731
+    y, state = qj.observe(own, plan)(qj.init(plan), PARAMS, X, mask, where=mask)
+    assert not np.any(y[2:])
+    assert state["w"]["activation"].extremes.high.max() == X[:2].max()
+
+
+def test_a_key_for_both_is_given_twice():
+    scheme = qj.Scheme(weights=qj.weight_quantizer(rounding=qj.rounding.STOCHASTIC))
+    plan, qstate = ready(qj.Policy([qj.rule(qj.weighted(), scheme)]))
+    run = qj.fake_quantize(dropped, plan)
+    found = run(qstate, PARAMS, X, KEY, key=KEY)
+    assert (np.asarray(found) == 0.0).mean() > 0.2
+    with refused(errors.ArgumentError, "key= is the verb's own"):
+        run(qstate, PARAMS, X, key=KEY)
+
+
+def test_a_loop_may_always_hand_a_key_on():
+    """To plans that draw and plans that do not, of a model that has none."""
+    f = lambda p, x: x @ p["w"]  # noqa: E731
+    plan, qstate = ready(qj.uniform_policy())
+    run = qj.fake_quantize(f, plan)
+    assert_array_equal(run(qstate, PARAMS, X, key=KEY), run(qstate, PARAMS, X))
+
+
+def test_what_is_no_qstate_is_refused(tmp_path):
+    plan, qstate = ready(qj.uniform_policy())
+    with refused(errors.ArgumentError, "qstate is a Plan", "qj.check"):
+        qj.check(plan)
+    table = qj.sites(dropped, PARAMS, X)
+    storage.save_quantization(tmp_path / "q.json", plan=plan, qstate=qstate)
+    saved = storage.load_quantization(tmp_path / "q.json")
+    assert storage.plan_from(saved, table) == plan
+    with refused(errors.ArgumentError, "quantization is a str", "load_quantization"):
+        storage.plan_from("q.json", table)
+    with refused(errors.ArgumentError, "table is a Plan"):
+        storage.plan_from(saved, plan)
+
+
+@pytest.mark.parametrize("verb", [qj.observe, qj.fake_quantize])
+def test_inputs_may_be_named_where_the_function_wraps_them(verb):
+    wrapped = lambda p, x: dropped(p, x, key=KEY)  # noqa: E731
+    plan, qstate = ready(qj.uniform_policy())
+    found = verb(wrapped, plan)(qj.init(plan) if verb is qj.observe else qstate, PARAMS, X)
+    y = found[0] if isinstance(found, tuple) else found
+    assert (np.asarray(y) == 0.0).mean() > 0.2

@@ -32,7 +32,9 @@ class QParams(NamedTuple):
       scale: one positive number for each group of entries that share it; the tensor's rank.
       zero_point: the code that stands for 0.0; the forward pass uses it rounded. Where ``scale``
         is NaN, it holds the :class:`Fault` that made it so.
-      bits: the width in use, a scalar; 0 passes the tensor through unquantized.
+      bits: the width in use, a scalar; 0 passes the tensor through unquantized. Where the estimator
+        learns the width, that one is in ``theta``, and :func:`quantjax.training.learned_bits` says
+        which is in use.
       theta: what else the format or the estimator has for parameters: a dictionary of float32
         arrays (a codebook's levels, a minifloat's exponent bits), ``()`` for most.
     """

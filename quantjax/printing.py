@@ -17,6 +17,15 @@ def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
+def counted(number: int, what: str, *, plural: str = "") -> str:
+    """``1 rule``, ``2 rules``; thousands have commas.
+
+    >>> counted(1, "batch", plural="batches"), counted(1200, "value")
+    ('1 batch', '1,200 values')
+    """
+    return f"{number:,} {what if number == 1 else plural or what + 's'}"
+
+
 def amount(number: int) -> str:
     """A count of at most five letters: three digits, ``k`` for 1000, ``M``, ``G``, ``T``.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from quantjax.printing import columns
+from quantjax.printing import columns, counted
 
 Floats = npt.NDArray[np.float32]
 
@@ -95,7 +95,7 @@ class OperandRanges:
         """``int4/channel, 1,152 values in 32 groups, from -0.52 to 0.48``."""
         groups = f" in {self.groups:,} groups" if self.groups > 1 else ""
         span = f"from {self.low:.4g} to {self.high:.4g}"
-        return f"{self.quantizer}, {self.number:,} values{groups}, {span}"
+        return f"{self.quantizer}, {counted(self.number, 'value')}{groups}, {span}"
 
     @property
     def best(self) -> RuleRange:

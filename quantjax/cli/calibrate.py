@@ -21,6 +21,7 @@ from quantjax.cli.named import ARRAYS, find_data, find_model, find_rule
 from quantjax.cli.progress import RichProgress
 from quantjax.planning import Plan
 from quantjax.policy import uniform_policy
+from quantjax.printing import counted
 from quantjax.ranges import FitRule, RangeRule
 from quantjax.site_plan import PlanStatus
 
@@ -101,7 +102,8 @@ def calibrate(options: CalibrateOptions) -> int:
     for line in _float_sites(collected.plan):
         print(line)
     print(
-        f"{len(report)} operands, {len(rules)} rules, {collected.batches} batches, "
+        f"{counted(len(report), 'operand')}, {counted(len(rules), 'rule')}, "
+        f"{counted(collected.batches, 'batch', plural='batches')}, "
         f"{time.perf_counter() - start:.1f} s"
     )
     print(f"ranges      {table}")

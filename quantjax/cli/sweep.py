@@ -12,6 +12,7 @@ from quantjax import errors
 from quantjax.calibration.rules import RULES, RuleName
 from quantjax.cli.named import find_rule, find_study
 from quantjax.cli.progress import RichProgress
+from quantjax.printing import counted
 from quantjax.sweep.checks import PLOT, RESULTS
 from quantjax.sweep.grid import Grid
 from quantjax.sweep.plot import plot_accuracy
@@ -105,12 +106,12 @@ def sweep(options: SweepOptions) -> int:
         )
         chosen = result.program.chosen
         print(
-            f"one program, {chosen.execution.value} of {chosen.cells_per_call} cells, "
+            f"one program, {chosen.execution.value} of {counted(chosen.cells_per_call, 'cell')}, "
             f"{chosen.bytes_per_call / 2**20:.0f} MiB" + (f" (tried: {tried})" if tried else "")
         )
     print(
-        f"{result.computed} of {len(result.rows)} cells computed, {result.trained} models trained, "
-        f"{time.perf_counter() - start:.1f} s"
+        f"{result.computed} of {counted(len(result.rows), 'cell')} computed, "
+        f"{counted(result.trained, 'model')} trained, {time.perf_counter() - start:.1f} s"
     )
     print(f"results  {folder / RESULTS}")
     print(f"plot     {picture}")

@@ -188,6 +188,9 @@ def apply_mask(
       PruningError: a mask of another structure, shape or dtype; a quantized leaf that it would
         change.
 
+    Sharp edges: a quantizer of which 0 is no level (one bit, midrise, some codebooks) makes ±scale
+    of a pruned weight, unless all of its group are pruned.
+
     >>> params, mask = {"w": jnp.array([[1.0, 2.0]])}, {"w": jnp.array([[True, False]])}
     >>> apply_mask(params, mask)["w"].tolist()
     [[1.0, 0.0]]

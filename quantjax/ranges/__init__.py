@@ -7,8 +7,11 @@ of each one, with its source, stands below it in its file, beside this one.
 |---|---|---|
 | ``MIN_MAX`` | the smallest and the largest value that were seen | min_max.py |
 | ``MOVING_AVERAGE`` | a moving average of those of each batch | moving_average.py |
-| ``MSE`` | the least squared error, by search | norms.py |
-| ``SQNR`` | the same, with clipping errors counted three times | similarity.py |
+| ``percentile(q)`` | quantiles | percentile.py |
+| ``sigma(k)`` | ``k`` standard deviations around the mean | sigma.py |
+| ``constant(low, high)`` | a range that is given | constant.py |
+| ``MSE``, ``l_p(p)`` | the least error in a norm, by search | norms.py |
+| ``SQNR``, ``sqnr(c)`` | squares, clipped ones counted 3 or c times | similarity.py |
 | ``COSINE`` | the largest cosine, by search | similarity.py |
 | ``ACIQ_GAUSSIAN``, ``ACIQ_LAPLACIAN`` | the best clip of that distribution | aciq.py |
 | ``KL_TENSORRT``, ``KL_MODELOPT`` | the least divergence of histograms | kl_tensorrt.py |
@@ -21,6 +24,9 @@ of each one, with its source, stands below it in its file, beside this one.
 | ``LEAST_SQUARES`` | fit: codes and scale in turn | least_squares.py |
 | ``ADMM`` | fit: the same by ADMM | admm.py |
 | ``HQO_SCALE``, ``HQO_ZERO_POINT`` | fits: half-quadratic optimization, ``p = 0.7`` | hqo.py |
+
+Rules with settings are made by ``kl_tensorrt``, ``kl_onnxruntime``, ``admm``, ``hqo``, ``k_means``,
+``least_squares`` and ``ttq``; several under one traced index by ``stack``.
 """
 
 from quantjax.ranges.aciq import ACIQ_GAUSSIAN, ACIQ_LAPLACIAN

@@ -23,17 +23,8 @@ from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.arguments import undeclared
 from quantjax.ranges import FitRule, RangeRule
-from quantjax.storage.known import (
-    BUILT_IN,
-    CONFIGURED,
-    FAMILIES,
-    KINDS,
-    Known,
-    family_of,
-    kind_of,
-    settings_of,
-    with_extra,
-)
+from quantjax.storage.known import BUILT_IN, KINDS, Known, kind_of, with_extra
+from quantjax.storage.rules import CONFIGURED, FAMILIES, family_of, settings_of
 
 Json = Any
 """None, a boolean, a number, text, a list or a dictionary with text for keys."""
@@ -71,7 +62,9 @@ def encode(value: Any, *, at: str = "value") -> Json:
         is_rule = isinstance(value, RangeRule | FitRule)
         is_named = BUILT_IN.named.get((kind, value.name)) == value
         if is_rule and not is_named and (settings := settings_of(value)) is not None:
-            return {kind: settings[0], SETTINGS: settings[1]}
+            family, values = settings
+            stated = {name: encode(one, at=f"{at}.{name}") for name, one in values.items()}
+            return {kind: family, SETTINGS: stated}
         _check_own(BUILT_IN.named.get((kind, value.name), value), value, f"{kind} {value.name}", at)
         return {kind: value.name}
     if isinstance(value, enum.Enum):
@@ -130,7 +123,7 @@ def decode_known(data: Json, known: Known, at: str) -> Any:
     if data.keys() == {RANGE_RULE, PARAMETERS}:
         return _decode_rule(data, at)
     if len(data) == 2 and SETTINGS in data:
-        return _decode_configured(data, at)
+        return _decode_configured(data, known, at)
     if len(data) == 1:
         ((word, name),) = data.items()
         if isinstance(name, str):
@@ -211,12 +204,13 @@ def _decode_rule(data: dict[str, Json], at: str) -> Any:
         ) from None
 
 
-def _decode_configured(data: dict[str, Json], at: str) -> Any:
+def _decode_configured(data: dict[str, Json], known: Known, at: str) -> Any:
     kind = next(key for key in data if key != SETTINGS)
     family, settings = _look_up(CONFIGURED, data[kind], "rule with settings", at), data[SETTINGS]
     try:
-        rule = family(**settings)
-    except (TypeError, errors.QuantizerError) as error:
+        stated = {name: decode_known(v, known, f"{at}.{name}") for name, v in settings.items()}
+        rule = family(**stated)
+    except (AttributeError, TypeError, errors.QuantizerError) as error:
         raise errors.StorageError(
             f"{settings!r:.80} are no settings of {data[kind]}",
             where=f"{at}.{SETTINGS}",

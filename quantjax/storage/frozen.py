@@ -35,7 +35,7 @@ ATTEMPTS, PAUSE_SECONDS = 50, 0.01  # while another process replaces what is rea
 
 
 def save_params(path: str | os.PathLike[str], qparams: PyTree, *, overwrite: bool = False) -> None:
-    """Write a tree of arrays and ``QTensor`` to a folder, whole or not at all.
+    """Write a tree of arrays, ``QTensor`` or statistics to a folder, whole or not at all.
 
     Codes are stored one an entry, in their container's dtype. One process writes; arrays have to be
     addressable from it, and come back on the default device of whoever loads them.
@@ -43,7 +43,7 @@ def save_params(path: str | os.PathLike[str], qparams: PyTree, *, overwrite: boo
     Args:
       path: the folder, which must not exist; folders above it are made.
       qparams: dictionaries, lists and tuples of arrays and ``QTensor``, from ``qj.quantize_params``
-        for instance.
+        for instance; or the state of ``qj.observe``, so that what was collected once stays.
       overwrite: replace a folder that :func:`save_params` wrote, once the new one is complete.
 
     Raises:

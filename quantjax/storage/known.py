@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from quantjax import errors
@@ -70,18 +70,7 @@ from quantjax.ranges import (
     FitRule,
     RangeRule,
     Solved,
-    admm,
-    constant,
-    k_means,
-    kl_onnxruntime,
-    l_p,
-    least_squares,
-    percentile,
-    sigma,
-    sqnr,
-    ttq,
 )
-from quantjax.ranges.base import Configured
 from quantjax.relative_selectors import Costliest, EveryUse, First, FirstUse, Last
 from quantjax.rounding import ROUNDINGS, Rounding
 from quantjax.selectors import (
@@ -97,6 +86,7 @@ from quantjax.selectors import (
     Weighted,
     WithRole,
 )
+from quantjax.storage.rules import family_of, settings_of
 
 DATACLASSES: tuple[type, ...] = (
     AccumulatorBias,
@@ -190,24 +180,6 @@ NAMED: tuple[Any, ...] = (
 )
 """NamedTuples of functions, written as ``{"rounding": "half_even"}``."""
 
-FAMILIES: Mapping[str, Callable[..., RangeRule]] = {
-    "constant": constant,
-    "l_p": l_p,
-    "percentile": percentile,
-    "sigma": sigma,
-    "sqnr": sqnr,
-}
-"""Rules with numbers, written as ``{"range_rule": "percentile", "parameters": [0.999]}``."""
-
-CONFIGURED: Mapping[str, Callable[..., RangeRule | FitRule]] = {
-    "admm": admm,
-    "k_means": k_means,
-    "kl_onnxruntime": kl_onnxruntime,
-    "least_squares": least_squares,
-    "ttq": ttq,
-}
-"""Rules with settings, written as ``{"fit_rule": "admm", "settings": {"rho": 3.0, ...}}``."""
-
 KINDS: Mapping[str, type] = {
     "estimator": Estimator,
     "fit_rule": FitRule,
@@ -238,45 +210,11 @@ def kind_of(value: Any) -> str | None:
     return next((kind for kind, cls in KINDS.items() if isinstance(value, cls)), None)
 
 
-def family_of(rule: RangeRule) -> str | None:
-    """The name of the library's family that makes this rule; None for all others.
-
-    >>> family_of(percentile(0.9)), family_of(percentile(0.9)._replace(range=print))
-    ('percentile', None)
-    """
-    family = rule.name.partition("(")[0]
-    try:
-        own = FAMILIES[family](*rule.parameters)
-    except (KeyError, TypeError, errors.QuantjaxError):
-        return None
-    return family if (own.name, own.range) == (rule.name, rule.range) else None
-
-
-def settings_of(rule: RangeRule | FitRule) -> tuple[str, dict[str, Any]] | None:
-    """The function and the settings that make this rule, where it is one of the library's.
-
-    >>> settings_of(kl_onnxruntime(bins=513)), settings_of(MSE)
-    (('kl_onnxruntime', {'bins': 513}), None)
-    """
-    function = rule.range if isinstance(rule, RangeRule) else rule.fit
-    if not isinstance(function, Configured):
-        return None
-    settings = dict(function.settings)
-    for family, make in CONFIGURED.items():
-        try:
-            own = make(**settings)
-        except (TypeError, errors.QuantjaxError):
-            continue
-        if own == rule:
-            return family, settings
-    return None
-
-
 def is_ours(rule: RangeRule | FitRule) -> bool:
     """Whether the library has this rule, by its name or as one of a family.
 
-    >>> is_ours(MSE), is_ours(percentile(0.9)), is_ours(RangeRule("mse", print))
-    (True, True, False)
+    >>> is_ours(MSE), is_ours(RangeRule("mse", print))
+    (True, False)
     """
     if BUILT_IN.named.get((kind_of(rule) or "", rule.name)) == rule:
         return True

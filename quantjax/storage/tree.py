@@ -12,6 +12,15 @@ from quantjax.affine import QParams
 from quantjax.formats import Format
 from quantjax.packing import Packing
 from quantjax.qtensor import QTensor
+from quantjax.statistics import (
+    Count,
+    Extremes,
+    Histogram,
+    Moments,
+    MovingExtremes,
+    Sample,
+    Statistics,
+)
 from quantjax.storage.codec import Json, decode, decode_dtype, encode
 
 SaveLeaf = Callable[[Any, str], Json]
@@ -23,8 +32,16 @@ LoadLeaf = Callable[[Json, str], Any]
 TUPLE, LIST, DICT, ITEMS, QPARAMS, QTENSOR = "tuple", "list", "dict", "items", "qparams", "qtensor"
 
 
+RECORDS: Mapping[str, Any] = {
+    record.__name__: record
+    for record in (Statistics, Count, Extremes, Histogram, Moments, MovingExtremes, Sample)
+}
+"""What the state of an observation is made of, by the names of its fields."""
+
+
 def encode_tree(tree: Any, leaf: SaveLeaf, *, at: str) -> Json:
-    """JSON data for a tree of dictionaries, lists, tuples, None, ``QParams`` and ``QTensor``.
+    """JSON data for a tree of dictionaries, lists, tuples, None, ``QParams``, ``QTensor`` and
+    ``Statistics``.
 
     Args:
       tree: dictionaries have text or whole numbers for keys.
@@ -53,6 +70,9 @@ def encode_tree(tree: Any, leaf: SaveLeaf, *, at: str) -> Json:
                 **encode_tree(tree.qparams, leaf, at=at),
             }
         }
+    if type(tree).__name__ in RECORDS and type(tree) is RECORDS[type(tree).__name__]:
+        fields = tree._asdict().items()
+        return {type(tree).__name__: {n: encode_tree(x, leaf, at=f"{at}.{n}") for n, x in fields}}
     if type(tree) in (list, tuple):
         parts = [encode_tree(x, leaf, at=f"{at}[{index}]") for index, x in enumerate(tree)]
         return {LIST if type(tree) is list else TUPLE: parts}
@@ -107,6 +127,9 @@ def decode_tree(data: Json, leaf: LoadLeaf, *, extra: Sequence[Any] = (), at: st
         check_keys(body, QParams._fields, at)
         check_there(body, at)
         return QParams(**{name: inner(part, f"{at}.{name}") for name, part in body.items()})
+    if word in RECORDS and isinstance(body, dict):
+        check_keys(body, RECORDS[word]._fields, at)
+        return RECORDS[word](**{name: inner(part, f"{at}.{name}") for name, part in body.items()})
     if word == QTENSOR and isinstance(body, dict):
         check_keys(body, ("format", "dtype", "packing", "stored", QPARAMS), at)
         format = decode(body["format"], extra=extra, at=f"{at}.format")

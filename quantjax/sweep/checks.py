@@ -16,7 +16,8 @@ from quantjax.policy import Rule
 from quantjax.printing import shape_text
 from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.ranges import MIN_MAX, RangeRule
-from quantjax.storage.known import BUILT_IN, CONFIGURED, FAMILIES, is_ours
+from quantjax.storage.known import BUILT_IN, is_ours
+from quantjax.storage.rules import CONFIGURED, FAMILIES
 from quantjax.sweep.grid import FLOAT_CELL, Grid
 from quantjax.sweep.study import Study
 from quantjax.transforms.observe import check_inputs

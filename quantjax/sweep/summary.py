@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from quantjax import errors
-from quantjax.printing import columns
+from quantjax.printing import columns, counted
 from quantjax.sweep.grid import FLOAT_CELL, Cell
 from quantjax.sweep.store import Row
 
@@ -74,7 +74,9 @@ def table(rows: Sequence[Row]) -> str:
     cells = {summary.cell: summary for summary in summarize(rows)}
     lines = []
     if FLOAT_CELL in cells:
-        lines.append(f"float  {percent(cells[FLOAT_CELL])}  ({cells[FLOAT_CELL].seeds} seeds)")
+        lines.append(
+            f"float  {percent(cells[FLOAT_CELL])}  ({counted(cells[FLOAT_CELL].seeds, 'seed')})"
+        )
     grid = [cell for cell in cells if cell != FLOAT_CELL]
     weights = sorted({cell.weight_bits for cell in grid})
     activations = sorted({cell.activation_bits for cell in grid})

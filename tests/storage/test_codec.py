@@ -162,7 +162,10 @@ def test_every_known_class_is_frozen():
 SETTINGS = [
     ranges.admm(rho=3.0),
     ranges.admm(iterations=7, inner=1),
+    ranges.hqo(solved=ranges.Solved.SCALE, p=0.5),
+    ranges.hqo(solved=ranges.Solved.ZERO_POINT, iterations=4),
     ranges.k_means(iterations=3),
+    ranges.kl_tensorrt(ranges.Variant(name="coarse", bins=512, stride=4, copies_first_bin=True)),
     ranges.kl_onnxruntime(bins=513),
     ranges.least_squares(iterations=3),
     ranges.ttq(threshold=0.1),

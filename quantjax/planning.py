@@ -34,6 +34,12 @@ class Plan:
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(repr=False)
     biases: Mapping[str, Origin] = dataclasses.field(compare=False, repr=False)
 
+    def __getitem__(self, name: str) -> SitePlan:
+        for site in self.sites:
+            if site.site.name == name:
+                return site
+        raise KeyError(name)
+
     @property
     def quantized(self) -> tuple[SitePlan, ...]:
         """The sites at which anything is quantized."""

@@ -52,7 +52,7 @@ class RangeMode(enum.Enum):
 _KINDS: Mapping[str, tuple[type, str]] = {
     "format": (Format, "qj.integer(max_bits=8), qj.formats.E4M3FN or another of qj.formats"),
     "bits": (numbers.Real, "8; widths that vary, traced ones too, are qj.calibrate's"),
-    "granularity": (Granularity, "qj.PerChannel()"),
+    "granularity": (Granularity, "qj.PerChannel(), qj.PerGroup(32)"),
     "range": (RangeMode, "qj.RangeMode.FIXED"),
     "rounding": (Rounding, "qj.rounding.HALF_EVEN"),
     "estimator": (Estimator, "qj.estimators.LSQ"),

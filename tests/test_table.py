@@ -211,3 +211,23 @@ def test_amounts_have_three_digits():
     assert [amount(n) for n in (0, 7, 999, 1_000, 1_234, 999_500, 10**15)] == [
         *("0", "7", "999", "1k", "1.23k", "1M", "1000T"),
     ]
+
+
+def test_a_report_has_a_row_for_each_layer_and_a_plan_its_sites_by_name():
+    params = {"w": normal(0, 3, 4, 4), "v": normal(1, 4, 2)}
+
+    def f(p, x):
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0] @ p["v"]
+
+    x = normal(2, 5, 4)
+    plan = qj.plan(qj.uniform_policy(), qj.sites(f, params, x))
+    assert plan["v"].site.name == "v"
+    with pytest.raises(KeyError, match="elsewhere"):
+        plan["elsewhere"]
+    _, state = qj.observe(f, plan)(qj.init(plan), params, x)
+    report = qj.compare(f, plan)(qj.calibrate(plan, state, params), params, x)
+    frame = report.to_pandas()
+    assert list(frame.index) == ["w[0]", "w[1]", "w[2]", "v"]
+    assert frame.loc["w[1]", "weight_sqnr"] == float(report["w"].operands["weight"].sqnr[1])
+    saturation = report["v"].operands["activation"].saturation
+    assert frame.loc["v", "activation_saturation"] == float(saturation)

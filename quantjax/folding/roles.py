@@ -161,8 +161,11 @@ def _epsilon(trial: Trial, path: str) -> float:
         epsilon = none / (one - none)
     first = float(epsilon.flat[0]) if epsilon.size else math.nan
     same = np.allclose(epsilon, first, rtol=1e-6, atol=1e-12)
-    # The program has it in float32, and a table shows it so.
-    return float(np.float32(first)) if same and first > -1e-12 else math.nan
+    if not same or first <= -1e-12:
+        return math.nan
+    # As the program has it: in float32, or in float64 with the digits that a person wrote.
+    narrow = float(np.float32(first))
+    return narrow if math.isclose(first, narrow, rel_tol=1e-10) else float(f"{first:.10g}")
 
 
 def check_form(trial: Trial, parts: Mapping[str, Played]) -> None:

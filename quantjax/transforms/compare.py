@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from quantjax.printing import columns
 from quantjax.simulation import apply as apply_fake_quant
 from quantjax.simulation import is_clipped
 from quantjax.site_plan import OperandPlan, SitePlan
+from quantjax.table import frame
 from quantjax.transforms.after import added, additions_of, of_one_group
 from quantjax.transforms.calibrate import QState
 from quantjax.transforms.fake_quantize import quantized_product, site_values
@@ -74,6 +75,21 @@ class Report:
     def __getitem__(self, name: str) -> SiteReport:
         return self.sites[name]
 
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame``, one row a layer of a site, all operands; names as index.
+
+        Raises:
+          MissingPackageError: pandas is not installed.
+        """
+        rows: list[dict[str, Any]] = []
+        for name, site in self.sites.items():
+            for index, layer in _layers(site):
+                row = {"sqnr": layer.sqnr, "cosine": layer.cosine}
+                for key, operand in layer.operands.items():
+                    row[f"{key}_sqnr"], row[f"{key}_saturation"] = operand
+                rows.append({"site": name + index, **{k: float(v) for k, v in row.items()}})
+        return frame(rows)
+
     def __str__(self) -> str:
         known = {key for site in self.sites.values() for key in site.operands}
         shown = {name: keys for name, keys in SHOWN.items() if name in ALWAYS or known & {*keys}}
@@ -94,12 +110,10 @@ ALWAYS = ("weight", "activation")
 
 def _rows(name: str, site: SiteReport, shown: Mapping[str, tuple[str, ...]]) -> list[list[str]]:
     """One row a layer; a batch of reports, the result of ``vmap``, prints like layers."""
-    shape = jnp.shape(site.sqnr)
     known = all(concrete(leaf) is not None for leaf in jax.tree.leaves(site))
     rows = []
-    for index in np.ndindex(shape) if known else [()]:
-        layer = jax.tree.map(lambda leaf, at=index: np.asarray(leaf)[at], site) if known else site
-        row = [name + "".join(f"[{i}]" for i in index)]
+    for index, layer in _layers(site) if known else [("", site)]:
+        row = [name + index]
         row += [_number(layer.sqnr, ".1f"), _number(layer.cosine, ".6f")]
         for keys in shown.values():
             operand = next((layer.operands[k] for k in keys if k in layer.operands), None)
@@ -107,6 +121,13 @@ def _rows(name: str, site: SiteReport, shown: Mapping[str, tuple[str, ...]]) -> 
             row.append("" if operand is None else _number(operand.saturation, ".2%"))
         rows.append(row)
     return rows
+
+
+def _layers(site: SiteReport) -> Iterator[tuple[str, SiteReport]]:
+    """``[0]``, ``[1]`` ... and what is theirs, of a site that is stacked."""
+    for index in np.ndindex(jnp.shape(site.sqnr)):
+        layer = jax.tree.map(lambda leaf, at=index: np.asarray(leaf)[at], site)
+        yield "".join(f"[{i}]" for i in index), layer
 
 
 def _number(value: Any, spec: str) -> str:

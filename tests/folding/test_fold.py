@@ -189,3 +189,25 @@ def test_mistakes_are_refused():
     other["params"]["BatchNorm_0"]["scale"] = jnp.ones((1, 6))
     with refused(errors.TrainingError, "BatchNorm_0/scale has the shape 1x6"):
         qj.fold_batch_norm(other, NORMS)
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-5, 0.1])
+def test_epsilon_is_what_the_program_has(epsilon):
+    """In float64 with all its digits: rounded to float32 it left an error of 1e-8."""
+    with jax.enable_x64(True):
+        draw = np.random.default_rng(0)
+        params = {
+            "w": jnp.asarray(draw.normal(size=(8, 6))),
+            "mean": jnp.asarray(draw.normal(size=(1, 6))),
+            "var": jnp.asarray(draw.uniform(1e-3, 2e-3, (1, 6))),
+        }
+        x = jnp.asarray(draw.normal(size=(16, 8)))
+
+        def f(p, x):
+            return (x @ p["w"] - p["mean"]) / jnp.sqrt(p["var"] + epsilon) + p["shift"]
+
+        params["shift"] = params["mean"] + 1.0
+        norms = qj.batch_norms(f, params, x)
+        assert norms[0].epsilon == epsilon
+        folded = qj.fold_batch_norm(params, norms)
+        assert_allclose(f(folded, x), f(params, x), rtol=1e-12, atol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import sys
@@ -140,7 +141,8 @@ def find(name: str, group: Group) -> Any:
         raise errors.UnknownNameError(
             f"no {group.kind} is called {name}",
             where=f"registered: {', '.join(sorted(points)) or 'none'}",
-            fix="one of these, or module:object for one of your own"
+            fix=_meant(name, points)
+            + "one of these, or module:object for one of your own"
             + (", or a .npy or .npz file" if group is DATA else ""),
         )
     try:
@@ -153,6 +155,15 @@ def find(name: str, group: Group) -> Any:
         ) from error
     except SyntaxError as error:
         raise _no_python(name, error) from error
+
+
+def _meant(name: str, points: Iterable[str]) -> str:
+    """The registered name next to it, or its last dot as a colon; and ``or``."""
+    close = difflib.get_close_matches(name, list(points), n=1)
+    module, dot, attribute = name.rpartition(".")
+    if close:
+        return f"{close[0]}, or "
+    return f"{module}:{attribute}, or " if dot and module and attribute else ""
 
 
 def _imported(name: str) -> Any:
@@ -169,7 +180,14 @@ def _imported(name: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except AttributeError as error:
+        close = difflib.get_close_matches(attribute, dir(sys.modules.get(module)), n=1)
+        raise errors.UnknownNameError(
+            f"{name} cannot be imported",
+            why=str(error),
+            fix=f"{module}:{close[0]}" if close else _IMPORTABLE,
+        ) from error
+    except (ImportError, ValueError) as error:
         raise errors.UnknownNameError(
             f"{name} cannot be imported", why=str(error), fix=_IMPORTABLE
         ) from error

@@ -193,3 +193,19 @@ def test_the_module_runs_as_the_command():
     )
     assert ended.returncode == 0, ended.stderr
     assert "digits  experiments.digits.study:study" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("digitz", "digits, or one of these"),
+        ("tests.sweep.tiny.tiny_study", "tests.sweep.tiny:tiny_study, or"),
+        ("tests.sweep.tiny:tiny_studi", "tests.sweep.tiny:tiny_study"),
+        ("tests.sweep.tiny:elsewhere", "module importable"),
+        ("sweep", "one of these, or module:object"),
+    ],
+)
+def test_what_was_meant_is_said(name, meant):
+    with pytest.raises(errors.UnknownNameError) as caught:
+        named.find(name, named.STUDIES)
+    assert meant in caught.value.fix

@@ -41,7 +41,8 @@ class CalibrateOptions:
     quantjax.calibration.Model, a tuple (apply, params), or a function that returns one of these."""
     data: Annotated[str, tyro.conf.arg(metavar="DATA")]
     """Registered data (digits), a .npy or .npz file, or module:object: an iterable of batches, an
-    array, or a function that returns one. A batch is an array or a tuple of arguments."""
+    array, or a function that returns one. A batch is what the model is called with: an array, a
+    dictionary of them, or a tuple of several arguments; without labels."""
     weight_bits: int = 8
     """Width of the weights; 0 leaves them out."""
     activation_bits: int = 8

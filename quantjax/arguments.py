@@ -46,7 +46,7 @@ def expect(
 
 
 def undeclared(value: Any) -> list[str]:
-    """What a dataclass holds besides its fields, which equality, hashes and files do not see."""
+    """What a dataclass holds besides its fields, which files do not see, nor its equality."""
     names = {field.name for field in dataclasses.fields(value)}
     return [
         name
@@ -57,15 +57,16 @@ def undeclared(value: Any) -> list[str]:
 
 
 def expect_declared(value: Any, *, where: str) -> None:
-    """Raise where a dataclass, or one inside of it, holds what is no field of it.
+    """Raise where a class is no dataclass itself, but compared as the one that it extends.
 
-    Two such values are equal, and the programs of the first are run for the second.
+    Two values of it that differ in what is no field are equal, and the programs of the first are
+    run for the second.
 
     Raises:
       ArgumentError: naming the class and what it holds.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for name in undeclared(value):
+        for name in undeclared(value) if _is_compared_as_its_base(type(value)) else ():
             kind = type(value).__name__
             raise errors.ArgumentError(
                 f"{kind} holds '{name}', which is no field of it",
@@ -79,6 +80,12 @@ def expect_declared(value: Any, *, where: str) -> None:
     elif isinstance(value, tuple):
         for entry in value:
             expect_declared(entry, where=where)
+
+
+def _is_compared_as_its_base(kind: type) -> bool:
+    """Whether its equality is that of the fields of a class that it extends."""
+    owner = next(base for base in kind.__mro__ if "__eq__" in vars(base))
+    return owner is not kind and "__dataclass_params__" in vars(owner)
 
 
 def expect_key(key: object, *, where: str) -> None:

@@ -148,4 +148,7 @@ def _rescaled(qparams: QParams, ratio: jax.Array, operand: OperandPlan, norm: Ba
         theta = f"theta {sorted(qparams.theta)}" if qparams.theta else f"scales of {scale}"
         why = f"it has {theta}, and the factors are one for each of {norm.channels} channels"
         raise _cannot_follow(norm, operand.key, why)
-    return qparams._replace(scale=qparams.scale * ratio.reshape((*norm.steps, *own)))
+    ratio = ratio.reshape((*norm.steps, *own)).astype(
+        jnp.float32
+    )  # of a float64 model's statistics
+    return qparams._replace(scale=qparams.scale * ratio)

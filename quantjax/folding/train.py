@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import PyTree
 
 from quantjax import errors
-from quantjax.folding.channels import channel_shape, out_axes
+from quantjax.folding.channels import channel_shape, kernel_place, out_axes
 from quantjax.folding.fold import check_leaves, factor, foldable, folded_kernel, is_gone, wide
-from quantjax.folding.norms import BatchNorm, Place
+from quantjax.folding.norms import BatchNorm
 from quantjax.interpreter import (
     Carried,
+    Origin,
     Outcome,
     Product,
     Program,
@@ -28,6 +30,9 @@ from quantjax.interpreter import (
     evaluate_origin,
     leaves_by_path,
 )
+from quantjax.interpreter.containers import container_of
+from quantjax.interpreter.product import product_of
+from quantjax.interpreter.sites import Location
 from quantjax.interpreter.trace import Function
 from quantjax.printing import shape_text
 
@@ -116,17 +121,21 @@ def folded_training(f: Function, norms: Sequence[BatchNorm]) -> Callable[..., An
         leaves, own = leaves_by_path(at), leaves_by_path(params)
         check_leaves(rows, leaves, WHERE)
         program = programs(params, *inputs)
-        values = {}
+        scaled: dict[str, _Scaled] = {}
         for norm in rows:
             assert norm.kernel is not None
             k = factor(norm, leaves)
             k = jnp.where(is_gone(k), 1.0, k)
-            kernel = folded_kernel(norm, own, k)
-            for name in _products_of(norm, program):
-                weight = evaluate_origin(program.weights[name], {**own, norm.kernel.path: kernel})
-                values[name] = _Scaled(weight, k.reshape((*norm.steps, norm.channels)))
-        carried = Carried(values, {})
-        return evaluate(program, _product, frozenset(values), carried, params, *inputs).result
+            layers = k.reshape((*norm.steps, norm.channels))
+            for name in _passes_of(norm, program, own):
+                recipe, is_stopped = _passed(program.weights[name])
+                kernel = jnp.asarray(own[norm.kernel.path])
+                kernel = lax.stop_gradient(kernel) if is_stopped else kernel
+                product = folded_kernel(norm, {norm.kernel.path: kernel}, k)
+                weight = evaluate_origin(recipe, {**own, norm.kernel.path: product})
+                scaled[name] = _Scaled(weight, layers)
+        carried = Carried(scaled, {})
+        return evaluate(program, _product, frozenset(scaled), carried, params, *inputs).result
 
     return training
 
@@ -150,6 +159,18 @@ def _product(visit: Visit) -> Outcome:
     return Outcome(divided.astype(out.dtype))
 
 
+def _passed(origin: Origin) -> tuple[Origin, bool]:
+    """The way of a kernel into its product without a ``stop_gradient``, and whether there was one:
+    it stops the kernel, and not the factor."""
+    if not origin.operands:
+        return origin, False
+    first, is_stopped = _passed(origin.operands[0])
+    if origin.eqn is not None and origin.eqn.primitive.name == "stop_gradient":
+        return first, True
+    rest = origin.operands[1:]
+    return dataclasses.replace(origin, operands=(first, *rest)), is_stopped
+
+
 def _along_result(k: jax.Array, product: Product, side: int) -> jax.Array:
     """Entries of channels along the axes of the result."""
     axes, shape = out_axes(product, side), channel_shape(product, side)
@@ -160,29 +181,49 @@ def _along_result(k: jax.Array, product: Product, side: int) -> jax.Array:
     return k.reshape(shape).transpose(order).reshape(result)
 
 
-def _products_of(norm: BatchNorm, program: Program) -> list[str]:
-    """All products of the kernel with data: the one behind which the batch norm was found, and
-    those of a further pass."""
-    assert norm.kernel is not None
-    found = {site.name: site for site in program.sites.values() if _has_kernel(site, norm.kernel)}
-    for site in [found.get(norm.site), *found.values()]:
-        weight = None if site is None else site.weight
-        channels = 0
-        if site is not None and weight is not None:
-            channels = math.prod(weight.shape[axis] for axis in weight.free)
-        if site is None or (site.op, site.steps, channels) != (norm.op, norm.steps, norm.channels):
-            what = "no such product" if site is None else f"{site.op.value} of {channels} channels"
-            raise errors.TrainingError(
-                "the program in training mode is another one",
-                where=f"{WHERE}, product {norm.site if site is None else site.name}",
-                why=f"found {what}, with layers {shape_text(() if site is None else site.steps)}; "
-                f"in evaluation mode {norm.channels} channels, layers {shape_text(norm.steps)}",
-                fix="norms=qj.batch_norms(f, params, x) of the same model in evaluation mode",
-            )
-    return list(found)
+def _passes_of(norm: BatchNorm, program: Program, leaves: Mapping[str, Any]) -> list[str]:
+    """The products of the kernel whose channels lie in the parameter where the batch norm's do.
+
+    One, or as many as the model passes through the layer. Along other axes (a tied decoder, a
+    backward pass) it is another product.
+    """
+    kernel = norm.kernel
+    assert kernel is not None
+    sites = {at: site for at, site in program.sites.items() if _has_kernel(site, kernel.path)}
+    shape, found = jnp.shape(leaves[kernel.path]), []
+    for at, site in sites.items():
+        if (site.op, site.steps) != (norm.op, norm.steps) or site.weight is None:
+            continue
+        product, origin = _product_at(program, at), program.weights[site.name]
+        if kernel_place(kernel.path, shape, origin, product, site.weight.side) == kernel:
+            found.append(site.name)
+    if not found:
+        others = ", ".join(
+            f"{site.op.value} {shape_text(site.out_shape)}, layers {shape_text(site.steps)}"
+            for site in sites.values()
+        )
+        raise errors.TrainingError(
+            "the program in training mode is another one",
+            where=f"{WHERE}, product {norm.site}",
+            why=f"no product of {kernel.path} has its {norm.channels} channels where the one in "
+            f"evaluation mode has them, layers {shape_text(norm.steps)}; found {others or 'none'}",
+            fix="norms=qj.batch_norms(f, params, x) of the same model in evaluation mode",
+        )
+    return found
 
 
-def _has_kernel(site: Site, kernel: Place) -> bool:
+def _has_kernel(site: Site, path: str) -> bool:
     """Whether it multiplies data by this parameter, moved or cast."""
     weights = [operand for operand in site.operands if operand.role is Role.WEIGHT]
-    return len(weights) == 1 and weights[0].storable and weights[0].paths == (kernel.path,)
+    return len(weights) == 1 and weights[0].storable and weights[0].paths == (path,)
+
+
+def _product_at(program: Program, at: Location) -> Product:
+    closed, (*around, last) = program.jaxpr, at
+    for index, number in zip(around[::2], around[1::2], strict=True):
+        container = container_of(closed.jaxpr.eqns[index])
+        assert container is not None
+        closed = container.programs[number]
+    product = product_of(closed.jaxpr.eqns[last])
+    assert product is not None
+    return product

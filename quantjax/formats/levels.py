@@ -64,7 +64,9 @@ def width_table(rows: Mapping[int, Sequence[float]], max_bits: int) -> np.ndarra
     [[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 4.0, 4.0]]
     """
     for bits, levels in rows.items():
-        fits = 0 < bits <= max_bits and 0 < len(levels) <= 1 << bits
+        if bits > max_bits or bits == 0:
+            continue  # rows of a longer table; nothing is looked up at bypass
+        fits = bits > 0 and 0 < len(levels) <= 1 << bits
         if not fits or any(a > b for a, b in itertools.pairwise(levels)):
             raise errors.FormatError(
                 f"{len(levels)} levels for a width of {bits} bits",
@@ -84,6 +86,7 @@ def width_table(rows: Mapping[int, Sequence[float]], max_bits: int) -> np.ndarra
         if row is None:
             table[bits] = table[bits + 1]
         else:
+            row = row[: 1 << max_bits]
             table[bits, : len(row)], table[bits, len(row) :] = row, row[-1]
     return table
 

@@ -124,13 +124,12 @@ def load_params(path: str | os.PathLike[str], *, extra: Sequence[Any] = ()) -> P
     raise failure
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """Of the document that is there; that of another save is another one. None without one."""
+def _identity(path: Path) -> tuple[int, bytes] | None:
+    """Of the document that is there, by what it says and since when; None without one."""
     try:
-        found = os.stat(path / DOCUMENT)
+        return os.stat(path / DOCUMENT).st_mtime_ns, (path / DOCUMENT).read_bytes()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _loaded(path: Path, extra: Sequence[Any]) -> PyTree:

@@ -13,7 +13,6 @@ from quantjax import errors
 from quantjax.arguments import why_unwritable
 from quantjax.formats import example_theta
 from quantjax.policy import Rule
-from quantjax.printing import shape_text
 from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.ranges import MIN_MAX, RangeRule
 from quantjax.storage.known import BUILT_IN, is_ours
@@ -72,31 +71,6 @@ def calibration_batches(study: Study) -> list[Any]:
     for batch in batches:
         check_inputs((batch,), None)
     return batches
-
-
-def check_comparable(study: Study, batch: Any, inputs: Any) -> None:
-    """Raise ``SweepError`` where a calibration batch is of another kind than what is tested.
-
-    Sizes may differ, axes and dtypes may not: the model is planned with one, and run on the other.
-    """
-
-    def kind(tree: Any) -> Any:
-        leaves, structure = jax.tree.flatten(tree)
-        return structure, [(jnp.ndim(leaf), jnp.result_type(leaf)) for leaf in leaves]
-
-    if kind(batch) != kind(inputs):
-        found, wanted = (
-            ", ".join(
-                f"{jnp.result_type(a)} {shape_text(jnp.shape(a))}" for a in jax.tree.leaves(t)
-            )
-            for t in (batch, inputs)
-        )
-        raise errors.SweepError(
-            "calibration batches and test inputs are not alike",
-            where=f"study {study.name}",
-            why=f"the first batch is {found:.80}, the test inputs are {wanted:.80}",
-            fix="calibration=lambda: [inputs], a list of batches like those of test",
-        )
 
 
 def check_trained(study: Study, params: Any) -> None:

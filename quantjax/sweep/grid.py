@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -93,6 +94,9 @@ def filed_name(rule: RangeRule) -> str:
     if dataclasses.is_dataclass(rule.range):
         fields = dataclasses.fields(rule.range)
         settings = [f"{getattr(rule.range, field.name)!r}" for field in fields]
+    if isinstance(rule.range, functools.partial):
+        bound = rule.range.args, rule.range.keywords.values()
+        settings = [f"{value!r}" for values in bound for value in values]
     known = [concrete(number) for number in rule.parameters]
     if any(number is None or np.ndim(number) for number in known):
         raise errors.SweepError(
@@ -101,9 +105,15 @@ def filed_name(rule: RangeRule) -> str:
             why="results are filed by names and numbers",
             fix="a rule for each of its numbers",
         )
-    settings += [f"{float(np.float32(number)):.7g}" for number in known]
+    settings += [_digits(float(np.float32(number))) for number in known]
     shown = ADDRESS.sub("", f"({', '.join(settings)})")
     return rule.name if not settings or rule.name.endswith(shown) else rule.name + shown
+
+
+def _digits(number: float) -> str:
+    """Seven, as names of rules have them, or as many as tell it from its neighbours."""
+    short = f"{number:.7g}"
+    return short if np.float32(short) == np.float32(number) else f"{number:.9g}"
 
 
 def _whole(axis: str, values: Any) -> tuple[int, ...]:

@@ -18,12 +18,11 @@ from quantjax.interpreter import Role
 from quantjax.planning import Plan, plan
 from quantjax.ranges import IndexedRule, RangeRule, stack
 from quantjax.site_plan import OperandPlan
-from quantjax.sweep.alike import check_alike, shapes_of
+from quantjax.sweep.alike import check_alike, check_comparable, check_planned, shapes_of
 from quantjax.sweep.checks import (
     CHECKPOINTS,
     RESULTS,
     calibration_batches,
-    check_comparable,
     check_logits,
     check_output,
     check_study,
@@ -113,6 +112,7 @@ def run_sweep(
             first = first or (seed, shapes_of(params))
             check_alike(study, first, seed, params)
             planned = plan(study.policy, sites(study.apply, params, batches[0]))
+            check_planned(study, planned, params, batches[0], inputs)
             state = _observed(study, planned, params, batches, progress)
             check_logits(study, jax.eval_shape(study.apply, params, inputs), labels)
             shared = (state, params, inputs, labels)

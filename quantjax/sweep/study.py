@@ -72,7 +72,7 @@ class Study:
     identity: str
 
     def __post_init__(self) -> None:
-        kinds = {"name": str, "identity": str, "policy": Policy, "train_steps": numbers.Integral}
+        kinds = {"name": str, "identity": str, "policy": Policy, "train_steps": numbers.Real}
         for name, kind in kinds.items():
             fix = f"{name}={_EXAMPLES[name]}"
             expect(getattr(self, name), kind, argument=name, where="a study", fix=fix)

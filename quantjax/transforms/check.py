@@ -175,13 +175,16 @@ def _problems(
 
 
 def other_dtypes(qparams: QParams) -> list[str]:
-    """Floats that are not float32, as a cast of a whole tree for training makes them."""
-    dtypes = {path: getattr(a, "dtype", None) for path, a in leaves_by_path(qparams).items()}
-    return [
-        f"{path.replace('_', ' ')}, {dtype}"
-        for path, dtype in dtypes.items()
-        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype != jnp.float32
-    ]
+    """Floats that are not float32, as a cast of a whole tree for training makes them.
+
+    NumPy's are not among them: they are numbers yet, and become float32.
+    """
+    found = []
+    for path, array in leaves_by_path(qparams).items():
+        is_float = isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jnp.floating)
+        if is_float and array.dtype != jnp.float32:
+            found.append(f"{path.replace('_', ' ')}, {array.dtype}")
+    return found
 
 
 def _no_width(qparams: QParams, quantizer: Quantizer | None) -> np.ndarray:

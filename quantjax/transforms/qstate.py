@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from quantjax import errors
 from quantjax._compat import concrete
@@ -108,6 +111,7 @@ def checked_qstate(
                 if isinstance(qparams, Mapping | list)
                 else "qstate = qj.calibrate(plan, state, params)",
             )
+            qparams = jax.tree.map(_in_float32, qparams)
             if jnp.shape(qparams.bits) != steps:
                 needed = f"one for each of {steps} layers" if steps else "a scalar"
                 raise errors.CalibrationError(
@@ -142,6 +146,12 @@ def _check_shapes(
                 if jnp.ndim(array) > len(expected)
                 else "qstate = qj.calibrate(plan, state, params)",
             )
+
+
+def _in_float32(leaf: Any) -> Any:
+    """NumPy's floats as JAX's; all else as it is."""
+    is_numpy = isinstance(leaf, np.ndarray | np.generic) and np.issubdtype(leaf.dtype, np.floating)
+    return jnp.asarray(leaf, jnp.float32) if is_numpy else leaf
 
 
 def _check_dtypes(qparams: QParams, where: str) -> None:

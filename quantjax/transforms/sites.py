@@ -58,12 +58,15 @@ def check_given(f: Function, inputs: tuple[Any, ...], *, verb: str, **given: Any
     if not names:
         return
     try:
-        signature = inspect.signature(f)
+        # A wrapper that binds a keyword shows its own signature; jitted functions have none.
+        signature = inspect.signature(f, follow_wrapped=not inspect.isfunction(f))
         bound = signature.bind_partial(None, *inputs).arguments
     except (TypeError, ValueError):  # no signature, or other arguments than it takes: said later
         return
     for name in names:
-        if name in signature.parameters and name not in bound:
+        parameter = signature.parameters.get(name)
+        is_open = parameter is not None and parameter.default in (None, inspect.Parameter.empty)
+        if is_open and name not in bound:  # a partial has bound it by a default
             raise errors.ArgumentError(
                 f"{name}= is the verb's own, and the function has an argument of that name, too",
                 where=f"qj.{verb}(f, plan)(..., {name}=...)",

@@ -347,7 +347,7 @@ def test_qstates_of_other_programs_are_refused():
 
 def test_programs_without_the_products_are_refused():
     one = models.Case(lambda v, x: x @ v["params"]["Dense_0"]["kernel"], CASE.params, CASE.x)
-    with refused(errors.TrainingError, "another one", "no such product"):
+    with refused(errors.TrainingError, "another one", "no product of params", "found none"):
         folded_training(one.f, NORMS)(CASE.params, jnp.ones((2, 8)))
     norms = qj.batch_norms(train, CASE.params, CASE.x)
     with refused(errors.TrainingError, "none of the batch norms", "training mode"):

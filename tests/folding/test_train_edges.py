@@ -70,13 +70,73 @@ def test_a_product_of_the_kernel_with_itself_stays():
     assert_array_equal(gram, p["w"].T @ p["w"])
 
 
-def test_another_pass_of_other_layers_is_refused():
-    def other(p, x):
-        first = normed(p, x, train=True)
-        return first, jnp.einsum("nj,ij->ni", first[:, :6], p["w"])
+def tied(p, x):
+    """A decoder with the transposed kernel, whose channels are its inputs."""
+    h = jnp.tanh(normed(p, x, train=True))
+    return h, h @ p["w"].T
 
-    with refused(errors.TrainingError, "another one", "8 channels", "6 channels"):
-        folded_training(other, folding()[1])(variables(), X)
+
+def forces(p, x):
+    """The gradient by the inputs, which multiplies with the transposed kernel."""
+    return jax.value_and_grad(lambda x: jnp.sum(jnp.tanh(normed(p, x, train=True)) ** 2))(x)
+
+
+def turned(p, x):
+    """Two uses whose channels are numbered otherwise."""
+    w = p["w"].reshape(8, 2, 3)
+    again = jnp.einsum("ni,idh->ndh", x, w.transpose(0, 2, 1))
+    return normed(p, x, train=True), again
+
+
+@pytest.mark.parametrize(
+    ("f", "outputs"), [(tied, 6), (tied, 8), (forces, 6), (forces, 8), (turned, 6)]
+)
+def test_other_products_of_the_kernel_are_left_alone(f, outputs):
+    """Square kernels were divided along the wrong axis, others refused."""
+    draw = np.random.default_rng(3)
+    p = {
+        **variables(),
+        "w": models.normal(2, 8, outputs),
+        "mean": jnp.zeros(outputs),
+        "var": jnp.asarray(draw.uniform(0.1, 9, outputs), jnp.float32),
+        "gain": jnp.asarray(draw.uniform(0.5, 2, (1, outputs)), jnp.float32),
+        "shift": jnp.zeros(outputs),
+    }
+    norms = folding(p)[1]
+    jax.tree.map(
+        lambda got, want: assert_allclose(got, want, rtol=1e-3, atol=1e-4),
+        folded_training(f, norms)(p, X),
+        f(p, X),
+    )
+
+
+def test_a_stopped_kernel_stops_no_factor():
+    """γ has the gradient that it has without folding."""
+    p = variables(w=0.02 * models.normal(2, 8, 6), var=jnp.full(6, 4e-4))
+    stopped = lambda p, x: x @ jax.lax.stop_gradient(p["w"])  # noqa: E731
+    _, _, g = folding(p, product=stopped)
+    f = functools.partial(normed, train=True, product=stopped)
+    found, wanted = (jax.grad(lambda p, f=f: jnp.sum(jnp.tanh(f(p, X))))(p) for f in (g, f))
+    assert_allclose(found["gain"], wanted["gain"], rtol=1e-3, atol=1e-4)
+    assert not np.any(found["w"])
+
+
+def test_statistics_of_a_float64_model_move_float32_scales():
+    with jax.enable_x64(True):
+        p = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), variables())
+        x = jnp.asarray(np.asarray(X), jnp.float64)
+        evaluate = functools.partial(normed, train=False)
+        norms = qj.batch_norms(evaluate, p, x)
+        own = qj.plan(weights_of(4), qj.sites(evaluate, p, x))
+        qstate = qj.calibrate(own, {}, fold_batch_norm(p, norms))
+        after = {**p, "var": 9.0 * p["var"]}
+        moved = refolded(qstate, own, norms, p, after)
+        assert qj.check(moved, own) == []
+        codes = [
+            qj.freeze(own, state, fold_batch_norm(tree, norms))["w"].codes
+            for state, tree in ((qstate, p), (moved, after))
+        ]
+        assert np.mean(codes[0] == codes[1]) > 0.98
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -79,6 +79,49 @@ class Declared(LevelFormat):
         return np.sign(u) * np.abs(u) ** self.gamma
 
 
+class Equal(qj.selectors.Selector):
+    """No dataclass, but with an equality of its own."""
+
+    def __init__(self, least: int) -> None:
+        object.__setattr__(self, "least", least)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equal) and other.least == self.least
+
+    def __hash__(self) -> int:
+        return hash(self.least)
+
+    def matches(self, site: qj.Site) -> bool:
+        """By the size of the weight."""
+        return site.parameters >= self.least
+
+    def __str__(self) -> str:
+        return f"{self.least}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived(qj.selectors.Selector):
+    """It keeps what follows from its field."""
+
+    least: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "twice", 2 * self.least)
+
+    def matches(self, site: qj.Site) -> bool:
+        """By the size of the weight."""
+        return site.parameters >= self.twice
+
+    def __str__(self) -> str:
+        return f"{self.least}"
+
+
+@pytest.mark.parametrize("kind", [Equal, Derived])
+def test_what_is_compared_rightly_is_taken(kind):
+    rules = [qj.rule(kind(n), qj.Scheme()) for n in (3, 3, 4)]
+    assert rules[0] == rules[1] != rules[2]
+
+
 def test_fields_are_seen():
     x = jnp.linspace(-1.0, 1.0, 9)
     for gamma in (1.0, 3.0):
@@ -162,7 +205,7 @@ def test_a_fit_has_the_width_that_it_is_asked_for():
 def test_tables_that_cannot_be_are_refused():
     for rows, most, said in (
         ({2: (1, 2, 3, 4, 5)}, 2, "5 levels for a width of 2 bits"),
-        ({5: (0, 1)}, 2, "a width of 5 bits"),
+        ({-1: (0, 1), 2: (0, 1)}, 2, "a width of -1 bits"),
         ({2: (1, 0, -1, 2)}, 2, "ascending"),
         ({1: (0, 1)}, 2, "no levels for 2 bits"),
         ({2: ()}, 2, "0 levels"),
@@ -182,3 +225,8 @@ def test_functions_are_not_rules():
     loose = qj.ranges.RangeRule("loose", mine, parameters=3.0)
     with refused(errors.PolicyError, "loose are no tuple", "(3.0,)"):
         qj.weight_quantizer(rule=loose)
+
+
+def test_a_longer_table_serves_a_smaller_container():
+    rows = {0: (0,), 1: (0, 1), 2: (0, 1, 4), 3: (0, 1, 2, 3, 4)}
+    assert_array_equal(width_table(rows, 2)[2], [0, 1, 4, 4])

@@ -66,9 +66,11 @@ def test_a_writer_and_a_reader_at_the_same_time(tmp_path):
     storage.save_params(path, OLD)
 
     def write():
-        for number in range(12):
-            storage.save_params(path, (NEW, OLD)[number % 2], overwrite=True)
-        done.set()
+        try:
+            for number in range(12):
+                storage.save_params(path, (NEW, OLD)[number % 2], overwrite=True)
+        finally:
+            done.set()
 
     writer = threading.Thread(target=write)
     writer.start()

@@ -176,6 +176,14 @@ def test_a_mask_fits_a_tree_with_parameters():
     assert np.all(weight.zero_point)
 
 
+def test_what_has_an_init_and_an_update_is_an_optimizer():
+    qstate = cases.qstate()
+    optimizer = by_part(scale=optax.MultiSteps(optax.sgd(0.1), 1))
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps so
+        after, _ = cases.step(optimizer, cases.ones_like(qstate), qstate)
+    assert moved(qstate, after) == {"scale"}
+
+
 def test_a_rate_is_no_optimizer():
     with refused(errors.ArgumentError, "scale is a float", "optax.sgd"):
         by_part(scale=1e-3)

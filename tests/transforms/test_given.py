@@ -1,5 +1,7 @@
 """Keywords of verbs that are the model's own as well, and arguments that are no qstate."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,10 +88,30 @@ def test_what_is_no_qstate_is_refused(tmp_path):
         storage.plan_from(saved, plan)
 
 
-@pytest.mark.parametrize("verb", [qj.observe, qj.fake_quantize])
-def test_inputs_may_be_named_where_the_function_wraps_them(verb):
-    wrapped = lambda p, x: dropped(p, x, key=KEY)  # noqa: E731
-    plan, qstate = ready(qj.uniform_policy())
-    found = verb(wrapped, plan)(qj.init(plan) if verb is qj.observe else qstate, PARAMS, X)
-    y = found[0] if isinstance(found, tuple) else found
+@functools.wraps(dropped)
+def bound(params, x):
+    """Its own signature has no key any more."""
+    return dropped(params, x, key=KEY)
+
+
+BOUND = {
+    "partial": functools.partial(dropped, key=KEY),
+    "jitted": jax.jit(functools.partial(dropped, key=KEY)),
+    "lambda": lambda p, x: dropped(p, x, key=KEY),
+    "wraps": bound,
+}
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_what_is_bound_already_is_the_model_s(name):
+    """A verb may get a key of its own beside it."""
+    scheme = qj.Scheme(weights=qj.weight_quantizer(rounding=qj.rounding.STOCHASTIC))
+    plan, qstate = ready(qj.Policy([qj.rule(qj.weighted(), scheme)]))
+    y = qj.fake_quantize(BOUND[name], plan)(qstate, PARAMS, X, key=KEY)
     assert (np.asarray(y) == 0.0).mean() > 0.2
+
+
+def test_a_jitted_model_with_a_key_of_its_own_is_seen():
+    plan, qstate = ready(qj.uniform_policy())
+    with refused(errors.ArgumentError, "key= is the verb's own"):
+        qj.fake_quantize(jax.jit(dropped), plan)(qstate, PARAMS, X, key=KEY)

@@ -198,6 +198,9 @@ def test_what_a_cast_of_the_whole_tree_made_is_refused(field):
         said = field.replace("_", " ")
         with refused(errors.CalibrationError, "another dtype", f"{name} ", f"{said}, bfloat16"):
             verb()
+    wide = jax.tree.map(lambda a: np.asarray(a, np.float64), qstate)  # JAX makes float32 of it
+    assert qj.check(wide, plan) == []
+    assert np.isfinite(qj.fake_quantize(case.f, plan)(wide, case.params, case.x)).all()
     (problem,) = qj.check(other, plan)
     assert (problem.site, problem.operand) == (name, "weight")
     assert "float32" in problem.what

@@ -24,7 +24,12 @@ class _Found(NamedTuple):
 
 
 def best_of(
-    values: Callable[..., jax.Array], operands: Any, rough: jax.Array, enough: jax.Array
+    values: Callable[..., jax.Array],
+    operands: Any,
+    rough: jax.Array,
+    enough: jax.Array,
+    *,
+    takes_last: bool | jax.Array = False,
 ) -> jax.Array:
     """``argmin`` of the divergences, the first of equals; the last of all where none is finite.
 
@@ -35,13 +40,14 @@ def best_of(
       values: from ``operands`` and int32 places ``[n]`` to divergences ``[n]``, with all digits.
       rough: ``[clips]``, those of the first look; infinite for what is no candidate.
       enough: what the best has to have at most in the first look.
+      takes_last: whether the last of equals is taken, and not the first; may be traced.
     """
     last = rough.shape[0] - 1
     several = jnp.sum(rough <= enough, dtype=jnp.int32) > 1
     first = jnp.where(jnp.min(rough) < jnp.inf, jnp.argmin(rough).astype(jnp.int32), last)
     # One histogram after another: each has its own number of rounds.
     return jax.custom_batching.sequential_vmap(functools.partial(_looked_at_again, values))(
-        operands, rough, enough, several, first
+        operands, rough, enough, several, first, jnp.asarray(takes_last)
     )
 
 
@@ -52,6 +58,7 @@ def _looked_at_again(
     enough: jax.Array,
     several: jax.Array,
     first: jax.Array,
+    takes_last: jax.Array,
 ) -> jax.Array:
     last = rough.shape[0] - 1
 
@@ -66,7 +73,9 @@ def _looked_at_again(
         found = jnp.append(found, state.value)
         clips = jnp.append(some, state.clip)
         least = jnp.min(found)
-        best = jnp.min(jnp.where(found == least, clips, last))
+        earliest = jnp.min(jnp.where(found == least, clips, last))
+        latest = jnp.max(jnp.where(found == least, clips, 0))
+        best = jnp.where(takes_last, latest, earliest)
         return _Found(best, least, state.rough.at[some].set(jnp.inf))
 
     def best() -> jax.Array:

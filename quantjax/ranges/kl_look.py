@@ -144,7 +144,8 @@ def _logarithm(held: jax.Array, number: jax.Array) -> jax.Array:
 
 def _of_last_run(sums: _Sums, levels: jax.Array, kept: jax.Array, last_bin: jax.Array) -> jax.Array:
     """What masses and the last run, with all that lies beyond in its last bin, contribute."""
-    start = _edges(levels, levels - 1, kept)
+    # Where there are more levels than bins, each has a run of its own, and the last bin is one.
+    start = jnp.minimum(_edges(levels, levels - 1, kept), jnp.maximum(kept - 1, 0))
     held, number = (sums.both - sums.both[start]).T
     mass = sums.both[:, 0].astype(jnp.float32) * (1.0 / _MASS)
     within = held.astype(jnp.float32) * (1.0 / _MASS)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from quantjax import errors
 from quantjax.formats import divide_by_scale, exponent_of, power_of_two
 from quantjax.ranges.base import Configured, Range, RangeRule, Target
 from quantjax.ranges.kl_best import best_of
@@ -34,7 +35,9 @@ class Variant:
       unsigned_levels: whether unsigned codes of data that are never negative have ``2^b`` levels;
         ``2^(b-1)`` otherwise and for all others.
       half_bin: whether the clip lies half a bin above the last one that is kept.
-      fewest_bins: of a clip; there are never fewer than levels.
+      fewest_bins: of a clip, at any width; 0 is as many as there are levels.
+      takes_last: whether of equal divergences the widest clip is taken, and not the narrowest. Of
+        few values (pixels) several clips have none at all.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Variant:
     unsigned_levels: bool = False
     half_bin: bool = True
     fewest_bins: int = 0
+    takes_last: bool = False
 
 
 PUBLISHED = Variant(name="tensorrt")
@@ -55,6 +59,7 @@ MODELOPT = Variant(
     unsigned_levels=True,
     half_bin=False,
     fewest_bins=128,
+    takes_last=True,
 )
 """NVIDIA's own code since pytorch-quantization, which tries clips from 128 bins on at any width."""
 
@@ -118,6 +123,7 @@ def best_bin(
     *,
     stride: int | jax.Array = 1,
     fewest: int | jax.Array = 0,
+    takes_last: bool | jax.Array = False,
     most: int = 256,
 ) -> jax.Array:
     """After how many bins to clip: ``argmin`` of :func:`divergences`, the first of equals.
@@ -130,16 +136,18 @@ def best_bin(
       counts: ``[bins]``.
       levels: int32, a power of two; more of them than bins leave nothing to clip for.
       stride: every how many bins a clip is tried; the last bin is one in any case.
-      fewest: how many bins the first clip keeps, if that is more than levels.
+      fewest: how many bins the first clip keeps; 0 is as many as there are levels.
+      takes_last: whether the last of equals is taken.
       most: a static bound of ``levels``.
     """
     bins = counts.shape[0]
     kept = jnp.arange(bins + 1, dtype=jnp.int32)
-    start = jnp.minimum(jnp.maximum(levels, fewest), bins)
+    fewest = jnp.asarray(fewest, jnp.int32)
+    start = jnp.minimum(jnp.where(fewest > 0, fewest, levels), bins)
     tried = (kept >= start) & (((kept - start) % stride == 0) | (kept == bins))
     rough = looked_at(counts, levels, tried)
     values = functools.partial(_divergences, most)
-    return best_of(values, (counts, levels), rough, enough(jnp.min(rough)))
+    return best_of(values, (counts, levels), rough, enough(jnp.min(rough)), takes_last=takes_last)
 
 
 def _divergences(most: int, operands: Any, clips: jax.Array) -> jax.Array:
@@ -155,6 +163,7 @@ class _Numbers(NamedTuple):
     unsigned_levels: bool | jax.Array
     half_bin: bool | jax.Array
     fewest_bins: int | jax.Array
+    takes_last: bool | jax.Array
 
 
 def _range(statistics: Statistics, target: Target, *numbers: Any, bins: int) -> Range:
@@ -168,8 +177,14 @@ def _range(statistics: Statistics, target: Target, *numbers: Any, bins: int) -> 
     # Of one level the first bin alone has no divergence, whatever was seen.
     levels = jnp.left_shift(jnp.int32(1), jnp.clip(exponent, 1, 24))
     most = min(1 << target.format.max_bits, bins)
-    stride, fewest = variant.stride, variant.fewest_bins
-    kept = best_bin(counts, levels, stride=stride, fewest=fewest, most=most).astype(jnp.float32)
+    kept = best_bin(
+        counts,
+        levels,
+        stride=variant.stride,
+        fewest=variant.fewest_bins,
+        takes_last=variant.takes_last,
+        most=most,
+    ).astype(jnp.float32)
     kept += jnp.where(variant.half_bin, 0.5, 0.0)
     clip = jnp.minimum(largest * divide_by_scale(kept, jnp.float32(bins)), largest)
     return Range(jnp.clip(low, -clip, clip), jnp.clip(high, -clip, clip), statistics.batches > 0)
@@ -202,7 +217,13 @@ def kl_tensorrt(variant: Variant = PUBLISHED) -> RangeRule:
     Source: Migacz, 8-bit inference with TensorRT, GPU Technology Conference 2017, slide 26.
     """
     check_bins(variant.bins, f"kl_{variant.name}")
-    check_bins(variant.stride + 1, f"kl_{variant.name}, stride")
+    if variant.stride < 1:
+        raise errors.QuantizerError(
+            f"a stride of {variant.stride}",
+            where=f"the range rule kl_{variant.name}",
+            why="it is every how many bins a clip is tried",
+            fix="stride=1",
+        )
     return _rule(variant)
 
 
@@ -210,4 +231,5 @@ KL_TENSORRT = kl_tensorrt()
 """2048 bins, every clip from ``2^(b-1)`` on, zeros counted; see :func:`kl_tensorrt`."""
 
 KL_MODELOPT = kl_tensorrt(MODELOPT)
-"""The same, but for the bin at 0, unsigned codes and the first clip, as in NVIDIA's ModelOpt."""
+"""The same, but for the bin at 0, unsigned codes, the first clip, and the last of equal ones, as in
+NVIDIA's ModelOpt."""

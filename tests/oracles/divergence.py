@@ -26,7 +26,7 @@ def both_signs(x: np.ndarray, bins: int = 1025) -> tuple[np.ndarray, np.ndarray]
     return np.histogram(x, bins, (-largest, largest))
 
 
-def tensorrt(counts: np.ndarray, levels: int) -> np.ndarray:
+def tensorrt(counts: np.ndarray, levels: int, *, start: int = 0) -> np.ndarray:
     """``KL(P ‖ Q)`` after each number of bins from ``levels`` on; infinite where undefined.
 
     Migacz, 8-bit inference with TensorRT, 2017, slides 25 and 26: bin ``k`` of ``i`` falls into
@@ -34,7 +34,7 @@ def tensorrt(counts: np.ndarray, levels: int) -> np.ndarray:
     """
     counts = np.float64(counts)
     found = np.full(counts.size + 1, np.inf)
-    for kept in range(levels, counts.size + 1):
+    for kept in range(start or levels, counts.size + 1):
         held = counts[:kept]
         level = np.arange(kept) * levels // kept
         sums = np.bincount(level, held, levels)
@@ -51,13 +51,16 @@ def tensorrt(counts: np.ndarray, levels: int) -> np.ndarray:
 
 
 def modelopt(counts: np.ndarray, levels: int) -> np.ndarray:
-    """NVIDIA ModelOpt's variant: the bin at zero has the count of its neighbour, and no clip keeps
-    fewer than 128 bins (``start_bin`` of ``compute_amax``, at every width)."""
+    """NVIDIA ModelOpt's variant: the bin at zero has the count of its neighbour, and the first clip
+    keeps 128 bins (``start_bin`` of ``compute_amax``), at every width."""
     counts = counts.copy()
     counts[0] = counts[1]
-    found = tensorrt(counts, levels)
-    found[:128] = np.inf
-    return found
+    return tensorrt(counts, levels, start=128)
+
+
+def last_of_equals(found: np.ndarray) -> int:
+    """The last of the smallest, as ModelOpt takes it (``last_argmin``), but for rounding."""
+    return int(np.flatnonzero(found <= found.min() + 1e-12)[-1])
 
 
 def onnxruntime(counts: np.ndarray, levels: int) -> np.ndarray:

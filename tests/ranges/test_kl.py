@@ -204,7 +204,7 @@ def exact(x: np.ndarray) -> dict[str, float]:
     middle = oracle.onnxruntime(both, 128).argmin()
     return {
         "kl_tensorrt": min((oracle.tensorrt(counts, 128).argmin() + 0.5) * width, largest),
-        "kl_modelopt": min(oracle.modelopt(counts, 128).argmin() * width, largest),
+        "kl_modelopt": min(oracle.last_of_equals(oracle.modelopt(counts, 128)) * width, largest),
         "kl_onnxruntime": edges[512 + middle + 1],
     }
 
@@ -256,13 +256,60 @@ def test_modelopt_keeps_128_bins_at_any_width(bits):
     seen = statistics.of_tensor(jnp.asarray(x), (1,), with_values=True)
     target = SIGNED._replace(bits=jnp.float32(bits))
     largest = np.abs(x).max()
-    want = oracle.modelopt(oracle.magnitudes(x), 1 << (bits - 1)).argmin() * largest / 2048
+    found = oracle.modelopt(oracle.magnitudes(x), 1 << (bits - 1))
+    want = oracle.last_of_equals(found) * largest / 2048
     assert want > 0.06 * largest
     clip = lambda rule: -ranges.derive(rule, seen, target).low.item()  # noqa: E731
     assert clip(KL_MODELOPT) == pytest.approx(want, rel=1e-3)
     fewer = ranges.kl_tensorrt(dataclasses.replace(MODELOPT, name="fewer", fewest_bins=0))
     if bits < 6:
         assert clip(fewer) < 0.02 * largest
+
+
+FEW_VALUES = {
+    "pixels": lambda draw: draw.integers(0, 17, size=5000) / 16,
+    "rounded": lambda draw: np.round(3.0 * draw.normal(size=768)),
+    "ternary": lambda draw: draw.choice([-2.0, -1.0, 0.0, 1.0, 2.0], size=5000),
+    "normal": lambda draw: draw.normal(size=20_000),
+}
+
+
+@pytest.mark.parametrize("kind", FEW_VALUES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_modelopt_takes_the_widest_of_equal_clips(kind, bits):
+    """Pixels of 17 values had a sixteenth of their range: a clip at the first of them has no
+    divergence, and neither has keeping all."""
+    x = np.float32(FEW_VALUES[kind](np.random.default_rng(0)))
+    found = oracle.modelopt(oracle.magnitudes(x), 1 << (bits - 1))
+    largest = np.abs(x).max()
+    want = oracle.last_of_equals(found) * largest / 2048
+    seen = statistics.of_tensor(jnp.asarray(x), (1,), with_values=True)
+    target = SIGNED._replace(bits=jnp.float32(bits))
+    low, high, _ = ranges.derive(KL_MODELOPT, seen, target)
+    assert max(-low.item(), high.item()) == pytest.approx(want, rel=1e-3)
+
+
+def test_modelopt_starts_at_128_bins_for_256_levels_too():
+    """Unsigned codes of 8 bits, and one outlier that leaves most bins empty."""
+    x = np.append(np.abs(np.random.default_rng(0).normal(size=20_000)), 60.0).astype(np.float32)
+    want = oracle.last_of_equals(oracle.modelopt(oracle.magnitudes(x), 256)) * 60.0 / 2048
+    assert want < 5.0
+    seen = statistics.of_tensor(jnp.asarray(x), (1,), with_values=True)
+    target = Target(integer(signed=False), False, jnp.float32(8))
+    assert ranges.derive(KL_MODELOPT, seen, target).high.item() == pytest.approx(want, rel=1e-3)
+
+
+@settings(max_examples=40)
+@given(counts=COUNTS, bits=st.integers(3, 7), fewest=st.integers(1, 20))
+def test_more_levels_than_bins_are_those_of_the_algorithm(counts, bits, fewest):
+    found = oracle.tensorrt(counts, 1 << (bits - 1), start=fewest)
+    got = tensorrt_bin(
+        jnp.float32(counts), jnp.int32(1 << (bits - 1)), fewest=jnp.int32(fewest), most=64
+    )
+    if np.isinf(found).all():
+        assert int(got) == 64
+    else:
+        same_bin(found, int(got), tolerance=1e-5)
 
 
 @KINDS
@@ -301,8 +348,8 @@ def test_bins_without_a_middle_are_refused(bins):
 
 
 def test_variants_that_are_no_histogram_are_refused():
-    for change in ({"bins": 1}, {"stride": 0}):
-        with refused(errors.QuantizerError, "histogram of 1 bins", "kl_odd"):
+    for change, said in (({"bins": 1}, "histogram of 1 bins"), ({"stride": 0}, "a stride of 0")):
+        with refused(errors.QuantizerError, said, "kl_odd"):
             ranges.kl_tensorrt(ranges.Variant(name="odd", **change))
 
 

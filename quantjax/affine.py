@@ -203,6 +203,10 @@ def _from_range(
         quotient = jnp.where(jnp.isinf(largest), halves, divide_by_scale(largest, steps))
         scale = _usable(rule.scale(Span(largest, quotient, steps, unit)), largest, jnp.float32(1.0))
         zero_point = jnp.clip(q_min - jnp.round(divide_by_scale(low, scale)), q_min, q_max)
+        # A rounded zero point moves both ends, and one may come to lie beyond the largest number.
+        ends = (q_min - zero_point) * scale, (q_max - zero_point) * scale
+        narrower = scale * divide_by_scale(steps, steps + 1.0)
+        scale = jnp.where(jnp.isinf(ends[0]) | jnp.isinf(ends[1]), narrower, scale)
     return mark_faults(
         QParams(scale, zero_point, bits, theta),
         calibrated=calibrated,

@@ -91,10 +91,14 @@ def in_folder(name: str, folder: Path, at: Place) -> Path:
     """The path of a file in a data folder, unchecked.
 
     Raises:
-      DataUnavailableError: there is no such file.
+      DataUnavailableError: there is no such file, or it cannot be looked for.
     """
     path = folder / name
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not is_there:
         raise DataUnavailableError(
             f"{at.name}: {name} is missing",
             where=str(folder),
@@ -104,17 +108,43 @@ def in_folder(name: str, folder: Path, at: Place) -> Path:
     return path
 
 
+def unreadable(path: Path, error: OSError) -> DataUnavailableError:
+    """Of a file or folder that is there, and may not be read."""
+    return DataUnavailableError(
+        f"{path.name} cannot be read",
+        where=str(path),
+        why=error.strerror or str(error),
+        fix="see who may read it, or name another folder by --data-dir (data_dir=)",
+    )
+
+
+def read(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+      DataUnavailableError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
 def check(path: Path, checksum: str) -> None:
     """Compare a file with a checksum.
 
     Raises:
       DataFileError: they differ, as for a file that was cut short.
+      DataUnavailableError: the file cannot be read.
     """
     algorithm, _, expected = checksum.partition(":")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(
-            file, lambda: hashlib.new(algorithm, usedforsecurity=False)
-        ).hexdigest()
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(
+                file, lambda: hashlib.new(algorithm, usedforsecurity=False)
+            ).hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
     if found != expected.lower():
         raise DataFileError(
             f"{path.name} is damaged, or another file",

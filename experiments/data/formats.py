@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.data.errors import DataFileError
+from experiments.data.files import read
 from experiments.data.sources import RecordSource
 
 IDX_UNSIGNED_BYTE = 0x08
@@ -28,7 +29,7 @@ def unzipped(path: Path) -> bytes:
       DataFileError: it is none, or was cut short.
     """
     try:
-        return gzip.decompress(path.read_bytes())
+        return gzip.decompress(read(path))
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from error
 

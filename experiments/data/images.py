@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from experiments.data.files import find, in_folder, place
+from experiments.data.files import find, in_folder, place, read
 from experiments.data.formats import (
     Labels,
     Pixels,
@@ -100,7 +100,7 @@ def load_records(
         where = f"{archive}: "
     else:
         paths = {name: in_folder(name, at.folder, at) for name in names}
-        files = {name: path.read_bytes() for name, path in paths.items()}
+        files = {name: read(path) for name, path in paths.items()}
         where = f"{at.folder}/"
     parsed = [parse_records(files[name], source, where + name) for name in names]
     split = len(source.train)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.data.errors import DataFileError, DataUnavailableError
-from experiments.data.files import Place, download, find, place, two_ways
+from experiments.data.files import Place, download, find, place, read, two_ways, unreadable
 from experiments.data.sources import StoriesSource, TextSource
 
 
@@ -99,7 +99,7 @@ def read_text(path: Path) -> str:
       DataFileError: the bytes are no UTF-8.
     """
     try:
-        return path.read_bytes().decode("utf-8")
+        return read(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataFileError(
             f"{path.name} is not text in UTF-8",
@@ -111,7 +111,11 @@ def read_text(path: Path) -> str:
 
 def _text_files(folder: Path, at: Place) -> list[Path]:
     """The ``.txt`` files of a folder, sorted by name."""
-    paths = sorted(path for path in folder.glob("*.txt") if path.is_file())
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix == ".txt")
+        paths = [path for path in paths if path.is_file()]
+    except OSError as error:
+        raise unreadable(folder, error) from error
     if not paths:
         raise DataUnavailableError(
             f"{at.name}: there is no .txt file",

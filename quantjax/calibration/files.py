@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 
 from quantjax.calibration.plot import plot_ranges
 from quantjax.calibration.results import CalibrationReport, OperandRanges
+
+LONGEST_NAME = 180  # bytes, of the 255 that files may have
 
 
 class RangeRow(NamedTuple):
@@ -105,6 +108,11 @@ def write_pictures(
 
 
 def picture_name(operand: OperandRanges) -> str:
-    """The operand's name as that of a file: ``params.Dense_0.kernel_weight``."""
+    """The operand's name as that of a file, ``params.Dense_0.kernel_weight``; of a longer one
+    the beginning, and a digest."""
     parts = [operand.site, *map(str, operand.layer), operand.operand]
-    return re.sub(r"[^\w.+-]", "-", "_".join(parts).replace("/", "."))
+    name = re.sub(r"[^\w.+-]", "-", "_".join(parts).replace("/", "."))
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"

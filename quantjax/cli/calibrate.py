@@ -108,7 +108,9 @@ def calibrate(options: CalibrateOptions) -> int:
         f"{time.perf_counter() - start:.1f} s"
     )
     print(f"ranges      {table}")
-    print(f"histograms  {folder} ({len(pictures)} pictures)")
+    older = len(set(folder.glob("*.png")) - set(pictures))
+    note = f"; {older} more are of earlier runs" if older else ""
+    print(f"histograms  {folder} ({counted(len(pictures), 'picture')}{note})")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import RECIPROCAL, QParams, qparams_from_range
+from quantjax.arguments import expect
 from quantjax.arithmetic import Arithmetic
 from quantjax.formats import Format, Theta
 from quantjax.simulation import apply, is_clipped
@@ -145,6 +147,25 @@ class RangeRule(NamedTuple):
     reads_distribution: bool = False
     parameters: tuple[Any, ...] = ()
     entries: int = 1
+
+
+def checked_iterations(iterations: int, rule: str) -> int:
+    """The number itself.
+
+    Raises:
+      ArgumentError: no whole number.
+      QuantizerError: one below 0.
+    """
+    where = f"the range rule {rule}"
+    expect(iterations, numbers.Integral, argument="iterations", where=where, fix="iterations=20")
+    if iterations < 0:
+        raise errors.QuantizerError(
+            f"{iterations} iterations",
+            where=where,
+            why="0 leaves the start",
+            fix="iterations=0",
+        )
+    return int(iterations)
 
 
 def known_number(value: Any, family: str) -> float | None:

@@ -28,7 +28,8 @@ def constant(low: float | jax.Array, high: float | jax.Array) -> RangeRule:
     Raises:
       QuantizerError: bounds in the wrong order, or not finite. Traced ones give NaN.
 
-    Sharp edges: statistics that were never collected are no fault to it.
+    Sharp edges: it reads no statistics, but ``qj.calibrate`` asks for them all the same, where it
+    can see that nothing was observed; not under a trace.
 
     >>> constant(0.0, 6.0).name
     'constant(0, 6)'

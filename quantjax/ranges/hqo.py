@@ -14,9 +14,10 @@ from jaxtyping import Array, Float
 from quantjax import errors
 from quantjax._compat import varying_like
 from quantjax.affine import QParams
+from quantjax.arguments import expect
 from quantjax.formats import Format, divide_by_scale, power_of_two
 from quantjax.granularity import expand, reduce_to
-from quantjax.ranges.base import Configured, FitRule
+from quantjax.ranges.base import Configured, FitRule, checked_iterations
 from quantjax.ranges.iterates import (
     Best,
     Bounds,
@@ -33,7 +34,6 @@ from quantjax.ranges.iterates import (
     whole_range,
     with_neighbours,
 )
-from quantjax.ranges.least_squares import checked_iterations
 
 POWER, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
 
@@ -210,6 +210,8 @@ def hqo(
                 why="0 < p <= 1, 0 < beta and 1 <= kappa make shrinking an error smaller",
                 fix=f"{name}={fix}",
             )
+    where, edit = "the range rule hqo", "solved=qj.ranges.Solved.SCALE"
+    expect(solved, Solved, argument="solved", where=where, fix=edit)
     steps = checked_iterations(iterations, "hqo")
     return _rule(_Constants(solved, float(p), float(beta), float(kappa), steps))
 

@@ -16,7 +16,7 @@ from quantjax.affine import LARGEST_SCALE, SMALLEST_SCALE, QParams
 from quantjax.formats import Format, Span, divide_by_scale, exponent_of, power_of_two
 from quantjax.formats.codebook import CodebookFormat
 from quantjax.granularity import expand, reduce_to
-from quantjax.ranges.base import Configured, FitRule
+from quantjax.ranges.base import Configured, FitRule, checked_iterations
 
 ITERATIONS = 100
 _UNIT = 23  # entries are summed as multiples of 2^-23
@@ -193,6 +193,7 @@ def k_means(*, iterations: int = ITERATIONS) -> FitRule:
     compression, 2016, section 3 (whose best start is evenly spaced); the density: Panter, Dite,
     Quantization distortion in pulse-count modulation with nonuniform spacing of levels, 1951.
     """
+    iterations = checked_iterations(iterations, "k_means")
     name = "k_means" if iterations == ITERATIONS else f"k_means-{iterations}"
     return FitRule(name, Configured.of(_fit, iterations=iterations))
 

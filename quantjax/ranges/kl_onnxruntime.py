@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Int
 
 from quantjax import errors
 from quantjax._compat import varying_like
+from quantjax.arguments import expect
 from quantjax.formats import divide_by_scale
 from quantjax.ranges.base import Configured, Range, RangeRule, Target
 from quantjax.ranges.kl_best import best_of
@@ -205,18 +207,20 @@ def kl_onnxruntime(*, bins: int = 1025) -> RangeRule:
     Raises:
       QuantizerError: an even number of bins, or fewer than 5.
 
-    Sharp edges: one side of the histogram is empty for data that are never negative, and the clip
-    is far lower than TensorRT's: 2.75 against 4.23 for half of a Gaussian whose largest is 4.40.
+    Sharp edges: one side of the histogram is empty for data that are never negative. Of a rectified
+    Gaussian, half of it zeros and the largest 4.40, the clip is 2.75, where ModelOpt's is 4.23.
 
     >>> kl_onnxruntime().name
     'kl_onnxruntime'
 
     Source: ONNX Runtime, ``quantization/calibrate.py``, ``HistogramCollector``.
     """
+    where = "the range rule kl_onnxruntime"
+    expect(bins, numbers.Integral, argument="bins", where=where, fix="bins=1025")
     if bins < 5 or bins % 2 == 0:
         raise errors.QuantizerError(
             f"a histogram of {bins} bins",
-            where="the range rule kl_onnxruntime",
+            where=where,
             why="as many of them lie left of the middle one as right of it",
             fix="bins=1025",
         )

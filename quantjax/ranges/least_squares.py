@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from quantjax import errors
 from quantjax._compat import varying_like
 from quantjax.affine import QParams
 from quantjax.formats import Format
-from quantjax.ranges.base import Configured, FitRule
+from quantjax.ranges.base import Configured, FitRule, checked_iterations
 from quantjax.ranges.iterates import (
     Best,
     Bounds,
@@ -91,18 +90,6 @@ def _fit(
 def _rule(iterations: int) -> FitRule:
     name = "least_squares" if iterations == ITERATIONS else f"least_squares-{iterations}"
     return FitRule(name, Configured.of(_fit, iterations=iterations))
-
-
-def checked_iterations(iterations: int, rule: str) -> int:
-    """The number itself; QuantizerError where it is no whole number of 0 or more."""
-    if int(iterations) != iterations or iterations < 0:
-        raise errors.QuantizerError(
-            f"{iterations} iterations",
-            where=f"the range rule {rule}",
-            why="a rule runs a whole number of them, and 0 leaves the start",
-            fix=f"iterations={max(int(iterations), 0)}",
-        )
-    return int(iterations)
 
 
 def least_squares(*, iterations: int = ITERATIONS) -> FitRule:

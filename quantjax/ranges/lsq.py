@@ -16,10 +16,13 @@ def _range(statistics: Statistics, target: Target) -> Range:
     scale = divide_by_scale(2.0 * statistics.moments.magnitude, root)
     span = scale * format.steps(bits, symmetric=target.symmetric, theta=theta)
     low, high = statistics.extremes
-    # The mean of values near the largest number overflows.
-    span = jnp.where(jnp.isfinite(span), span, jnp.maximum(jnp.abs(low), jnp.abs(high)))
+    # The mean of values near the largest number overflows, the scale of the smallest ones vanishes.
+    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    is_tiny = ~(span > 0.0)
+    span = jnp.where(jnp.isfinite(span) & ~is_tiny, span, largest)
     if target.symmetric:
         return Range(-span, span, statistics.batches > 0)
+    span = jnp.where(is_tiny & (low < 0.0) & (high > 0.0), 2.0 * span, span)
     # All of the span on the side where the data are, else half of it on either side.
     below = jnp.where(low >= 0.0, 0.0, jnp.where(high <= 0.0, -span, -0.5 * span))
     return Range(below, below + span, statistics.batches > 0)

@@ -78,7 +78,8 @@ def percentile(share: float | jax.Array = 0.999) -> RangeRule:
     Raises:
       QuantizerError: a number outside [0, 1]. A traced one gives NaN, which ``qj.check`` reports.
 
-    Sharp edges: a symmetric quantizer covers the larger bound, so it keeps more than ``p``.
+    Sharp edges: ``p`` is a float32 number, of which ``1 - p`` has three digits at 0.99999. A
+    symmetric quantizer covers the larger bound, so it keeps more than ``p``.
 
     >>> from quantjax import integer, statistics
     >>> from quantjax.ranges import derive

@@ -14,7 +14,8 @@ def _range(statistics: Statistics, target: Target, factor: jax.Array) -> Range:
     del target
     reach = jnp.asarray(factor, jnp.float32) * jnp.sqrt(statistics.moments.variance)
     low, high, calibrated = within_seen(statistics, statistics.moments.mean, reach)
-    valid = jnp.asarray(factor, jnp.float32) > 0.0
+    factor = jnp.asarray(factor, jnp.float32)
+    valid = (factor > 0.0) & jnp.isfinite(factor)
     return Range(jnp.where(valid, low, jnp.nan), jnp.where(valid, high, jnp.nan), calibrated)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.affine import QParams
+from quantjax.affine import Fault, QParams
 from quantjax.ranges.base import FitRule, Range, RangeRule, Target, holds_for
 from quantjax.ranges.lanes import choose
 from quantjax.statistics import Statistics
@@ -104,7 +104,11 @@ class IndexedRule(NamedTuple):
                 why="what one index chooses among has to be alike",
                 fix="a stack for each structure",
             ) from None
-        return found._replace(scale=jnp.where(self._exists, found.scale, jnp.nan))
+        fault = float(Fault.NOT_FINITE)
+        return found._replace(
+            scale=jnp.where(self._exists, found.scale, jnp.nan),
+            zero_point=jnp.where(self._exists, found.zero_point, fault),
+        )
 
 
 def range_of(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target) -> Range:

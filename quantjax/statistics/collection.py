@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from quantjax import errors
 from quantjax._compat import concrete
+from quantjax.arguments import expect
 from quantjax.granularity import group_counts, reduce_to
 from quantjax.meshes import automatic
 from quantjax.statistics import count, extremes, histogram, moments, moving, sample
@@ -86,6 +89,9 @@ def init(
     >>> int(init((1, 1)).batches)
     0
     """
+    kinds = (numbers.Real, jax.Array, np.ndarray, np.generic)
+    where, fix = "statistics", "averaging_constant=0.01, PyTorch's"
+    expect(averaging_constant, kinds, argument="averaging_constant", where=where, fix=fix)
     known = concrete(averaging_constant)
     if known is not None and not ((known >= 0.0) & (known <= 1.0)).all():
         raise errors.StatisticsError(

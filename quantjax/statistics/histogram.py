@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from quantjax import errors
 from quantjax._compat import varying_like
+from quantjax.arguments import expect
 from quantjax.formats import exponent_of, power_of_two
 from quantjax.granularity import expand
 from quantjax.lean import clip, elementwise, select
@@ -83,6 +85,8 @@ def init(scale_shape: Sequence[int], bins: int = BINS) -> Histogram:
     >>> init((1, 3), bins=16).counts.low.shape
     (1, 3, 16)
     """
+    where, fix = "a histogram", "histogram_bins=2048"
+    expect(bins, numbers.Integral, argument="histogram_bins", where=where, fix=fix)
     if not (4 <= bins <= MAX_BINS and bins & (bins - 1) == 0):
         raise errors.StatisticsError(
             f"a histogram of {bins} bins",

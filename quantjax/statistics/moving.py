@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from quantjax._compat import concrete
 from quantjax.lean import select
 from quantjax.statistics.extremes import Extremes, seen
 
@@ -30,8 +31,10 @@ class MovingExtremes(NamedTuple):
 
 
 def init(scale_shape: Sequence[int], constant: float | jax.Array) -> MovingExtremes:
-    """Nothing seen."""
+    """Nothing seen; averages of NaN by a traced constant that is no weight."""
     shape = tuple(scale_shape)
+    if concrete(constant) is None:  # one that is known was checked
+        constant = jnp.where((constant >= 0.0) & (constant <= 1.0), constant, jnp.nan)
     return MovingExtremes(
         jnp.full(shape, jnp.inf, jnp.float32),
         jnp.full(shape, -jnp.inf, jnp.float32),

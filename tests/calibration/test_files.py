@@ -178,3 +178,16 @@ def test_every_named_rule_is_there_once():
     assert len(set(names)) == len(names)
     known = [value for value in vars(qj.ranges).values() if isinstance(value, RangeRule)]
     assert {id(rule) for rule in known} <= {id(rule) for rule in RULES.values()}
+
+
+@pytest.mark.parametrize("letter", ["block_", "层"])
+def test_names_longer_than_a_file_s_are_cut_and_told_apart(report, letter, tmp_path):
+    """A traceback came behind all the work."""
+    sites = [letter * 150 + end for end in ("a", "b")]
+    long = [dataclasses.replace(report.operands[0], site=site) for site in sites]
+    names = [files.picture_name(one) for one in long]
+    assert len(set(names)) == 2
+    for name in names:
+        assert len(f"{name}~12.png".encode()) <= 255
+        assert name.startswith(letter)
+        (tmp_path / f"{name}.png").touch()

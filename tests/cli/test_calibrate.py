@@ -311,3 +311,10 @@ def test_a_folder_of_pictures_that_is_none_is_found_ahead_of_the_work(tmp_path, 
     assert "observing" not in captured.out
     assert (tmp_path / "histograms").read_text() == "a note"
     assert not (tmp_path / "ranges.csv").exists()
+
+
+def test_pictures_of_earlier_runs_are_told_from_those_of_this_one(tmp_path, capsys):
+    assert run(tmp_path)[0] == 0
+    assert "(4 pictures)" in capsys.readouterr().out
+    assert run(tmp_path, "--weight-bits", "0")[0] == 0
+    assert "(2 pictures; 2 more are of earlier runs)" in capsys.readouterr().out

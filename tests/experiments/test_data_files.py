@@ -307,3 +307,39 @@ def test_loading_leaves_numpys_random_state_alone(tmp_path):
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     kind.load(kind.source(), data_dir=kind.write(tmp_path))
     np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+REFUSED = {
+    "is_file": "missing file",
+    "read_bytes": "content",
+    "open": "checksum",
+    "iterdir": "list",
+}
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("method", REFUSED)
+def test_what_may_not_be_read_is_named(kind, method, mirror, tmp_path, monkeypatch):
+    """A locked file or folder was a bare PermissionError, and a traceback on the command line."""
+    folder = kind.write(tmp_path / "data")
+    source = kind.source(mirror.put("one", kind.served))
+    refused: list[Path] = []
+
+    def refuse(path: Path, *arguments: object, **named: object) -> object:
+        if folder in (path, *path.parents) and (method != "open" or arguments[:1] == ("rb",)):
+            refused.append(path)
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **named)
+
+    plain = getattr(Path, method)
+    monkeypatch.setattr(Path, method, refuse)
+    try:
+        kind.load(source, data_dir=folder)
+    except DataUnavailableError as error:
+        found = str(error)
+    else:
+        assert not refused  # this kind of set does not call it
+        return
+    assert "Permission denied" in found
+    assert str(folder) in found
+    assert_complete(found)

@@ -56,7 +56,11 @@ def float32_parameters(
         halves = high / count - low / count
     scale = usable(np.where(np.isinf(span), halves, span / count), span)
     bottom, top = bounds(family)
-    return Parameters(scale, np.clip(bottom - np.rint(low / scale), bottom, top))
+    zero_point = np.clip(bottom - np.rint(low / scale), bottom, top)
+    reach = np.maximum(np.abs(bottom - zero_point), np.abs(top - zero_point)) * np.float64(scale)
+    # Levels beyond the largest number: as many steps for the span of one more.
+    narrower = np.float32(scale * (count / (count + np.float32(1))))
+    return Parameters(np.where(reach > LARGEST, narrower, scale), zero_point)
 
 
 def empty_scale(family: Integers) -> float:

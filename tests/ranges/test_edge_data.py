@@ -12,6 +12,7 @@ import quantjax as qj
 from quantjax import errors, ranges, statistics
 from quantjax.affine import Fault, qparams_from_range
 from quantjax.arithmetic import Arithmetic
+from quantjax.formats import integer
 from quantjax.ranges import MIN_MAX, MOVING_AVERAGE, Range, RangeRule, Target
 from quantjax.simulation import apply
 from tests import models
@@ -203,3 +204,29 @@ def test_a_model_that_yields_nan_is_named():
     _, state = observe(qj.init(plan), case.params, case.x.at[0, 0].set(jnp.nan))
     with refused(errors.DataError, "the range holds NaN or infinity", "activation"):
         qj.calibrate(plan, state, case.params, activation_rule=ranges.MSE)
+
+
+def test_lsq_of_the_smallest_numbers_is_no_empty_range():
+    """Its scale vanishes; the values do not."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=500) * 1e-37, jnp.float32)
+    seen = statistics.of_tensor(x, (1,), with_values=True)
+    target = Target(integer(signed=False), False, jnp.float32(8))
+    low, high, _ = ranges.derive(ranges.LSQ, seen, target)
+    assert high - low >= np.abs(x).max()
+    qparams = target.qparams(low, high)
+    found = qj.fake_quant(x, qparams.scale[0], qparams.zero_point[0], signed=False, bits=8)
+    assert np.abs(found - x).max() < 0.1 * np.abs(x).max()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_asymmetric_codes_of_the_largest_numbers_are_finite(bits):
+    """A rounded zero point moved an end of the range beyond float32, and it became -inf."""
+    w = jnp.array([[3.4e38], [-3.4e38], [1e38], [-1e38]])
+    quantizer = qj.weight_quantizer(bits=bits, symmetric=False, rule=ranges.MIN_MAX)
+    policy = qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=quantizer))])
+    plan = qj.plan(policy, qj.sites(lambda p, x: x @ p["w"], {"w": w}, jnp.ones((1, 4))))
+    qstate = qj.calibrate(plan, {}, {"w": w})
+    assert qj.check(qstate, plan) == []
+    found = qj.dequantize_params(qj.freeze(plan, qstate, {"w": w}))["w"]
+    assert np.isfinite(found).all()
+    assert np.abs(found / 3.4e38 - w / 3.4e38).max() < 4.1 / 2**bits

@@ -268,3 +268,36 @@ def test_a_fit_may_return_python_numbers():
     for operands in qstate.values():
         assert {leaf.dtype for leaf in jax.tree.leaves(operands)} == {jnp.dtype(jnp.float32)}
         assert operands["weight"].bits == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ranges.k_means(iterations=-1), "-1 iterations"),
+        (lambda: ranges.k_means(iterations=1.5), "iterations is a float"),
+        (lambda: ranges.least_squares(iterations=True), "iterations is a bool"),
+        (lambda: ranges.admm(iterations="2"), "iterations is a str"),
+        (lambda: ranges.hqo(solved=None), "solved is None"),
+        (lambda: ranges.kl_onnxruntime(bins=1025.0), "bins is a float"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_when_a_rule_is_made(make, said):
+    with refused(errors.QuantjaxError, said):
+        make()
+
+
+def test_a_traced_factor_that_is_infinite_is_none():
+    seen = observed(*drawn("gaussian", 0).reshape(4, -1))
+    rule = lambda k: derive(ranges.sigma(k), seen, SYMMETRIC)  # noqa: E731
+    assert np.isnan(jax.jit(rule)(jnp.float32(jnp.inf)).high).all()
+
+
+def test_a_place_beyond_a_stack_of_fits_is_told_by_check():
+    case = models.mlp()
+    plan = models.planned(case, models.policy(qj.weight_quantizer()))
+    stack = ranges.stack([ranges.ADMM, ranges.LEAST_SQUARES])
+    qstate = jax.jit(lambda i: qj.calibrate(plan, {}, case.params, weight_rule=stack[i]))(7)
+    problems = qj.check(qstate, plan)
+    assert {problem.what for problem in problems} == {
+        "the range holds NaN or infinity, or nothing was seen of some channel"
+    }

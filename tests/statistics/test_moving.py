@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from quantjax import errors, statistics
 from quantjax.statistics import TORCH_AVERAGING_CONSTANT
 from tests.oracles.extremes import group_extremes, moving_average
+from tests.refused import refused
 
 BATCHES, SHAPE, GROUPS = 7, (4, 6), (1, 3)
 batches_of_values = npst.arrays(
@@ -168,3 +169,22 @@ def test_the_first_batch_makes_no_nan_on_the_way():
         for x in X[:2]:
             state = update(state, jnp.asarray(x))
         assert np.isfinite(state.moving.low).all()
+
+
+@pytest.mark.parametrize("constant", [1.5, -3.0, float("nan")])
+def test_a_traced_constant_that_is_no_weight_makes_no_range(constant):
+    """Eagerly it is refused; under a trace it gave a range, and no word."""
+
+    @jax.jit
+    def averaged(constant):
+        seen = statistics.init((1, 1), averaging_constant=constant, histogram_bins=None)
+        for batch in (jnp.ones((4, 1)), 3.0 * jnp.ones((4, 1))):
+            seen = statistics.update(seen, batch)
+        return seen.moving.low, seen.moving.high
+
+    assert np.isnan(averaged(constant)).all()
+    assert np.isfinite(averaged(0.01)).all()
+    with refused(errors.ArgumentError, "averaging_constant is a str"):
+        statistics.init((1,), averaging_constant="a")
+    with refused(errors.ArgumentError, "histogram_bins is a float"):
+        statistics.init((1,), histogram_bins=8.0)

@@ -112,8 +112,8 @@ def read_text(path: Path) -> str:
 def _text_files(folder: Path, at: Place) -> list[Path]:
     """The ``.txt`` files of a folder, sorted by name."""
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix == ".txt")
-        paths = [path for path in paths if path.is_file()]
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        paths = [path for path in found if path.suffix == ".txt" and path.is_file()]
     except OSError as error:
         raise unreadable(folder, error) from error
     if not paths:

@@ -148,7 +148,6 @@ def _rescaled(qparams: QParams, ratio: jax.Array, operand: OperandPlan, norm: Ba
         theta = f"theta {sorted(qparams.theta)}" if qparams.theta else f"scales of {scale}"
         why = f"it has {theta}, and the factors are one for each of {norm.channels} channels"
         raise _cannot_follow(norm, operand.key, why)
-    ratio = ratio.reshape((*norm.steps, *own)).astype(
-        jnp.float32
-    )  # of a float64 model's statistics
+    # Statistics of a float64 model have ratios of their dtype, and scales are float32.
+    ratio = ratio.reshape((*norm.steps, *own)).astype(jnp.float32)
     return qparams._replace(scale=qparams.scale * ratio)

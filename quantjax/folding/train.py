@@ -30,9 +30,6 @@ from quantjax.interpreter import (
     evaluate_origin,
     leaves_by_path,
 )
-from quantjax.interpreter.containers import container_of
-from quantjax.interpreter.product import product_of
-from quantjax.interpreter.sites import Location
 from quantjax.interpreter.trace import Function
 from quantjax.printing import shape_text
 
@@ -194,7 +191,7 @@ def _passes_of(norm: BatchNorm, program: Program, leaves: Mapping[str, Any]) -> 
     for at, site in sites.items():
         if (site.op, site.steps) != (norm.op, norm.steps) or site.weight is None:
             continue
-        product, origin = _product_at(program, at), program.weights[site.name]
+        product, origin = program.product_at(at), program.weights[site.name]
         if kernel_place(kernel.path, shape, origin, product, site.weight.side) == kernel:
             found.append(site.name)
     if not found:
@@ -216,14 +213,3 @@ def _has_kernel(site: Site, path: str) -> bool:
     """Whether it multiplies data by this parameter, moved or cast."""
     weights = [operand for operand in site.operands if operand.role is Role.WEIGHT]
     return len(weights) == 1 and weights[0].storable and weights[0].paths == (path,)
-
-
-def _product_at(program: Program, at: Location) -> Product:
-    closed, (*around, last) = program.jaxpr, at
-    for index, number in zip(around[::2], around[1::2], strict=True):
-        container = container_of(closed.jaxpr.eqns[index])
-        assert container is not None
-        closed = container.programs[number]
-    product = product_of(closed.jaxpr.eqns[last])
-    assert product is not None
-    return product

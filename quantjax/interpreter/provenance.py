@@ -44,9 +44,6 @@ STRUCTURAL = REARRANGING | {"dynamic_slice", "slice"}
 PASSING = STRUCTURAL | {"optimization_barrier"}
 """Primitives after which a parameter is still that parameter."""
 
-UNSTORED = frozenset({"weak_type"})
-"""Parameters of equations that change no number."""
-
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -220,7 +217,7 @@ def recipe(origin: Origin) -> tuple[str, tuple[str, ...]]:
         plain = {
             key: value
             for key, value in params.items()
-            if isinstance(value, int | str | tuple | np.dtype) and key not in UNSTORED
+            if isinstance(value, int | str | tuple | np.dtype) and key != "weak_type"
         }
         inside = jex_core.jaxprs_in_params(plain)
         stated = "" if any(True for _ in inside) else ADDRESS.sub("", repr(sorted(plain.items())))

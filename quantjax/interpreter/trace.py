@@ -11,7 +11,9 @@ from jax.extend import core as jex_core
 
 from quantjax import errors
 from quantjax._compat import trace_context
+from quantjax.interpreter.containers import container_of
 from quantjax.interpreter.discover import discover
+from quantjax.interpreter.product import Product, product_of
 from quantjax.interpreter.provenance import Origin
 from quantjax.interpreter.sites import Added, Location, Site
 
@@ -45,6 +47,17 @@ class Program:
     others: Mapping[str, str]
     biases: Mapping[str, Origin]
     additions: Mapping[Location, Added]
+
+    def product_at(self, location: Location) -> Product:
+        """The product of the site at a location, through the containers around it."""
+        closed, (*around, last) = self.jaxpr, location
+        for index, number in zip(around[::2], around[1::2], strict=True):
+            container = container_of(closed.jaxpr.eqns[index])
+            assert container is not None
+            closed = container.programs[number]
+        product = product_of(closed.jaxpr.eqns[last])
+        assert product is not None
+        return product
 
 
 def leaves_by_path(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:

@@ -65,8 +65,12 @@ def check_given(f: Function, inputs: tuple[Any, ...], *, verb: str, **given: Any
         return
     for name in names:
         parameter = signature.parameters.get(name)
-        is_open = parameter is not None and parameter.default in (None, inspect.Parameter.empty)
-        if is_open and name not in bound:  # a partial has bound it by a default
+        if parameter is None or name in bound:
+            continue
+        default = parameter.default
+        if (
+            default is None or default is inspect.Parameter.empty
+        ):  # a partial has bound it otherwise
             raise errors.ArgumentError(
                 f"{name}= is the verb's own, and the function has an argument of that name, too",
                 where=f"qj.{verb}(f, plan)(..., {name}=...)",

@@ -79,24 +79,14 @@ class Declared(LevelFormat):
         return np.sign(u) * np.abs(u) ** self.gamma
 
 
-class Equal(qj.selectors.Selector):
-    """No dataclass, but with an equality of its own."""
-
-    def __init__(self, least: int) -> None:
-        object.__setattr__(self, "least", least)
+class Equal(Hidden):
+    """With an equality of its own."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Equal) and other.least == self.least
 
     def __hash__(self) -> int:
         return hash(self.least)
-
-    def matches(self, site: qj.Site) -> bool:
-        """By the size of the weight."""
-        return site.parameters >= self.least
-
-    def __str__(self) -> str:
-        return f"{self.least}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,6 +111,14 @@ def test_what_is_bound_already_is_the_model_s(name):
     assert (np.asarray(y) == 0.0).mean() > 0.2
 
 
+def test_a_mask_that_is_bound_already_is_the_model_s():
+    plan, _ = ready(qj.uniform_policy())
+    masked = functools.partial(dropped, where=jnp.arange(5) < 2)
+    y, state = qj.observe(masked, plan)(qj.init(plan), PARAMS, X, where=jnp.arange(5) < 4)
+    assert not np.any(y[2:])
+    assert state["w"]["activation"].extremes.high.max() == X[:4].max()
+
+
 def test_a_jitted_model_with_a_key_of_its_own_is_seen():
     plan, qstate = ready(qj.uniform_policy())
     with refused(errors.ArgumentError, "key= is the verb's own"):

@@ -12,6 +12,8 @@ from quantjax.qtensor import is_quantized
 NO_KERNELS = frozenset({"bias", "scale", "offset", "beta", "gamma", "mean", "var"})
 """Last parts of names of what is added or scaled, whatever its rank: biases of attention have a row
 for each head, those of layers stacked in a scan a row for each layer."""
+AVERAGES = frozenset({"average", "hidden"})
+"""The same in folders that end in ``_ema``: Haiku's running statistics, of the input's rank."""
 
 
 def is_kernel(name: str, leaf: Any) -> bool:
@@ -21,7 +23,8 @@ def is_kernel(name: str, leaf: Any) -> bool:
     >>> is_kernel("Dense_0/kernel", jnp.ones((2, 2))), is_kernel("query/bias", jnp.ones((2, 2)))
     (True, False)
     """
-    if is_quantized(leaf) or name.rpartition("/")[2] in NO_KERNELS:
+    folder, _, last = name.rpartition("/")
+    if is_quantized(leaf) or last in NO_KERNELS or (folder.endswith("_ema") and last in AVERAGES):
         return False
     return jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 

@@ -96,6 +96,15 @@ def narrowed(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
     return x.astype(dtype)
 
 
+def wide(*dtypes: DTypeLike) -> DTypeLike:
+    """float32, or float64 where one of them is.
+
+    >>> wide(jnp.bfloat16, jnp.float32).__name__
+    'float32'
+    """
+    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
+
+
 def spread(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     """``x`` broadcast to ``shape``, of its rank or larger.
 

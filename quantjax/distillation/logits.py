@@ -19,6 +19,7 @@ from quantjax.printing import shape_text
 _SERIES = 0.1  # below it, the remainder of the exponential series beyond d^6 is under float32
 _NOTHING = -1e30  # a logit without mass
 _LARGEST = 1e18  # whose square is a number
+_SMALLEST = 1e-18  # whose square is no zero
 
 
 def kd_loss(
@@ -41,7 +42,7 @@ def kd_loss(
         float32.
       labels: class numbers, the shape without classes. Without them the second term is left out,
         and ``α`` stays a factor of the first.
-      temperature: ``T``, positive; may be traced, so that it can be an axis of a sweep.
+      temperature: ``T``, 1e-18 or more; may be traced, so that it can be an axis of a sweep.
       alpha: ``α``, from 0 to 1; may be traced.
       where: True for examples that count (tokens that are no padding), the shape of ``labels``.
 
@@ -51,7 +52,7 @@ def kd_loss(
     Raises:
       DataError: shapes that do not fit, labels that are no integers, or concrete ones outside of
         the classes, where they count.
-      DistillationError: a concrete temperature that is not positive and finite, an ``alpha``
+      DistillationError: a concrete temperature that is smaller or not finite, an ``alpha``
         outside [0, 1]. Traced ones give NaN.
 
     Sharp edges: traced labels outside of the classes give NaN where they count. The value is exact
@@ -75,7 +76,7 @@ def kd_loss(
         counted = jnp.asarray(where)[..., None]
         student, teacher = (jnp.where(counted, logits, 0.0) for logits in (student, teacher))
     t, a = (jnp.asarray(number, jnp.float32) for number in (temperature, alpha))
-    t = jnp.where((t > 0.0) & jnp.isfinite(t), t, jnp.nan)
+    t = jnp.where((t >= _SMALLEST) & jnp.isfinite(t), t, jnp.nan)
     a = jnp.where((a >= 0.0) & (a <= 1.0), a, jnp.nan)
     loss = _share(a, _divergence(teacher, student, t))
     if labels is not None:
@@ -135,6 +136,8 @@ def _log_ratio(teacher: jax.Array, student: jax.Array) -> jax.Array:
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     classes = logits.shape[-1]
+    if labels.dtype.itemsize < 4:  # of which 256 may be none
+        labels = labels.astype(jnp.int32)
     inside = (labels >= 0) & (labels < classes)
     index = jnp.where(inside, labels, 0)[..., None]
     found = jnp.take_along_axis(jax.nn.log_softmax(logits), index, axis=-1)[..., 0]
@@ -187,11 +190,11 @@ def _check_numbers(temperature: Any, alpha: Any) -> None:
                 fix=f"jax.vmap(lambda v: qj.kd_loss(student, teacher, {name}=v))({name}s)",
             )
     t, a = concrete(temperature), concrete(alpha)
-    if t is not None and not (np.all(t > 0) and np.all(np.isfinite(t))):
+    if t is not None and not (np.all(t >= _SMALLEST) and np.all(np.isfinite(t))):
         raise errors.DistillationError(
             f"a temperature of {float(t):g}",
             where="qj.kd_loss",
-            why="logits are divided by it",
+            why="logits are divided by it, and the loss is multiplied by its square",
             fix="temperature=4.0",
         )
     if a is not None and not np.all((a >= 0) & (a <= 1)):

@@ -161,14 +161,14 @@ def _checked(model: _Model, row: BatchNorm, chain: Chain, norm: Norm) -> BatchNo
         if len(set(other.entries)) < int(np.prod(model.shapes[other.path])):
             reason = f"{other.path} has entries of other channels too"
             return _refused(row, FoldStatus.NORM_SHARED, reason)
-    return _with_shift(row)
+    return _with_shift(row, norm.ends_at)
 
 
 def _paths(model: _Model, name: str) -> tuple[str, ...]:
     return model.program.weights[name].paths if name in model.program.weights else ()
 
 
-def _with_shift(row: BatchNorm) -> BatchNorm:
+def _with_shift(row: BatchNorm, ends_at: str) -> BatchNorm:
     """Refused where what is added to a channel has no entry for it."""
     factor = [row.variance, row.scale]
     if row.bias is not None and not _as_fine(row.bias, factor):
@@ -178,6 +178,7 @@ def _with_shift(row: BatchNorm) -> BatchNorm:
     if row.mean is None or any(_as_fine(place, [*factor, row.mean]) for place in takers[:1]):
         return row
     reason = f"{takers[0].path} has too few entries" if takers else "it has no offset or bias"
+    reason += f" up to where {ends_at}" if ends_at and not takers else ""
     return _refused(row, FoldStatus.NO_SHIFT, f"nothing can take its shift: {reason}")
 
 

@@ -194,8 +194,9 @@ class _Walk:
             return self.run(programs[0], values, (*here, 0))
         inner = [plain(value) for value in values]
         if container.kind is ContainerKind.COND:
+            _sink(self._found, [origin_of(inner[0])], here)
             each = [self.run(p, inner[1:], (*here, n)) for n, p in enumerate(programs)]
-            return [joined(eqn, list(options)) for options in zip(*each, strict=True)]
+            return [self._joined(eqn, options, here) for options in zip(*each, strict=True)]
         if container.kind is ContainerKind.SCAN:
             return self._scan(container, inner, here)
         if container.kind is ContainerKind.WHILE:
@@ -204,8 +205,9 @@ class _Walk:
             carry, results = _settled(
                 lambda carry: self.run(body, [*consts, *carry], (*here, 1)), init, self._found
             )
-            self.run(programs[0], [*conditions, *carry], (*here, 0))
-            return [joined(eqn, [a, b]) for a, b in zip(carry, results, strict=True)]
+            goes_on = self.run(programs[0], [*conditions, *carry], (*here, 0))
+            _sink(self._found, [origin_of(value) for value in goes_on], here)
+            return [self._joined(eqn, pair, here) for pair in zip(carry, results, strict=True)]
         _sink(self._found, [origin_of(value) for value in values], here)
         made = provenance.results(eqn, [origin_of(value) for value in values])
         known = bool(made) and made[0].kind is not OriginKind.DATA
@@ -220,14 +222,22 @@ class _Walk:
             lambda carry: self.run(body, [*consts, *carry, *slices], (*here, 0)), init, self._found
         )
         eqn, count = container.eqn, len(carry)
-        outputs = [joined(eqn, [a, b]) for a, b in zip(carry, results[:count], strict=True)]
+        pairs = zip(carry, results[:count], strict=True)
+        outputs = [self._joined(eqn, pair, here) for pair in pairs]
         for result in results[count:]:
             handed = isinstance(result, Origin) and result.is_step and result.loops[-1] == loop
             if handed and isinstance(result, Origin):
                 outputs.append(result.operands[0])
             else:
-                outputs.append(joined(eqn, [result, Flow()]))
+                outputs.append(self._joined(eqn, [result, Flow()], here))
         return outputs
+
+    def _joined(self, eqn: jex_core.JaxprEqn, options: Sequence[Value], here: Location) -> Value:
+        """What a branch or a loop returns: parameters in it are used there, or handed on alike."""
+        value = joined(eqn, options)
+        if isinstance(value, Flow):
+            _sink(self._found, [origin_of(option) for option in options], here)
+        return value
 
 
 _none = np.zeros((), np.int64)

@@ -14,7 +14,9 @@ from quantjax import errors
 from quantjax.arguments import expect
 from quantjax.folding.norms import BatchNorm, FoldStatus, Place
 from quantjax.interpreter import leaves_by_path
+from quantjax.lean import wide
 from quantjax.printing import shape_text
+from quantjax.qtensor import is_quantized
 
 FOLD = "qj.fold_batch_norm"
 
@@ -68,8 +70,9 @@ def fold_batch_norm(params: PyTree, norms: Sequence[BatchNorm]) -> PyTree:
     integer-arithmetic-only inference, 2018, section 3.2, equation 14; Krishnamoorthi, Quantizing
     deep convolutional networks for efficient inference, 2018, section 3.2.
     """
-    leaves = leaves_by_path(params)
     rows = foldable(norms, FOLD)
+    _check_in_float(params, FOLD)
+    leaves = leaves_by_path(params)
     check_leaves(rows, leaves, FOLD)
     for norm in rows:
         leaves.update(_folded(norm, leaves))
@@ -94,6 +97,18 @@ def foldable(norms: Sequence[BatchNorm], where: str) -> list[BatchNorm]:
             else "print(qj.batch_norms(f, params, x)), which says why of each",
         )
     return rows
+
+
+def _check_in_float(params: PyTree, where: str) -> None:
+    """Raise where a leaf is quantized already."""
+    for path, leaf in leaves_by_path(params, is_leaf=is_quantized).items():
+        if is_quantized(leaf):
+            raise errors.TrainingError(
+                f"{path} is quantized",
+                where=where,
+                why="codes have the scales of the kernel that is not folded",
+                fix="fold first, qj.freeze(plan, qstate, qj.fold_batch_norm(params, norms)) then",
+            )
 
 
 def check_leaves(norms: Sequence[BatchNorm], leaves: Mapping[str, Any], where: str) -> None:
@@ -164,11 +179,6 @@ def folded_kernel(
     dtype = wide(k.dtype, kernel.dtype)
     along = in_parameter(norm.kernel, k).astype(dtype)
     return (kernel.astype(dtype) * along).astype(kernel.dtype)
-
-
-def wide(*dtypes: Any) -> Any:
-    """float32, or float64 where one of them is."""
-    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
 
 
 def of_channels(place: Place, leaves: Mapping[str, Any]) -> Float[Array, " channels"]:

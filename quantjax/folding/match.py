@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from quantjax.folding.chains import Chain, NotPerChannelError
+from quantjax.folding.chains import Chain, NotPerChannelError, Step
 from quantjax.folding.recompute import UnreadableError
 from quantjax.folding.roles import (
     OtherFormError,
@@ -37,6 +37,7 @@ class Norm(NamedTuple):
       parts: what each parameter is to it.
       loops: the scans of which each layer has parameters of its own.
       fault: why it is none that can be folded.
+      ends_at: what keeps the next steps of the chain from being steps of it.
     """
 
     first: int
@@ -44,6 +45,7 @@ class Norm(NamedTuple):
     parts: Mapping[str, Played]
     loops: tuple[Loop, ...]
     fault: str = ""
+    ends_at: str = ""
 
 
 def norm_in(shapes: Shapes, chain: Chain) -> Norm | None:
@@ -72,13 +74,15 @@ def _longest(shapes: Shapes, chain: Chain, first: int, told: _Told) -> Norm:
 
     Not each longer chain has to be one: μ and β may be added one after the other.
     """
-    length = first + 1
+    length, ends_at = first + 1, ""
     for end in range(first + 2, len(chain.steps) + 1):
         if chain.steps[end - 1].shared:
             break
         longer = _told(shapes, chain, end)
         if longer is not None and not longer.fault:
-            told, length = longer, end
+            told, length, ends_at = longer, end, ""
+        else:
+            ends_at = ends_at or (_unread(chain.steps[end - 1]) if longer is None else longer.fault)
     loops, parts = _loops(chain, length), told.parts
     if told.fault:
         return Norm(first, length, parts, loops, told.fault)
@@ -86,7 +90,12 @@ def _longest(shapes: Shapes, chain: Chain, first: int, told: _Told) -> Norm:
         parts = _with_entries(shapes, chain, length, parts, loops)
     except OtherFormError as error:
         return Norm(first, length, parts, loops, str(error))
-    return Norm(first, length, parts, loops)
+    return Norm(first, length, parts, loops, ends_at=ends_at)
+
+
+def _unread(step: Step) -> str:
+    paths = "" if step.operand is None else ", ".join(step.operand.paths)
+    return f"{paths or 'a constant'} enters by a function that is not read"
 
 
 def _told(shapes: Shapes, chain: Chain, length: int) -> _Told | None:

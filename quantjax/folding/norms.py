@@ -123,7 +123,10 @@ class BatchNorms(Sequence[BatchNorm]):
 
     def __repr__(self) -> str:
         if not self.rows:
-            return "no batch norm: its running statistics have to be among the parameters"
+            return (
+                "no batch norm: its running statistics have to be among the parameters, and neither"
+                " it nor its product inside shard_map, pmap or custom_vjp"
+            )
         head = ["product", "channels", "kernel axis", "epsilon", "folds"]
         return columns(head, [_cells(row) for row in self.rows])
 

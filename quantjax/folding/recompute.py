@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from jax import numpy as jnp
 from jax.extend import core as jex_core
 
 from quantjax.interpreter import NEUTRAL_MOVES, Origin, OriginKind
@@ -85,7 +86,7 @@ def recompute(
 ) -> Array:
     """The value of an origin at ``leaves``; inside scans at the steps given, by location.
 
-    Casts do not round: what is asked is which function of the parameters it is.
+    Casts to floats do not round: what is asked is which function of the parameters it is.
 
     Raises:
       UnreadableError: it does not come from parameters and constants by the operations above.
@@ -104,7 +105,7 @@ def recompute(
             return leaves[node.paths[0]]
         if node.eqn is None:
             return _constant(node)
-        return _computed(node.eqn, operands)
+        return _computed(node.eqn, operands, node.output)
 
     with np.errstate(all="ignore"):
         return value(origin)
@@ -117,13 +118,28 @@ def _constant(node: Origin) -> Array:
     return array if array.dtype == np.bool_ else array.astype(np.float64)
 
 
-def _computed(eqn: jex_core.JaxprEqn, operands: list[Array]) -> Array:
+def _drops_fractions(eqn: jex_core.JaxprEqn) -> bool:
+    new = eqn.params.get("new_dtype")
+    floating = jnp.issubdtype(getattr(eqn.invars[0].aval, "dtype", None), jnp.floating)
+    return new is not None and floating and not jnp.issubdtype(new, jnp.floating)
+
+
+def _computed(eqn: jex_core.JaxprEqn, operands: list[Array], output: int) -> Array:
     name = eqn.primitive.name
     if name in NEUTRAL_MOVES:
+        if _drops_fractions(eqn):
+            raise UnreadableError(f"a cast to {eqn.params['new_dtype']}")
         return operands[0]
     if name == "select_n":
         which = operands[0].astype(np.int64)
         return np.choose(which, operands[1:])
+    if name == "unstack":
+        return np.moveaxis(operands[0], eqn.params["axis"], 0)[output]
+    if name == "split":
+        ends = np.cumsum(eqn.params["sizes"])[:-1]
+        return np.split(operands[0], ends, eqn.params["axis"])[output]
+    if name == "stack":
+        return np.stack(operands, eqn.params["axis"])
     if name in UNARY and len(operands) == 1:
         return UNARY[name](operands[0], eqn.params)
     if name in BINARY:

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from quantjax import errors
 from quantjax.folding.channels import channel_shape, kernel_place, out_axes
-from quantjax.folding.fold import check_leaves, factor, foldable, folded_kernel, is_gone, wide
+from quantjax.folding.fold import check_leaves, factor, foldable, folded_kernel, is_gone
 from quantjax.folding.norms import BatchNorm
 from quantjax.interpreter import (
     Carried,
@@ -25,12 +25,14 @@ from quantjax.interpreter import (
     ProgramCache,
     Role,
     Site,
+    SiteStatus,
     Visit,
     evaluate,
     evaluate_origin,
     leaves_by_path,
 )
 from quantjax.interpreter.trace import Function
+from quantjax.lean import wide
 from quantjax.printing import shape_text
 
 WHERE = "qj.training.folded_training"
@@ -189,6 +191,8 @@ def _passes_of(norm: BatchNorm, program: Program, leaves: Mapping[str, Any]) -> 
     sites = {at: site for at, site in program.sites.items() if _has_kernel(site, kernel.path)}
     shape, found = jnp.shape(leaves[kernel.path]), []
     for at, site in sites.items():
+        if site.status is SiteStatus.OPAQUE:
+            continue
         if (site.op, site.steps) != (norm.op, norm.steps) or site.weight is None:
             continue
         product, origin = program.product_at(at), program.weights[site.name]
@@ -197,6 +201,7 @@ def _passes_of(norm: BatchNorm, program: Program, leaves: Mapping[str, Any]) -> 
     if not found:
         others = ", ".join(
             f"{site.op.value} {shape_text(site.out_shape)}, layers {shape_text(site.steps)}"
+            f"{site.reason and f' ({site.reason})'}"
             for site in sites.values()
         )
         raise errors.TrainingError(
@@ -204,7 +209,9 @@ def _passes_of(norm: BatchNorm, program: Program, leaves: Mapping[str, Any]) -> 
             where=f"{WHERE}, product {norm.site}",
             why=f"no product of {kernel.path} has its {norm.channels} channels where the one in "
             f"evaluation mode has them, layers {shape_text(norm.steps)}; found {others or 'none'}",
-            fix="norms=qj.batch_norms(f, params, x) of the same model in evaluation mode",
+            fix="folded_training(f, norms) inside of what is not rewritten, shard_map(folded, ...)"
+            if any(site.status is SiteStatus.OPAQUE for site in sites.values())
+            else "norms=qj.batch_norms(f, params, x) of the same model in evaluation mode",
         )
     return found
 

@@ -38,7 +38,9 @@ NEUTRAL_MOVES = frozenset(
 """Primitives that leave every entry in its place."""
 REARRANGING = NEUTRAL_MOVES | {"expand_dims", "reshape", "rev", "squeeze", "transpose"}
 """Primitives that lose no entry, so that what is stored in a parameter is all that there is."""
-STRUCTURAL = REARRANGING | {"dynamic_slice", "slice"}
+PARTING = frozenset({"split", "unstack"})
+"""Primitives whose several results are each a part of their operand."""
+STRUCTURAL = REARRANGING | PARTING | {"dynamic_slice", "slice"}
 """Primitives that move or cast entries of their first operand and compute nothing with them."""
 
 PASSING = STRUCTURAL | {"optimization_barrier"}

@@ -39,9 +39,12 @@ MOVING = frozenset(
         "reshape",
         "rev",
         "slice",
+        "split",
         "squeeze",
+        "stack",
         "stop_gradient",
         "transpose",
+        "unstack",
     }
 )
 """Which add nothing up, and whose derivatives read no operand but to compare."""

@@ -12,6 +12,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from quantjax import errors
 from quantjax.arguments import expect_key
 from quantjax.interpreter import leaves_by_path
+from quantjax.lean import wide
 from quantjax.printing import shape_text
 
 
@@ -40,7 +41,8 @@ def magnitude() -> Criterion:
 
 
 def _magnitudes(kernels: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-    return {name: jnp.abs(kernel.astype(jnp.float32)) for name, kernel in kernels.items()}
+    dtype = wide(*(kernel.dtype for kernel in kernels.values()))  # of all, which are compared
+    return {name: jnp.abs(kernel.astype(dtype)) for name, kernel in kernels.items()}
 
 
 def random(key: PRNGKeyArray) -> Criterion:
@@ -86,6 +88,7 @@ def scored(scores: PyTree) -> Criterion:
                     why=f"there are scores for {', '.join(list(named)[:6]) or 'nothing'}",
                     fix="scores of the structure and shapes of the parameters",
                 )
-        return {name: jnp.asarray(named[name], jnp.float32) for name in kernels}
+        dtype = wide(*(jnp.result_type(named[name]) for name in kernels))
+        return {name: jnp.asarray(named[name], dtype) for name in kernels}
 
     return Criterion("scored", found)

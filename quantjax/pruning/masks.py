@@ -47,8 +47,8 @@ def prune_mask(
     """True for the weights that stay; the lowest scores go, by rank, so that the number is exact.
 
     Kernels are floating-point leaves of rank 2 or more whose name does not end in ``bias``,
-    ``scale``, ``offset``, ``beta``, ``gamma``, ``mean`` or ``var``, as for ``qj.quantize_params``.
-    For all else the mask is the scalar True.
+    ``scale``, ``offset``, ``beta``, ``gamma``, ``mean`` or ``var``, as for ``qj.quantize_params``,
+    and that are none of Haiku's running averages. For all else the mask is the scalar True.
 
     Args:
       params: the tree.
@@ -189,7 +189,7 @@ def apply_mask(
         change.
 
     Sharp edges: a quantizer of which 0 is no level (one bit, midrise, some codebooks) makes ±scale
-    of a pruned weight, unless all of its group are pruned.
+    of a pruned weight; where all of its group are pruned, next to nothing.
 
     >>> params, mask = {"w": jnp.array([[1.0, 2.0]])}, {"w": jnp.array([[True, False]])}
     >>> apply_mask(params, mask)["w"].tolist()

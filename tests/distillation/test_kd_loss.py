@@ -142,6 +142,7 @@ def test_logits_far_apart_and_masked_classes():
         (((4, 3), (4, 3)), {"labels": np.full(4, 3)}, errors.DataError, "a label of 3"),
         (((4, 3), (4, 3)), {"where": np.ones(3, bool)}, errors.DataError, "a mask of 3"),
         (((4, 3), (4, 3)), {"temperature": 0.0}, errors.DistillationError, "temperature of 0"),
+        (((4, 3), (4, 3)), {"temperature": 1e-19}, errors.DistillationError, "its square"),
         (((4, 3), (4, 3)), {"temperature": np.inf}, errors.DistillationError, "temperature of inf"),
         (((4, 3), (4, 3)), {"alpha": 1.1}, errors.DistillationError, "alpha = 1.1"),
     ],
@@ -197,6 +198,19 @@ def test_labels_of_padding_may_be_anything():
         qj.kd_loss(student, teacher, padded, where=~where | where)
     with refused(errors.DataError, "a label of -100"):
         qj.kd_loss(student, teacher, padded)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32])
+@pytest.mark.parametrize("classes", [128, 256])
+def test_labels_of_any_integers_are_taken(dtype, classes):
+    """A byte vocabulary: 256 is no number of 8 bits."""
+    student, teacher, _ = drawn(5, 3, classes)
+    labels = jnp.array([3, 127, 0])
+    narrow = labels.astype(dtype)
+    for run in (lambda f: f, jax.jit):
+        got, want = (run(qj.kd_loss)(student, teacher, each) for each in (narrow, labels))
+        assert np.isfinite(want)
+        assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("temperature", [1e12, 1e19, 1e25, 1e30])

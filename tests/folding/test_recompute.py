@@ -27,6 +27,10 @@ FUNCTIONS = {
     "moves": lambda p: jnp.flip(p["a"].T.reshape(2, 6), 1)[:, 1:5:2] + p["b"][0, :2],
     "broadcast": lambda p: jnp.broadcast_to(p["a"][:, None], (3, 2, 4)) * p["b"][0],
     "casts": lambda p: p["a"].astype(jnp.bfloat16).astype(jnp.float32) + p["b"],
+    "parts": lambda p: (
+        jnp.split(p["a"], [1, 3], axis=1)[1] * jnp.unstack(p["b"], axis=1)[2][:, None]
+    ),
+    "stacked": lambda p: jnp.stack([p["a"], 2.0 * p["b"]], axis=1),
     "jitted": lambda p: jax.jit(lambda a: a * 2.0)(p["a"]) + jnp.squeeze(p["b"][None], 0),
 }
 

@@ -42,6 +42,8 @@ WEIGHTS = {
     "cast": (lambda p: p["w"].astype(jnp.bfloat16).astype(jnp.float32), OriginKind.LEAF),
     "moved": (lambda p: p["w"].reshape(4, 6).T[:, ::-1], OriginKind.LEAF),
     "sliced": (lambda p: lax.dynamic_slice(p["w"], (0, 1), (6, 2)), OriginKind.LEAF),
+    "split": (lambda p: jnp.split(p["w"], 2, axis=1)[1], OriginKind.LEAF),
+    "unstacked": (lambda p: jnp.unstack(p["w"].reshape(6, 2, 2), axis=1)[1], OriginKind.LEAF),
     "normalized": (lambda p: p["g"] * p["w"] / norm(p["w"]), OriginKind.FUNCTION),
     "low_rank": (lambda p: p["w"] + p["v"][:, :2] @ p["w"][:2], OriginKind.FUNCTION),
     "joined": (lambda p: jnp.concatenate([p["w"], p["v"]], axis=1), OriginKind.FUNCTION),

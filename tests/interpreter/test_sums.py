@@ -44,6 +44,8 @@ SCALED = jnp.linspace(0.5, 1.0, 8)[None]
         lambda y: 2.0 * y,
         lambda y: y.T.reshape(4, 8),
         lambda y: jnp.concatenate([y, y])[:4],
+        lambda y: jnp.tanh(jnp.split(y, 2)[0]),
+        lambda y: jnp.stack(jnp.unstack(y), axis=1).T,
         lambda y: jnp.where(y > 0, y, 0.1 * y),
         lambda y: jax.checkpoint(jnp.sin)(y),
         lambda y: y - y.max(),

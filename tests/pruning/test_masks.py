@@ -141,6 +141,19 @@ def test_scores_from_elsewhere_decide():
     assert not qj.prune_mask(TREE, 0.125, criterion=pruning.scored(broken))["a"]["kernel"][0, 0]
 
 
+def test_float64_weights_are_ranked_as_they_are():
+    """Also next to float32 ones, in one ranking; scores of one's own as well."""
+    with jax.enable_x64(True):
+        tree = {"w": jnp.array([[1.0, 2.0, 1.0 - 1e-9, 1e-50]]), "v": jnp.ones((1, 2), jnp.float32)}
+        for scope, kept in ((Scope.LOCAL, [False, True]), (Scope.GLOBAL, [True, True])):
+            for criterion in (pruning.magnitude(), pruning.scored(tree)):
+                mask = qj.prune_mask(
+                    tree, 0.5 if scope is Scope.LOCAL else 1 / 3, scope=scope, criterion=criterion
+                )
+                assert_array_equal(mask["w"], [[True, True, False, False]])
+                assert_array_equal(mask["v"], [kept])
+
+
 def test_gradients_of_what_is_pruned():
     mask = qj.prune_mask(TREE, 0.5)
 
@@ -265,10 +278,12 @@ def test_biases_and_norms_of_any_rank_stay():
         "attention": {"kernel": models.normal(0, 8, 2, 4), "bias": models.normal(1, 2, 4)},
         "norm": {"scale": jnp.ones((3, 8)), "bias": jnp.zeros((3, 8))},
         "stats": {"mean": jnp.ones((3, 8)), "var": jnp.ones((3, 8))},
+        "batch_norm/~/var_ema": {"average": jnp.ones((1, 8)), "hidden": jnp.ones((1, 8))},
     }
     mask = qj.prune_mask(tree, 0.5)
     assert counts(mask) == [32]
     assert mask["attention"]["bias"].shape == mask["norm"]["scale"].shape == ()
+    assert counts(qj.prune_mask({"hidden": jnp.ones((4, 4))}, 0.5)) == [8]  # a layer of that name
     with refused(errors.PruningError, "selects no kernel"):
         qj.prune_mask(tree, 0.5, select=qj.path("norm/*"))
     weights = qj.weight_quantizer(granularity=qj.PerTensor())

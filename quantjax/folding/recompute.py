@@ -119,9 +119,11 @@ def _constant(node: Origin) -> Array:
 
 
 def _drops_fractions(eqn: jex_core.JaxprEqn) -> bool:
-    new = eqn.params.get("new_dtype")
-    floating = jnp.issubdtype(getattr(eqn.invars[0].aval, "dtype", None), jnp.floating)
-    return new is not None and floating and not jnp.issubdtype(new, jnp.floating)
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    before: Any = eqn.invars[0].aval
+    is_whole = not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
+    return is_whole and jnp.issubdtype(before.dtype, jnp.floating)
 
 
 def _computed(eqn: jex_core.JaxprEqn, operands: list[Array], output: int) -> Array:

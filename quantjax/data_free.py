@@ -65,6 +65,7 @@ def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None 
             raise errors.PolicyError(
                 f"the rule '{rule}' matches no kernel",
                 where=f"kernels: {', '.join(list(kernels)[:8]) or 'none'}",
+                why="all are quantized already" if any(map(is_quantized, named.values())) else "",
                 fix="qj.path('*kernel'), or qj.rule(..., optional=True)",
             )
     leaves = []

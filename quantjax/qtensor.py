@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
@@ -146,6 +147,29 @@ def _dequantized(tensor: QTensor) -> jax.Array:
 def is_quantized(leaf: Any) -> bool:
     """Whether a leaf is a :class:`QTensor`; for the ``is_leaf`` of tree functions."""
     return isinstance(leaf, QTensor)
+
+
+@contextlib.contextmanager
+def floats_expected(params: Any, *, where: str) -> Iterator[None]:
+    """Say which parameter is frozen, where a model that runs inside cannot compute with it.
+
+    A model may take codes and decode them itself, so that they are not refused before.
+
+    Raises:
+      ArgumentError: in place of a ``TypeError`` of the model.
+    """
+    try:
+        yield
+    except TypeError as error:
+        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+        for path, leaf in leaves:
+            if is_quantized(leaf):
+                raise errors.ArgumentError(
+                    "these parameters are frozen: codes stand where floats are read",
+                    where=f"{where}, {jax.tree_util.keystr(path, simple=True, separator='/')}",
+                    fix="qj.dequantize_params(params), or qj.execute, which multiplies codes",
+                ) from error
+        raise
 
 
 def encode(

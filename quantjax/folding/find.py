@@ -17,6 +17,7 @@ from quantjax.folding.roles import Part, Played
 from quantjax.interpreter import Program, leaves_by_path, trace
 from quantjax.interpreter.sites import Location
 from quantjax.interpreter.trace import Function
+from quantjax.qtensor import floats_expected
 
 
 def batch_norms(f: Function, params: Any, *inputs: Any) -> BatchNorms:
@@ -38,6 +39,9 @@ def batch_norms(f: Function, params: Any, *inputs: Any) -> BatchNorms:
     Returns:
       Rows in program order; prints as a table.
 
+    Raises:
+      ArgumentError: parameters that are frozen.
+
     Sharp edges: a scale and shift without a variance, as of a frozen batch norm that was folded
     into two vectors, is no batch norm here; nor is one over another axis than the channels of the
     product, or behind a reshape or transposition that moves them. ``f`` may return its statistics
@@ -56,7 +60,8 @@ def batch_norms(f: Function, params: Any, *inputs: Any) -> BatchNorms:
     Source: Jacob et al., Quantization and training of neural networks for efficient
     integer-arithmetic-only inference, 2018, section 3.2.
     """
-    program = trace(f, params, *inputs)
+    with floats_expected(params, where="qj.batch_norms"):
+        program = trace(f, params, *inputs)
     shapes = {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items()}
     found = follow(program, list(shapes))
     model = _Model(program, found, shapes)

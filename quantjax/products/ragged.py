@@ -64,4 +64,4 @@ def is_in_a_group(product: Product) -> Bool[Array, "rows 1"]:
     """The rows that a group has; all others of the result are 0."""
     rows = product.lhs.shape[product.axes(0)[0][0]]
     sizes = product.rest[0]
-    return (jnp.arange(rows, dtype=sizes.dtype) < jnp.sum(sizes))[:, None]
+    return (jnp.arange(rows, dtype=sizes.dtype) < jnp.sum(sizes, dtype=sizes.dtype))[:, None]

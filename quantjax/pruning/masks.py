@@ -150,7 +150,8 @@ def _selected(named: Any, select: Selector) -> dict[str, jax.Array]:
         raise errors.PruningError(
             f"'{select}' selects no kernel",
             where=f"kernels: {', '.join(list(kernels)[:8]) or 'none'}",
-            why="a kernel is a floating-point array of rank 2 or more, no bias and no norm's scale",
+            why="a kernel is a floating-point array of rank 2 or more, no bias, no norm's scale, "
+            "and not quantized yet",
             fix="qj.path('*kernel'), or leave select out",
         )
     return found

@@ -13,6 +13,7 @@ from quantjax.interpreter import Program, Site, leaves_by_path, trace
 from quantjax.interpreter.trace import Function
 from quantjax.planning import Plan, first_difference, site_text
 from quantjax.printing import shape_text
+from quantjax.qtensor import floats_expected
 from quantjax.table import SiteTable
 
 
@@ -29,7 +30,7 @@ def sites(f: Function, params: Any, *inputs: Any) -> SiteTable:
         that takes more by keyword, give ``lambda params, x: f(params, x, train=True)``.
 
     Raises:
-      ArgumentError: ``f`` is no function, or a module of Flax.
+      ArgumentError: ``f`` is no function, or a module of Flax; parameters that are frozen.
 
     >>> import jax.numpy as jnp
     >>> params = {"dense": {"kernel": jnp.ones((4, 2))}}
@@ -38,7 +39,8 @@ def sites(f: Function, params: Any, *inputs: Any) -> SiteTable:
     [('dense/kernel', 'dot_general', 24)]
     """
     expect_function(f, where="qj.sites", fix="qj.sites(f, params, x)")
-    program = trace(f, params, *inputs)
+    with floats_expected(params, where="qj.sites"):
+        program = trace(f, params, *inputs)
     shapes = tuple((path, np.shape(leaf)) for path, leaf in leaves_by_path(params).items())
     found = tuple(program.sites.values())
     return SiteTable(found, program.weights, program.others, shapes, program.biases)

@@ -19,6 +19,7 @@ from quantjax.interpreter import (
     evaluate,
 )
 from quantjax.interpreter.trace import Function
+from quantjax.qtensor import floats_expected
 from quantjax.selectors import Selector
 
 
@@ -39,6 +40,7 @@ def tap(f: Function, selector: Selector) -> Callable[..., dict[str, Float[Array,
       branch was not taken.
 
     Raises (of the returned function):
+      ArgumentError: parameters that are frozen.
       PolicyError: the selector matches no site.
       OpaqueSiteError: it matches a site that the interpreter cannot enter.
 
@@ -54,7 +56,8 @@ def tap(f: Function, selector: Selector) -> Callable[..., dict[str, Float[Array,
     programs = ProgramCache(f)
 
     def tapping(params: Any, *inputs: Any) -> dict[str, jax.Array]:
-        program = programs(params, *inputs)
+        with floats_expected(params, where="qj.tap"):
+            program = programs(params, *inputs)
         rows = tuple(program.sites.values())
         chosen = selector.resolved(rows)
         matched = [site for site in rows if chosen.matches(site)]

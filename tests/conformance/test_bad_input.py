@@ -156,3 +156,23 @@ def test_a_refused_batch_costs_nothing_that_was_collected(mlp_ready):
     assert_same_bits(qj.calibrate(plan, state, MLP.params), qstate)
     _, after = observe(state, MLP.params, MLP.x)
     assert int(after[FIRST]["activation"].batches) == 2
+
+
+def test_frozen_parameters_where_a_model_runs_in_float(mlp_ready):
+    """A model that decodes its codes itself is none of these."""
+    (f, params, x), (plan, _, qstate) = MLP, mlp_ready
+    frozen = qj.freeze(plan, qstate, params)
+    for verb in (
+        lambda: qj.sites(f, frozen, x),
+        lambda: qj.tap(f, qj.everything())(frozen, x),
+        lambda: qj.batch_norms(f, frozen, x),
+    ):
+        with refused(errors.ArgumentError, "these parameters are frozen", FIRST):
+            verb()
+    decoded = lambda frozen, x: f(qj.dequantize_params(frozen), x)  # noqa: E731
+    assert len(qj.sites(decoded, frozen, x)) == len(plan.sites)
+    with pytest.raises(TypeError, match="concatenate tuple"):
+        qj.sites(lambda p, x: x.shape + 1, params, x)
+    policy = qj.uniform_policy(weight_bits=8, activation_bits=None)
+    with refused(errors.PolicyError, "all are quantized already"):
+        qj.quantize_params(frozen, policy)

@@ -89,6 +89,14 @@ def test_simulation_is_close_to_float_and_execution_equal(name):
     assert (np.asarray(simulated)[-1] == 0.0).all(), "rows behind all groups are 0"
 
 
+def test_under_float64_the_sums_stay_integers_of_the_sizes():
+    with jax.enable_x64(True):
+        plan, _, qstate = ready(SCHEMES["w8a8"])
+        simulated = qj.fake_quantize(f, plan)(qstate, P, X, SIZES)
+        executed = qj.execute(f, plan)(qstate, qj.freeze(plan, qstate, P), X, SIZES)
+    assert_same_bits(executed, simulated)
+
+
 def test_codes_in_integers_are_those_of_a_numpy_model():
     """Per group of rows: ``Σ (q_x - z)(q_w) · (s_x s_w)``, sums in int64."""
     plan, _, qstate = ready(SCHEMES["w8a8"])

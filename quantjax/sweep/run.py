@@ -68,8 +68,8 @@ def run_sweep(
 ) -> SweepResult:
     """Evaluate every cell of ``grid`` for every seed, and file the results under ``output``.
 
-    Trains and calibrates one model a seed, then evaluates all its cells as one compiled program,
-    which all seeds share. Cells that ``output/results.csv`` already has are not computed, nor are
+    Trains and calibrates one model a seed, then evaluates all its cells as one compiled program;
+    it and the calibration are compiled once for all seeds. Cells that ``output/results.csv`` already has are not computed, nor are
     models trained that ``output/checkpoints`` has; an interrupted sweep goes on where it stopped.
 
     Raises:
@@ -97,6 +97,7 @@ def run_sweep(
     checkpoints = output.absolute() / CHECKPOINTS / fingerprint
     trained, broken = 0, list[str]()
     program: CellProgram | None = None
+    observing: _Observing | None = None
     first: tuple[int, Any] | None = None
     if todo:
         inputs, labels = study.test()
@@ -111,9 +112,12 @@ def run_sweep(
             params = _trained(study, seed, checkpoints / f"seed_{seed}", progress)
             first = first or (seed, shapes_of(params))
             check_alike(study, first, seed, params)
-            planned = plan(study.policy, sites(study.apply, params, batches[0]))
-            check_planned(study, planned, params, batches[0], inputs)
-            state = _observed(study, planned, params, batches, progress)
+            if observing is None:
+                planned = plan(study.policy, sites(study.apply, params, batches[0]))
+                check_planned(study, planned, params, batches[0], inputs)
+                observing = _Observing(planned, jax.jit(observe(study.apply, planned)))
+            planned = observing.planned
+            state = _observed(observing, params, batches, progress)
             check_logits(study, jax.eval_shape(study.apply, params, inputs), labels)
             shared = (state, params, inputs, labels)
             values = _values(todo[seed], grid.names)
@@ -204,15 +208,21 @@ def _restored(checkpointer: ocp.StandardCheckpointer, folder: Path) -> Any:
         ) from error
 
 
+class _Observing(NamedTuple):
+    """The plan of all seeds, and the compiled function that collects its statistics."""
+
+    planned: Plan
+    one_batch: Callable[..., Any]
+
+
 def _observed(
-    study: Study, planned: Plan, params: Any, batches: Sequence[jax.Array], progress: Progress
+    observing: _Observing, params: Any, batches: Sequence[jax.Array], progress: Progress
 ) -> Any:
     """Statistics of the calibration batches: one pass, for every rule and width."""
-    observing = jax.jit(observe(study.apply, planned))
-    state = init(planned)
+    state = init(observing.planned)
     with progress.task("calibrating", len(batches)) as advance:
         for batch in batches:
-            _, state = observing(state, params, batch)
+            _, state = observing.one_batch(state, params, batch)
             advance(1)
     return state
 

@@ -69,8 +69,9 @@ def run_sweep(
     """Evaluate every cell of ``grid`` for every seed, and file the results under ``output``.
 
     Trains and calibrates one model a seed, then evaluates all its cells as one compiled program;
-    it and the calibration are compiled once for all seeds. Cells that ``output/results.csv`` already has are not computed, nor are
-    models trained that ``output/checkpoints`` has; an interrupted sweep goes on where it stopped.
+    it and the calibration are compiled once for all seeds. Cells that ``output/results.csv``
+    already has are not computed, nor are models trained that ``output/checkpoints`` has; an
+    interrupted sweep goes on where it stopped.
 
     Raises:
       SweepError: an inconsistent grid, random roundings, an unreadable result file or checkpoint,

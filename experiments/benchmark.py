@@ -22,8 +22,15 @@ def options(doc: str | None, *, rounds: int | None = None) -> argparse.ArgumentP
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     if rounds is not None:
-        parser.add_argument("--rounds", type=int, default=rounds)
+        parser.add_argument("--rounds", type=_count, default=rounds)
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} rounds measure nothing")
+    return number
 
 
 def made_by() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,18 @@ def _turn(variants: Variants) -> dict[str, float]:
     return seconds
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper one; none lies outside of the values.
+
+    >>> quartiles([1.0, 9.0]), quartiles([2.0])
+    ((3.0, 5.0, 7.0), (2.0, 2.0, 2.0))
+    """
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
 def compared(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, float]]:
     """Medians in milliseconds, and ratios to the base with their quartiles over rounds.
 
@@ -46,7 +58,7 @@ def compared(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str,
     report = {}
     for name, seconds in times.items():
         each = [a / b for a, b in zip(seconds, times[base], strict=True)]
-        low, middle, high = statistics.quantiles(each, n=4)
+        low, middle, high = quartiles(each)
         report[name] = {
             "ms": 1e3 * statistics.median(seconds),
             "ratio": middle,

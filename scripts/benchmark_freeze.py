@@ -97,6 +97,8 @@ def main() -> None:
     parser = benchmark.options(__doc__)
     parser.add_argument("--case", nargs=2, metavar=("CASE", "GRANULARITY"))
     options = parser.parse_args()
+    if options.case and not (options.case[0] in CASES and options.case[1] in GRANULARITIES):
+        parser.error(f"cases: {', '.join(CASES)}; granularities: {', '.join(GRANULARITIES)}")
     if options.case:
         print(json.dumps(measure(*options.case)))
         return

@@ -21,7 +21,9 @@ Qwix is no dependency; install it beside (`pip install --no-deps qwix`), then
 from __future__ import annotations
 
 import collections
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import time
 from functools import partial
@@ -32,7 +34,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import qwix
 
 import quantjax as qj
 from experiments import benchmark
@@ -46,6 +47,11 @@ WIDTHS = tuple(range(2, 9))
 CALIBRATION = 256
 
 
+def _peer() -> Any:
+    """Qwix, which is no dependency."""
+    return importlib.import_module("qwix")
+
+
 def _accuracy(logits: jax.Array, data: Digits) -> float:
     return float(np.mean(np.argmax(np.asarray(logits), -1) == data.test_labels))
 
@@ -54,6 +60,7 @@ def _by_qwix(
     model: nn.Module, variables: Any, empty: Any, data: Digits, widths: tuple[int, int]
 ) -> float:
     """One cell: a model with these widths, its statistics, its logits; ``empty`` to begin with."""
+    qwix = _peer()
     provider = qwix.QtProvider([_rule(*widths)])
     quantized = qwix.quantize_model(model, provider)
     seen, images = jnp.asarray(data.train_images[:CALIBRATION]), jnp.asarray(data.test_images)
@@ -62,7 +69,7 @@ def _by_qwix(
 
 
 def _rule(weight_bits: int, activation_bits: int) -> Any:
-    return qwix.QtRule(
+    return _peer().QtRule(
         op_names=("dot_general", "conv_general_dilated"),
         weight_qtype=f"int{weight_bits}",
         act_qtype=f"int{activation_bits}",
@@ -106,6 +113,7 @@ def swept() -> dict[str, Any]:
     failed: collections.Counter[str] = collections.Counter()
     theirs: dict[str, dict[str, float]] = {}
     start = time.perf_counter()
+    qwix = _peer()
     widest = qwix.quantize_model(model, qwix.QtProvider([_rule(8, 8)]))
     images = jnp.asarray(data.train_images[:CALIBRATION])
     empty = widest.init(jax.random.key(0), images)["quant_stats"]
@@ -164,6 +172,7 @@ def stepped(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     plan = qj.plan(qj.uniform_policy(weight_bits=8, activation_bits=8), qj.sites(f, variables, x))
     _, state = jax.jit(qj.observe(f, plan))(qj.init(plan), variables, x)
     qstate = jax.jit(partial(qj.calibrate, plan))(state, variables)
+    qwix = _peer()
     peer = qwix.quantize_model(case.model, qwix.QtProvider([_rule(8, 8)]))
     empty = peer.init(key, x)["quant_stats"]
     _, found = peer.apply({**variables, "quant_stats": empty}, x, mutable=["quant_stats"])
@@ -195,6 +204,8 @@ def main() -> None:
     parser = benchmark.options(__doc__, rounds=20)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     options = parser.parse_args()
+    if importlib.util.find_spec("qwix") is None:
+        parser.error("Qwix is not installed: pip install --no-deps qwix")
     report: dict[str, Any] = {
         **benchmark.made_by(),
         "qwix": importlib.metadata.version("qwix"),

@@ -23,13 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import scipy.stats
 
 import quantjax as qj
 from experiments import benchmark
 from experiments.steps import CASES, Case, fenced, train_step
 from experiments.timing import interleaved
 
-STUDENT_T = {40: 2.0227}  # 97.5 % of 39 degrees of freedom
 COMPILE_ROUNDS = 11
 TURNS = 3
 
@@ -109,7 +109,8 @@ def _compile_seconds(steps: dict[str, Any]) -> dict[str, list[float]]:
 
 def _ratios(seconds: list[float], base: list[float], rounds: int) -> dict[str, float]:
     each = [a / b for a, b in zip(seconds, base, strict=True)]
-    half = STUDENT_T.get(rounds, 2.1) * statistics.stdev(each) / math.sqrt(rounds)
+    student = float(scipy.stats.t.ppf(0.975, rounds - 1))  # of one round there is no interval
+    half = student * statistics.stdev(each) / math.sqrt(rounds) if rounds > 1 else math.nan
     return {
         "ms": 1e3 * statistics.median(seconds),
         "ratio": statistics.median(each),

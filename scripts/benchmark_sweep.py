@@ -23,6 +23,7 @@ import numpy as np
 
 import quantjax as qj
 from experiments import benchmark
+from experiments.timing import quartiles
 from quantjax.sweep import Execution, compile_cells
 
 BUDGET = 4 << 30
@@ -114,8 +115,7 @@ def measure(name: str, model: nn.Module, x: jax.Array, rounds: int) -> dict[str,
     base = statistics.median(times["float"])
     rows: dict[str, dict[str, Any]] = {}
     for key, samples in times.items():
-        low, _, high = statistics.quantiles(samples, n=4)
-        median = statistics.median(samples)
+        low, median, high = quartiles(samples)
         total = 49 * median + compile_seconds[key] * (49 if "static" in key else 1)
         rows[key] = {
             "ms_per_cell": round(1e3 * median, 2),
@@ -129,9 +129,9 @@ def measure(name: str, model: nn.Module, x: jax.Array, rounds: int) -> dict[str,
         f"{'':18s}{'ms/cell':>9s}{'quartiles':>18s}{'x float':>9s}{'compile s':>11s}{'grid s':>8s}"
     )
     for key, row in rows.items():
-        quartiles = "-".join(f"{q:.2f}" for q in row["quartiles_ms"])
+        span = "-".join(f"{q:.2f}" for q in row["quartiles_ms"])
         print(
-            f"{key:18s}{row['ms_per_cell']:9.2f}{quartiles:>18s}{row['over_float']:9.2f}"
+            f"{key:18s}{row['ms_per_cell']:9.2f}{span:>18s}{row['over_float']:9.2f}"
             f"{row['compile_s']:11.2f}{row['grid_total_s']:8.1f}"
         )
     return rows

@@ -192,6 +192,7 @@ def main() -> None:
     report: dict[str, Any] = {
         **benchmark.made_by(),
         "steps": options.steps,
+        "rounds": options.rounds,
         "lanes": len(WIDTHS) * len(SEEDS),
     }
     for name in options.models:

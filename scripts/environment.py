@@ -60,6 +60,9 @@ def read_stamp(path: Path) -> tuple[str, set[str]]:
 
 
 def main(arguments: list[str]) -> int:
+    if len(arguments) < 2:
+        print(__doc__)
+        return 0 if arguments == ["--help"] else 2
     verb, stamp, wanted = arguments[0], Path(arguments[1]), set(arguments[2:])
     implies = implied(ROOT)
     wanted = closure(wanted, implies)

@@ -92,6 +92,30 @@ class Options:
     calibration_images: int = 1_000
     calibration_stories: int = 32
 
+    def __post_init__(self) -> None:
+        for name in ("test_images", "stories", "calibration_images", "calibration_stories"):
+            if getattr(self, name) < 1:
+                raise qj.errors.DataError(
+                    f"{name} is {getattr(self, name)}",
+                    why="nothing is measured, or no range is known",
+                    fix=f"--{name.replace('_', '-')} 100",
+                )
+
+
+def filed(output: Path) -> dict[str, Any]:
+    """What is in the file, whose folder is made where there is none."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        found = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    except ValueError as error:
+        raise qj.errors.DataError(
+            "the output file is none of this script's",
+            where=str(output),
+            why=str(error),
+            fix="--output another.json",
+        ) from error
+    return dict(found)
+
 
 def calibrated(plan: Any, state: Any, variables: Any, rules: tuple[str, ...]) -> Any:
     """QParams by rule and widths; all of them are one program."""
@@ -272,9 +296,7 @@ def main() -> None:
         prog="scripts/measure_pretrained.py",
         config=(tyro.conf.EnumChoicesFromValues,),
     )
-    report: dict[str, Any] = {}
-    if options.output is not None and options.output.exists():
-        report = json.loads(options.output.read_text(encoding="utf-8"))
+    report = {} if options.output is None else filed(options.output)
     for part in options.parts:
         start = time.perf_counter()
         match part:

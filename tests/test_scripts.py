@@ -1,7 +1,9 @@
 """The scripts' own logic: when an environment still fits, and how constraints are merged."""
 
+import importlib.util
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,40 @@ def test_constraints_have_a_pin_for_every_requirement():
     pinned = {line.split("==")[0] for line in text.splitlines() if "==" in line}
     assert {"jax", "flax", "optax", "pytest", "ruff", "mypy", "pre-commit", "setuptools"} <= pinned
     assert "@" not in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["check"]])
+def test_environment_prints_how_it_is_called(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert environment.main(arguments) == (0 if arguments == ["--help"] else 2)
+    assert "environment.py check STAMP" in capsys.readouterr().out
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=False,
+    )
+
+
+def test_a_benchmark_beside_a_peer_says_what_it_needs():
+    """Its own help without the peer; in place of a measurement, how to install it."""
+    helped = run("scripts/benchmark_peers.py", "--help")
+    assert (helped.returncode, "Qwix" in helped.stdout) == (0, True)
+    if importlib.util.find_spec("qwix") is None:
+        refused = run("scripts/benchmark_peers.py")
+        assert (refused.returncode, "pip install --no-deps qwix" in refused.stderr) == (2, True)
+
+
+def test_nothing_is_measured_without_calibration():
+    """Scales of nothing are NaN, whose class is the first: an accuracy of its own."""
+    refused = run("scripts/measure_pretrained.py", "--calibration-images", "0")
+    assert refused.returncode != 0
+    assert "calibration_images is 0" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -45,12 +45,12 @@ def place(
     unset, of the argument and of ``QUANTJAX_DATA``.
 
     Raises:
-      DataUnavailableError: there is no such folder.
+      DataUnavailableError: there is no such folder, or it cannot be looked for.
     """
     named = os.environ.get(ENVIRONMENT, "")
     given = data_dir or named
     folder = Path(os.path.expanduser(given)) if given else None  # an unknown ~name stays as it is
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not _is_folder(folder):
         raise DataUnavailableError(
             f"{name}: the data folder does not exist",
             where=str(folder),
@@ -58,6 +58,13 @@ def place(
             fix=two_ways(layout),
         )
     return Place(folder, None if cache_dir is None else Path(cache_dir), name, tuple(layout))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def two_ways(layout: Sequence[str]) -> str:

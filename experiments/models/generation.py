@@ -26,8 +26,15 @@ def greedy(
       step: a pure function.
       cache: empty; holds at least ``p + count - 1`` positions.
       prompt: tokens of equal number in all texts.
-      count: static.
+      count: static, 1 or more.
+
+    Raises:
+      ValueError: a smaller ``count``.
     """
+    if count < 1:
+        raise ValueError(
+            f"{count} tokens are no text; the first one comes with the prompt: count=1"
+        )
     start = jnp.int32(prompt.shape[1])
     logits, cache = step(prompt, cache, jnp.int32(0))
     first = jnp.argmax(logits[:, -1], axis=-1).astype(prompt.dtype)

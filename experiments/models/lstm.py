@@ -40,7 +40,7 @@ class LanguageLSTM(nn.Module):
         Raises:
           ModelShapeError: tokens are no integers of this shape.
         """
-        check_tokens(tokens, max(tokens.shape[-1], 1))
+        check_tokens(tokens, max(tokens.shape[-1], 1) if tokens.ndim else 1)
         x = nn.Embed(self.vocabulary, self.width, name="embedding")(tokens)
         for index in range(self.layers):
             x = nn.RNN(nn.LSTMCell(self.hidden, name=f"layer{index}"))(x)

@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 
 from experiments.data.errors import DataFileError, DataUnavailableError
-from experiments.data.files import ENVIRONMENT
+from experiments.data.files import ENVIRONMENT, unreadable
 
 
-def in_data_folder(name: str, *, data_dir: Path | None, how: str) -> Path:
+def in_data_folder(name: str, *, data_dir: Path | str | None, how: str) -> Path:
     """The path of a file that no mirror serves: in ``data_dir``, else where QUANTJAX_DATA says.
 
     Args:
@@ -20,22 +20,28 @@ def in_data_folder(name: str, *, data_dir: Path | None, how: str) -> Path:
       how: how to make the file, for the error.
 
     Raises:
-      DataUnavailableError: no folder is named, there is no such folder, or it lacks the file.
+      DataUnavailableError: no folder is named, there is no such folder, it lacks the file, or it
+        cannot be looked for.
     """
     named = os.environ.get(ENVIRONMENT, "")
-    folder = data_dir if data_dir is not None else Path(named) if named else None
-    if folder is None:
+    given = data_dir or named
+    if not given:
         raise DataUnavailableError(
             f"{name}: no folder is named that holds it",
             why="there is no mirror from which it could be downloaded",
             fix=f"{how}; name the folder by --data-dir (data_dir=) or {ENVIRONMENT}",
         )
-    path = folder.expanduser() / name
-    if not path.is_file():
+    folder = Path(os.path.expanduser(given))  # an unknown ~name stays as it is
+    path = folder / name
+    try:
+        is_there = path.is_file()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not is_there:
         raise DataUnavailableError(
             f"{name} is missing",
             where=str(folder),
-            why=f"the folder is named by {ENVIRONMENT if data_dir is None else 'data_dir'}",
+            why=f"the folder is named by {'data_dir' if data_dir else ENVIRONMENT}",
             fix=how,
         )
     return path

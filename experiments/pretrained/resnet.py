@@ -33,7 +33,7 @@ class Pretrained(enum.Enum):
     RESNET56 = "resnet56"
 
 
-def load_resnet(name: Pretrained, *, data_dir: Path | None = None) -> Imported:
+def load_resnet(name: Pretrained, *, data_dir: Path | str | None = None) -> Imported:
     """A network and its variables from ``resnet_cifar10/resnet20.npz`` and its like.
 
     Raises:

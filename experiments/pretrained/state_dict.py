@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.data.errors import DataFileError
+from experiments.data.files import unreadable
 from experiments.models.resnet import ResNet
 from experiments.pretrained.files import refuse
 
@@ -137,6 +138,7 @@ def read_resnet(path: Path) -> Imported:
     """A ResNet of a ``.npz`` file with the arrays of a state_dict.
 
     Raises:
+      DataUnavailableError: it is not there, or may not be read.
       DataFileError: no such file format, a damaged one, or arrays of no ResNet.
     """
     try:
@@ -148,6 +150,8 @@ def read_resnet(path: Path) -> Imported:
             arrays = {name: loaded[name] for name in loaded.files}
     except DataFileError:
         raise
+    except (PermissionError, IsADirectoryError, FileNotFoundError) as error:
+        raise unreadable(path, error) from error
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise refuse(path, "is no .npz file, or damaged", str(error)) from error
     return from_state_dict(arrays, path)

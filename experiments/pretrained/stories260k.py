@@ -37,7 +37,9 @@ class Storyteller(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_stories260k(*, data_dir: Path | None = None, cache_dir: Path | None = None) -> Storyteller:
+def load_stories260k(
+    *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
+) -> Storyteller:
     """The decoder and its tokenizer, from a folder with ``stories260K/``, or downloaded.
 
     Raises:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
+import jax
+import jax.numpy as jnp
 import tyro
 
+import quantjax as qj
 from experiments.data import SetName, named
 from experiments.models.cnn import SmallCNN
 from experiments.qat.floats import images_of
@@ -16,8 +22,13 @@ from experiments.qat.methods import METHODS
 from experiments.qat.report import page
 from experiments.qat.results import Results
 from experiments.qat.study import Note, Setting, run
+from quantjax.errors import QuantjaxError
 
 STRIDES = {SetName.DIGITS: (1, 2, 2)}
+
+
+class OptionError(QuantjaxError, ValueError):
+    """Options that no study can be made of, such as ``--steps 0``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +60,49 @@ class Options:
     steps: int = 624
 
 
+def check(options: Options) -> None:
+    """Raise ``OptionError`` for what no study can be made of."""
+    for name in ("steps", "float_steps"):
+        if getattr(options, name) < 1:
+            raise OptionError(
+                f"{name} is {getattr(options, name)}", fix=f"--{name}".replace("_", "-") + " 600"
+            )
+    for name in ("seeds", "widths"):
+        if not getattr(options, name):
+            raise OptionError(f"no {name}", fix=f"--{name} 4 2")
+    bad = [bits for bits in options.widths if not 1 <= bits <= 8]
+    if bad:
+        raise OptionError(f"a width of {bad[0]}", why="1 to 8 bits", fix="--widths 4 3 2")
+    unknown = [
+        text
+        for text in options.methods
+        if not any(text.casefold() in method.name.casefold() for method in METHODS)
+    ]
+    if unknown:
+        raise OptionError(
+            f"no method's name has '{unknown[0]}'",
+            why=f"there are {', '.join(method.name for method in METHODS)}",
+            fix="--methods lsq",
+        )
+
+
+def command(options: Options) -> str:
+    """What made the page, without the folders of this machine."""
+    words = ["python -m experiments.qat"]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in ("data_dir", "output", "report") or value == field.default:
+            continue
+        texts = value if isinstance(value, tuple) else (value,)
+        words.append(
+            " ".join([f"--{field.name.replace('_', '-')}", *(shlex.quote(str(t)) for t in texts)])
+        )
+    return " ".join([*words, "--report experiments/qat/README.md"])
+
+
 def setting_of(options: Options) -> Setting:
     """The study that the options ask for."""
+    check(options)
     name = named(options.data)
     strides = STRIDES.get(name, (2, 2, 2))
     asked = [text.casefold() for text in options.methods]
@@ -68,9 +120,21 @@ def setting_of(options: Options) -> Setting:
     )
 
 
+def mean_at_start(setting: Setting, bits: int = 4) -> float:
+    """Bits of a weight where all layers but the first and the last have ``bits``, and these 8."""
+    images = jax.ShapeDtypeStruct((1, *setting.data.train[0].shape[1:]), jnp.float32)
+    variables = jax.eval_shape(setting.model.init, jax.random.key(0), images)
+    rows = qj.sites(setting.model.apply, variables, images)
+    sizes = [math.prod(site.weight.shape) for site in rows if site.weight is not None]
+    return (bits * sum(sizes) + (8 - bits) * (sizes[0] + sizes[-1])) / sum(sizes)
+
+
 def write(options: Options, note: Note = print) -> str:
     """Run the study and return its page."""
     setting = setting_of(options)
+    pages = [path for path in (options.output / "tables.md", options.report) if path is not None]
+    for path in pages:  # ahead of hours of training
+        path.parent.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "results.csv", setting.fingerprint)
     run(setting, results, options.output, note)
     head = (
@@ -78,18 +142,21 @@ def write(options: Options, note: Note = print) -> str:
         f"{options.data}; {setting.model.channels} channels with batch norm, first and last layer "
         f"at 8 bits; {options.steps} steps of {setting.recipe.batch} images after "
         f"{options.float_steps} in float. Made by\n\n"
-        "```sh\npython -m experiments.qat --report experiments/qat/README.md\n```"
+        f"```sh\n{command(options)}\n```"
     )
-    text = page(results.rows, options.widths, options.seeds, head)
-    for path in (options.output / "tables.md", options.report):
-        if path is not None:
-            path.write_text(text, encoding="utf-8")
+    text = page(results.rows, options.widths, options.seeds, head, mean_at_start(setting))
+    for path in pages:
+        path.write_text(text, encoding="utf-8")
     return text
 
 
 def main() -> None:
     """The command."""
-    print(write(tyro.cli(Options, prog="python -m experiments.qat")))
+    options = tyro.cli(Options, prog="python -m experiments.qat")
+    try:
+        print(write(options))
+    except QuantjaxError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

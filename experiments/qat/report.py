@@ -152,6 +152,19 @@ def other_table(rows: Sequence[Row], table: str, bits: int) -> str:
     return _table(["method", "bits of a weight", "accuracy", "minus float"], body)
 
 
+def unmoved(rows: Sequence[Row], table: str, start: float | None) -> str:
+    """What the mean was at the start, and the methods that have it at the end too."""
+    if start is None:
+        return ""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row.table == table:
+            found.setdefault(row.method, []).append(row.mean_bits)
+    same = [name for name, all_ in found.items() if all(abs(b - start) < 1e-3 for b in all_)]
+    stayed = f", where the widths of {', '.join(same)} stayed at this rate" if same else ""
+    return f" At the start it is {start:.2f}{stayed}."
+
+
 def taught_table(rows: Sequence[Row]) -> str:
     """With and without a teacher."""
     body = []
@@ -183,8 +196,18 @@ def more_seeds(rows: Sequence[Row], widths: Sequence[int], seeds: Sequence[int])
     return parts
 
 
-def page(rows: Sequence[Row], widths: Sequence[int], seeds: Sequence[int], head: str) -> str:
-    """The whole page; the tables are of ``seeds``, further ones have a part of their own."""
+def page(
+    rows: Sequence[Row],
+    widths: Sequence[int],
+    seeds: Sequence[int],
+    head: str,
+    start: float | None = None,
+) -> str:
+    """The whole page; the tables are of ``seeds``, further ones have a part of their own.
+
+    Args:
+      start: the mean bits of a weight that learned widths begin with.
+    """
     every, rows = rows, [row for row in rows if row.seed in seeds]
     floats = accuracies(rows, FLOAT, "float", 32)
     parts = [
@@ -196,7 +219,10 @@ def page(rows: Sequence[Row], widths: Sequence[int], seeds: Sequence[int], head:
         "## Every layer at the same width\n\n"
         + against_rules(rows, widths, (PTQ_WHOLE, QAT_WHOLE)),
         *more_seeds(every, widths, seeds),
-        "## Learned widths\n\nStarted at 4 bits, under a penalty on the bits of the weights.\n\n"
+        "## Learned widths\n\nStarted at 4 bits, under a penalty on the bits of the weights; the "
+        "mean is over all of them, with those of the first and last layer, which stay at 8."
+        + unmoved(rows, LEARNED, start)
+        + "\n\n"
         + other_table(rows, LEARNED, 4),
         "## Weights of one bit\n\nThe scale is the mean magnitude of a channel, in every step; "
         "activations have 4 bits and learned scales.\n\n" + other_table(rows, SIGNS, 1),

@@ -56,9 +56,10 @@ class Results:
             writer.writerows(dataclasses.astuple(row) for row in self.rows)
 
     def _read(self) -> list[Row]:
-        if not self.path.exists() or not self.path.read_text():
+        text = self.path.read_text() if self.path.exists() else ""
+        lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
+        if not lines:
             return []
-        lines = list(csv.reader(self.path.read_text().splitlines()))
         if tuple(lines[0]) != FIELDS:
             raise RunMismatchError(
                 "this is not a result file of this version",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from typing import Any
+
+import numpy as np
 
 from experiments.training.batches import row_count
 from experiments.training.errors import TrainerConfigError
@@ -25,10 +28,21 @@ class Best:
     Attributes:
       metric: with its prefix: ``eval/accuracy``.
       direction: what is better.
+
+    Raises:
+      TrainerConfigError: text in place of a direction.
     """
 
     metric: str
     direction: Direction = Direction.HIGHER
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.direction, Direction):
+            raise TrainerConfigError(
+                f"direction is {self.direction!r}, no Direction",
+                where=type(self).__name__,
+                fix=f"direction=Direction.{Direction.HIGHER.name}",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +62,7 @@ class TrainerConfig:
       best: also save and keep the checkpoint that is best by a metric; None for none.
 
     Raises:
-      TrainerConfigError: a count below 1.
+      TrainerConfigError: a count below 1, or that is no integer.
     """
 
     steps: int
@@ -63,22 +77,45 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value) is int and value < 1:
-                raise TrainerConfigError(
-                    f"{field.name} is {value}, which is less than 1",
-                    where=type(self).__name__,
-                    fix=f"{field.name}=1 or more" + (", or None" if field.default is None else ""),
-                )
+            is_open = field.default is None
+            if field.name in ("evaluate_first", "best") or (is_open and value is None):
+                continue
+            usual = 64 if field.default is dataclasses.MISSING else field.default or 100
+            number = count(field.name, value, where=type(self).__name__, usual=usual)
+            object.__setattr__(self, field.name, number)
+
+
+def count(name: str, value: Any, *, where: str, usual: int) -> int:
+    """A number of things as an ``int``.
+
+    Raises:
+      TrainerConfigError: it is less than 1, or no integer.
+    """
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or value < 1:
+        raise TrainerConfigError(
+            f"{name} is {value!r}, " + ("which is less than 1" if is_whole else "no integer"),
+            where=where,
+            fix=f"{name}={usual}",
+        )
+    return int(value)
 
 
 def steps_in(data: Batch, *, epochs: int, batch: int) -> int:
     """How many steps some epochs have, for ``TrainerConfig(steps=...)``.
 
+    Raises:
+      TrainerConfigError: parts of an epoch, or none.
+
     >>> import numpy as np
     >>> steps_in((np.zeros((130, 2)), np.zeros(130)), epochs=3, batch=64)
     6
     """
-    return epochs * (row_count(data) // batch)
+    whole, rows = (
+        count(name, value, where="steps_in", usual=usual)
+        for name, value, usual in (("epochs", epochs, 3), ("batch", batch, 64))
+    )
+    return whole * (row_count(data) // rows)
 
 
 def best_step(history: History, best: Best, *, among: tuple[int, ...] | None = None) -> int | None:

@@ -178,7 +178,7 @@ def _check_best(run: _Run, entries: History, *, complete: bool = False) -> None:
         raise TaskError(
             f"no entry has the metric '{best.metric}', which the best checkpoint is chosen by",
             where=f"metrics: {', '.join(sorted(filed)) or 'none'}",
-            fix=f"best=Best({next(iter(sorted(filed)), EVAL + 'accuracy')!r})",
+            fix=f"best=Best(metric={next(iter(sorted(filed)), EVAL + 'accuracy')!r})",
         )
 
 
@@ -298,6 +298,12 @@ def _every(interval: int | None, step: int) -> bool:
 
 
 def _check_scalars(metrics: Metrics, function: str) -> None:
+    if not isinstance(metrics, Mapping):
+        raise TaskError(
+            f"{function} returns a {type(metrics).__name__} for its metrics",
+            where="metrics are scalars by name",
+            fix="{}, or {'loss': loss}",
+        )
     bad = {name: jnp.shape(v) for name, v in metrics.items() if jnp.shape(v) != ()}
     if bad:
         raise TaskError(

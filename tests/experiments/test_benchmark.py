@@ -5,6 +5,7 @@ import json
 from importlib.metadata import version
 
 import jax
+import pytest
 
 from experiments import benchmark
 
@@ -20,6 +21,13 @@ def test_a_report_says_what_made_it_and_is_written_where_asked(tmp_path):
     benchmark.written(report, tmp_path / "new" / "report.json")
     assert json.loads((tmp_path / "new" / "report.json").read_text()) == report
     benchmark.written(report, None)
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1"])
+def test_no_round_measures_nothing(rounds, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.options("Speed.", rounds=7).parse_args([f"--rounds={rounds}"])
+    assert f"{rounds} rounds measure nothing" in capsys.readouterr().err
 
 
 def test_scripts_without_rounds_have_no_such_option():

@@ -310,6 +310,7 @@ def test_loading_leaves_numpys_random_state_alone(tmp_path):
 
 
 REFUSED = {
+    "is_dir": "the folder",
     "is_file": "missing file",
     "read_bytes": "content",
     "open": "checksum",

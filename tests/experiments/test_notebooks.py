@@ -1,5 +1,6 @@
 """The notebooks run from the first cell to the last, and say what the README says."""
 
+import importlib.machinery
 import json
 import re
 from pathlib import Path
@@ -58,6 +59,23 @@ def test_it_is_clean_and_opens_in_colab(path):
     (install,) = re.findall(r'%pip install -q "(.*)"', "".join(notebook["cells"][1]["source"]))
     assert install == "./{CLONE}[experiments]"  # a path: `name @ path` is none to pip
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("is_there", [None, False, True], ids=["nothing", "clone", "installed"])
+def test_a_clone_beside_the_notebook_is_no_package(path, is_there, tmp_path, monkeypatch):
+    """Its folder has the package's name, and would be found as an empty namespace."""
+    if is_there is not None:
+        (tmp_path / "quantjax").mkdir()
+    if is_there:
+        (tmp_path / "quantjax" / "__init__.py").touch()
+    find = importlib.machinery.PathFinder.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: find(name, [str(tmp_path)]))
+    first = "".join(json.loads(path.read_text())["cells"][1]["source"])
+    installs: list[str] = []
+    source = re.sub(r"(?m)^(\s*)%(.*)$", r"\1installs.append('pip')", first)
+    exec(compile(source, path.name, "exec"), {"installs": installs})
+    assert len(installs) == (not is_there)
 
 
 @pytest.mark.filterwarnings("ignore:.*non-interactive:UserWarning")

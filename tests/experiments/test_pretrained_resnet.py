@@ -218,6 +218,28 @@ def test_a_folder_without_the_file_is_named(tmp_path: Path, bare: pytest.MonkeyP
         load_resnet(Pretrained.RESNET56)
 
 
+@pytest.mark.parametrize("method", ["is_file", "open"])
+def test_what_may_not_be_read_is_named(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "resnet_cifar10").mkdir()
+    saved(official(3), tmp_path / "resnet_cifar10" / "resnet20.npz")
+
+    def refuse(path: Path, *arguments: object) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(DataUnavailableError, match="Permission denied") as caught:
+        load_resnet(Pretrained.RESNET20, data_dir=str(tmp_path))
+    assert "delete it" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["~nobody-of-that-name/data", Path("~nobody-of-that-name/data")])
+def test_the_home_of_nobody_is_no_folder(given: Path | str):
+    with pytest.raises(DataUnavailableError, match="missing"):
+        load_resnet(Pretrained.RESNET20, data_dir=given)
+
+
 def test_images_are_normalized_as_in_training():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
     x = pixels.astype(np.float64) / 255

@@ -14,7 +14,7 @@ import quantjax as qj
 from experiments.data import SetName
 from experiments.models.cnn import SmallCNN
 from experiments.qat import methods, report, study
-from experiments.qat.__main__ import Options, setting_of, write
+from experiments.qat.__main__ import Options, main, setting_of, write
 from experiments.qat.floats import float_accuracy, images_of, train_float
 from experiments.qat.learner import Distillation, Recipe, inner_bits, learner, plan_entries
 from experiments.qat.results import Results, Row
@@ -322,6 +322,8 @@ def test_the_command_writes_the_page(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     options = Options(data="digits", output=tmp_path / "out", report=page, widths=(4, 2))
     text = write(options, note=lambda text: None)
+    assert "python -m experiments.qat --data digits --widths 4 2 --report" in text
+    assert "At the start it is 4.42" in text, text[text.index("## Learned") :][:300]
     assert page.read_text() == text == (tmp_path / "out" / "tables.md").read_text()
     assert "python -m experiments.qat" in text
 
@@ -329,3 +331,47 @@ def test_the_command_writes_the_page(tmp_path, monkeypatch):
 def test_method_names_are_unique_within_their_table():
     for table in (methods.METHODS, methods.LEARNED_WIDTHS, methods.BINARY):
         assert len({method.name for method in table}) == len(table)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"float_steps": -1}, "float_steps is -1"),
+        ({"widths": (4, 9)}, "a width of 9"),
+        ({"seeds": ()}, "no seeds"),
+        ({"methods": ("lsq", "nosuch")}, "no method's name has 'nosuch'"),
+        ({"data": "nosuch"}, "nosuch"),
+        ({"data": "mnist", "data_dir": Path("nowhere")}, "the data folder does not exist"),
+    ],
+)
+def test_what_no_study_can_be_made_of_is_an_error_of_one_line(options, problem, monkeypatch):
+    """Ahead of all training, and no traceback on the command line."""
+    given = {"data": "digits", **options}
+    monkeypatch.setattr("experiments.qat.__main__.tyro.cli", lambda *_, **__: Options(**given))
+    monkeypatch.setattr("experiments.qat.__main__.run", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match=f"error: .*{problem}"):
+        main()
+
+
+def test_a_row_that_was_cut_anywhere_is_dropped(tmp_path):
+    """Inside the last number too, which would be another one."""
+    path = tmp_path / "results.csv"
+    results = Results(path, "study")
+    first, second = rows_of("study")[:2]
+    results.add(first)
+    start = len(path.read_text())
+    results.add(second)
+    text = path.read_text()
+    for end in range(start, len(text)):
+        path.write_text(text[:end])
+        assert Results(path, "study").rows == [first]
+    path.write_text(text)
+    assert Results(path, "study").rows == [first, second]
+
+
+def test_widths_that_moved_or_stayed():
+    rows = rows_of()
+    text = report.page(rows, (4, 2), (0, 1, 2), "# head", 3.5)
+    assert "At the start it is 3.50, where the widths of rounded width stayed at this rate." in text
+    assert "At the start it is 4.00." in report.page(rows, (4, 2), (0, 1, 2), "# head", 4.0)

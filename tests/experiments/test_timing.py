@@ -60,3 +60,13 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert report["b"]["ratio"] == 2.0
     assert report["b"]["ms"] == 6000.0
     assert report["b"]["ratio_lower_quartile"] <= 2.0 <= report["b"]["ratio_upper_quartile"]
+
+
+@pytest.mark.parametrize("rounds", [[5.0], [1.0, 9.0], [3.0, 1.0, 2.0]])
+def test_no_quartile_lies_outside_of_what_was_measured(rounds: list[float]) -> None:
+    report = timing.compared({"a": [1.0] * len(rounds), "b": rounds}, "a")["b"]
+    low, middle, high = (
+        report[f"ratio{part}"] for part in ("_lower_quartile", "", "_upper_quartile")
+    )
+    assert min(rounds) <= low <= middle <= high <= max(rounds)
+    assert (low < high) == (len(rounds) > 1)

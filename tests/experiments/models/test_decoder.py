@@ -145,6 +145,12 @@ def test_one_token_is_generated_without_a_scan():
     assert out.tolist() == jnp.argmax(FULL(VARIABLES, TOKENS)[:, 1:2], axis=-1).tolist()
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_tokens_are_no_text(count: int):
+    with pytest.raises(ValueError, match="are no text"):
+        greedy(lambda *_: None, None, jnp.zeros((1, 2), jnp.int32), count=count)  # type: ignore[arg-type]
+
+
 def test_every_product_is_a_site_with_the_layers_stacked():
     sites = {site.name: site for site in qj.sites(MODEL.apply, VARIABLES, TOKENS)}
     for name in ("query", "key", "value", "output", "gate", "up", "down"):

@@ -42,7 +42,9 @@ def test_time_steps_share_their_sites():
 
 
 @pytest.mark.parametrize(
-    "text", [jnp.zeros(3, jnp.int32), jnp.zeros((2, 3))], ids=["rank", "float"]
+    "text",
+    [jnp.zeros(3, jnp.int32), jnp.zeros((2, 3)), jnp.int32(0)],
+    ids=["rank", "float", "scalar"],
 )
 def test_other_tokens_are_refused(text):
     with pytest.raises(ModelShapeError, match="try:"):

@@ -47,8 +47,8 @@ Source: Darabi et al., Regularized binary network training (BNN+), 2019, section
 
 
 def _magnitude_aware(point: Point) -> jax.Array:
-    near = jnp.abs(point.scaled * point.scale) < 1.0
-    return point.scale * near.astype(jnp.float32)
+    far = jnp.abs(point.scaled * point.scale) >= 1.0
+    return point.scale * (~far).astype(jnp.float32)  # NaN is not clipped
 
 
 MAGNITUDE_AWARE = Estimator("magnitude-aware", _magnitude_aware, needs=frozenset({Need.ONE_BIT}))

@@ -40,7 +40,8 @@ bitwidth gradients, 2016, section 2.3.
 
 
 def _unrounded_inside(point: Point) -> jax.Array:
-    return ((point.position >= point.low) & (point.position <= point.high)).astype(jnp.float32)
+    outside = (point.position < point.low) | (point.position > point.high)
+    return (~outside).astype(jnp.float32)  # NaN is not clipped
 
 
 DOREFA_ACTIVATIONS = Estimator("dorefa-activations", _unrounded_inside)

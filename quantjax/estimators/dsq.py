@@ -21,7 +21,7 @@ def _parts(point: Point) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     kappa = jnp.log(2.0 / alpha - 1.0)
     steps = (point.position - point.low) / _distance(point)
     offset = steps - jnp.floor(steps) - 0.5
-    within = (point.position >= point.low) & (point.position <= point.high)
+    within = ~((point.position < point.low) | (point.position > point.high))  # NaN is within
     return alpha, kappa, offset, within
 
 

@@ -28,23 +28,26 @@ def _clipped(x: jax.Array, qparams: QParams, own: Parameters, format: Format) ->
     return clipped_to(x, own["clip"], format)
 
 
-def _of_tensor(width: jax.Array, format: Format) -> jax.Array:
+def _of_tensor(width: jax.Array, format: Format, least: float = 1.0) -> jax.Array:
     """One width: that of the group which needs most."""
-    return clip_through(jnp.max(width), 1.0, float(format.max_bits))
+    return clip_through(jnp.max(width), least, float(format.max_bits))
 
 
 def _differentiable(qparams: QParams, own: Parameters, format: Format) -> jax.Array:
     clip = own["clip"]
+    clip = jnp.where(clip > 0.0, clip, qparams.scale)  # what is none has no width
     needed = ceil_through(jnp.log2(divide_by_scale(clip, qparams.scale) + 1.0))
-    return _of_tensor(needed + (1.0 if format.signed else 0.0), format)
+    sign = 1.0 if format.signed else 0.0  # one bit of two signs would have no 0
+    return _of_tensor(needed + sign, format, 1.0 + sign)
 
 
 def _resolve_differentiable(
     qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]
 ) -> QParams:
     del shape
-    zero = jnp.zeros_like(qparams.zero_point)
-    return qparams._replace(bits=_differentiable(qparams, own, format), zero_point=zero)
+    zero, bits = jnp.zeros_like(qparams.zero_point), _differentiable(qparams, own, format)
+    scale = jnp.where(own["clip"] > 0.0, qparams.scale, jnp.nan)
+    return qparams._replace(scale=scale, bits=bits, zero_point=zero)
 
 
 DIFFERENTIABLE_QUANTIZATION = Estimator(

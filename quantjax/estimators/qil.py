@@ -24,7 +24,8 @@ def _transform(x: jax.Array, qparams: QParams, own: Parameters, format: Format) 
     power = jnp.where(between, linear, 0.5) ** gamma
     magnitude = jnp.where(between, power, jnp.where(linear >= 1.0, 1.0, 0.0))
     signed = jnp.sign(x) * magnitude if format.signed else jnp.where(x > 0.0, magnitude, 0.0)
-    return jnp.where(jnp.isnan(x), x, signed * reach(format, qparams))
+    odd = jnp.isnan(x) | jnp.isnan(center + distance)
+    return jnp.where(odd, jnp.nan, signed * reach(format, qparams))
 
 
 def _resolve(qparams: QParams, own: Parameters, format: Format, shape: tuple[int, ...]) -> QParams:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax.affine import QParams
-from quantjax.estimators.base import Estimator, Need, Parameters, highest
+from quantjax.estimators.base import Estimator, Need, Parameters
 from quantjax.estimators.clipped import inside
 from quantjax.estimators.gradients import ceil_through, clip_through
 from quantjax.formats import Format
@@ -28,8 +28,8 @@ def _two_to_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _bits_of_magnitude(qparams: QParams, format: Format) -> jax.Array:
-    """``log2(high + 1)``: ``b - 1`` for signed integers, ``b`` for unsigned ones."""
-    return jnp.round(jnp.log2(highest(format, qparams) + 1.0))
+    """``b - 1`` for signed integers, ``b`` for unsigned ones."""
+    return jnp.round(qparams.bits) - (1.0 if format.signed else 0.0)
 
 
 def _log2(x: jax.Array) -> jax.Array:

@@ -190,7 +190,8 @@ class MinifloatFormat(Format):
         """0, or whole numbers that have a sign and the exponent, up to the container.
 
         With theta, the exponent must be a whole number that the specials allow: 2 to 8 for IEEE,
-        1 to 7 for all others, whose highest or lowest binade float32 would not hold otherwise.
+        1 to 7 for all others, whose highest or lowest binade float32 would not hold otherwise; and
+        IEEE's NaN needs a bit of mantissa.
         """
         bits = jnp.asarray(bits, jnp.float32)
         whole = (bits == jnp.floor(bits)) & (bits <= float(self.max_bits))
@@ -200,6 +201,8 @@ class MinifloatFormat(Format):
         lowest = exponent + 1.0
         if self.specials is Specials.FN:
             lowest = jnp.where(exponent == 1.0, 3.0, lowest)  # a number besides 0 and NaN
+        if self.specials is Specials.IEEE and isinstance(theta, dict):
+            lowest = exponent + 2.0  # the pattern of NaN needs a mantissa
         return (bits == 0.0) | (whole & fits & (bits >= lowest))
 
     def _exponent(self, theta: Theta) -> int | jax.Array:

@@ -103,7 +103,8 @@ class TernaryFormat(Format):
 
         The cell of a level reaches as far above it as below; ``unclipped`` is the quotient
         itself beyond. The clipped estimator stops gradients there, the straight-through one
-        passes them everywhere, as TWN and TTQ do.
+        passes them everywhere, as TWN does; TTQ multiplies those of values at a level other than 0
+        by its magnitude, which none does here.
         """
         del bits
         threshold, negative, positive = self._levels(theta)

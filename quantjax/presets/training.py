@@ -113,8 +113,8 @@ def lsq(*, weight_bits: int = 4, activation_bits: int = 4) -> Scheme:
 def lsq_plus(*, weight_bits: int = 4, activation_bits: int = 4) -> Scheme:
     """Learned scales, and zero points of activations that may have any sign (Bhalgat et al., 2020).
 
-    Weights start from ``max(|μ - 3σ|, |μ + 3σ|)``, or from the largest where that is less (weights
-    that were drawn uniformly), activations from the least squared error.
+    Weights start from ``max(|μ - 3σ|, |μ + 3σ|)``, each side no further than what was seen (of
+    weights that were drawn uniformly, the largest), activations from the least squared error.
     """
     format = integer(max_bits=8, signed=False)
     _check(activation_bits, format, "activation_bits")

@@ -64,7 +64,11 @@ def coded(
     # fused kernel takes it: two more passes over memory, a forward pass 1.5 times as long.
     bypass = is_bypassed(qparams.bits)
     factor = lax.optimization_barrier(select(bypass, 1.0, arithmetic.usable_scale(qparams)))
-    return Coded(values, lax.stop_gradient(factor), bypass, _fits_bfloat16(qparams, arithmetic))
+    mixed = None
+    if arithmetic.estimator.chosen is not None:  # entries that are not quantized are no codes
+        mixed = jnp.any(lax.stop_gradient(values != jnp.round(values)))
+    narrow = _fits_bfloat16(qparams, arithmetic)
+    return Coded(values, lax.stop_gradient(factor), bypass, narrow, mixed)
 
 
 def in_float(x: Float[Array, "..."]) -> Coded:
@@ -90,7 +94,9 @@ def multiply(
 
     def quantized() -> jax.Array:
         if ungrouped:
-            any_bypass = functools.reduce(operator.or_, flags) if flags else jnp.zeros((), bool)
+            mixed = [side.is_mixed for side in (lhs, rhs) if side.is_mixed is not None]
+            reals = [*flags, *mixed]
+            any_bypass = functools.reduce(operator.or_, reals) if reals else jnp.zeros((), bool)
             narrow = [side.fits_bfloat16 for side in (lhs, rhs) if side.fits_bfloat16 is not None]
             is_narrow = operator.and_(*narrow) if len(narrow) == 2 else None
             total = _scaled_sums(product, sizing, lhs, rhs, _Flags(any_bypass, is_narrow))

@@ -30,12 +30,14 @@ class Coded(NamedTuple):
       factor: the scale, 1 under bypass; None for an operand that has no quantizer.
       bypass: whether the width is 0; None for an operand that has no quantizer.
       fits_bfloat16: whether the values are codes that bfloat16 holds; None where that is no matter.
+      is_mixed: whether entries among them are not quantized; None where all are.
     """
 
     values: Float[Array, "..."]
     factor: Float[Array, "..."] | None = None
     bypass: Bool[Array, ""] | None = None
     fits_bfloat16: Bool[Array, ""] | None = None
+    is_mixed: Bool[Array, ""] | None = None
 
 
 def in_code_units(values: jax.Array, factor: jax.Array | None) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from quantjax.affine import LARGEST_SCALE, SMALLEST_SCALE, Fault, QParams, is_bypassed
 from quantjax.formats import REAL, Format, Span, Theta, divide_by_scale, levels_overflow
+from quantjax.formats.scales import significand
 from quantjax.planning import Plan
 from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.site_plan import OperandPlan, SitePlan
@@ -155,7 +156,10 @@ def _moved(
     scale = qparams.scale * divide_by_scale(old.steps, new.steps)
     rule = quantizer.format.scale_rule
     if rule != REAL:
-        scale = rule.scale(Span(qparams.scale * old.steps, scale, new.high, new.unit))
+        by_rule = rule.scale(Span(qparams.scale * old.steps, scale, new.high, new.unit))
+        # Full integers have a step more than their highest code, which may be a binade more.
+        stays = rule.is_power_of_two & (significand(scale) == 1.0)
+        scale = jnp.where(stays, scale, by_rule)
     scale = jnp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE)
     if quantizer.symmetric:
         return scale, qparams.zero_point

@@ -254,6 +254,23 @@ def test_formats_of_all_kinds(format, widths):
             assert (after.scale <= 2 * want.scale).all()
 
 
+@pytest.mark.parametrize("rule", [formats.MX_FLOOR, formats.MX_CEIL])
+def test_full_integers_in_blocks_keep_their_range(rule):
+    """One step more than the highest code is a binade more, by which the scale was too large."""
+    format = formats.mx(qj.integer(), scale_rule=rule)
+    weights = qj.weight_quantizer(format=format, granularity=qj.PerGroup(8))
+    plan = qj.plan(
+        qj.Policy([qj.rule(qj.weighted(), qj.Scheme(weights=weights))]),
+        qj.sites(lambda p, x: x @ p["w"], {"w": models.normal(0, 32, 4)}, jnp.ones((1, 32))),
+    )
+    params = {"w": models.normal(0, 32, 4)}
+    qstate = qj.calibrate(plan, {}, params)
+    for bits in (7, 4, 2):
+        moved = with_bits(plan, qstate, weight_bits=bits)["w"]["weight"].scale
+        want = qj.calibrate(plan, {}, params, weight_bits=bits)["w"]["weight"].scale
+        assert_array_equal(moved, want)
+
+
 def test_minifloats_take_exponent_bits():
     quantizer = qj.weight_quantizer(format=formats.E4M3FN)
     plan, _, params = cases.one_product(models.normal(3, 6, 5), quantizer)

@@ -325,12 +325,11 @@ def test_valid_traced_widths(specials):
         bits = FloatBits(exponent, mantissa)
         least, most = (2, 8) if specials is Specials.IEEE else (1, 7)
         fits = exponent in range(least, most + 1) and mantissa in (0, 1, 5, 8)
-        fits &= 1 + exponent + mantissa <= format.max_bits
-        fits &= (specials, exponent, mantissa) != (Specials.FN, 1, 0)
-        fits &= (specials, mantissa) != (Specials.IEEE, 0)  # NaN would be infinity
-        if bits.bits == 0.0:
-            continue  # passes the tensor through
-        assert bool(format.valid_bits(bits.bits, bits.theta)) == fits, (exponent, mantissa)
+        fits &= bits.bits <= format.max_bits
+        empty = ((Specials.FN, 1, 0), (Specials.IEEE, exponent, 0))  # no number, no pattern for NaN
+        fits &= (specials, exponent, mantissa) not in empty
+        if bits.bits != 0.0:  # which passes the tensor through
+            assert bool(format.valid_bits(bits.bits, bits.theta)) == fits, (exponent, mantissa)
 
 
 def test_float_bits():

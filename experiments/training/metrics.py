@@ -7,11 +7,13 @@ steps again.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
+import io
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,15 +71,16 @@ def csv_sink(path: str | os.PathLike[str]) -> OpenSink:
     a whole. Every row is on the disk before the training goes on.
 
     Raises:
-      SinkError: upon opening, where the file holds something else.
+      SinkError: upon opening, where the file holds something else, or cannot be written.
     """
     path = Path(path)
 
     def open_sink(start: Start) -> Sink:
-        _check_ours(path)
         rows = list(start.history)
         names = _names(rows)
-        _replace(path, names, rows)
+        with _said(path):
+            _check_ours(path)
+            _replace(path, names, rows)
 
         def write(step: int, scalars: Mapping[str, float]) -> None:
             rows.append(Entry(step, dict(scalars)))
@@ -174,12 +177,14 @@ def read_csv(path: str | os.PathLike[str]) -> History:
     """The entries of a file that :func:`csv_sink` wrote; a last line cut short is left out.
 
     Raises:
-      SinkError: a file of another kind.
+      SinkError: a file of another kind, or one that cannot be read.
     """
     path = Path(path)
-    _check_ours(path)
-    text = path.read_text(encoding="utf-8")
-    lines = csv.reader(text[: text.rfind("\n") + 1].splitlines())
+    with _said(path):
+        _check_ours(path)
+        with path.open(encoding="utf-8", newline="") as file:
+            text = file.read()
+    lines = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
     names = next(lines, [STEP])[1:]
     return tuple(
         Entry(
@@ -187,6 +192,20 @@ def read_csv(path: str | os.PathLike[str]) -> History:
         )
         for step, *cells in lines
     )
+
+
+@contextlib.contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """What the system refuses, as an error of a sink."""
+    try:
+        yield
+    except OSError as error:
+        raise SinkError(
+            "a file of metrics cannot be opened",
+            where=str(path),
+            why=error.strerror or str(error),
+            fix="name a file in a folder that may be written to",
+        ) from error
 
 
 def _leave(task: Any) -> None:

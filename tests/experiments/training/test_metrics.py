@@ -238,3 +238,23 @@ def test_progress_on_the_terminal(capsys):
     text = capsys.readouterr().out
     assert "tiny, step 5: eval/loss" in text
     assert "13/13" in text
+
+
+def test_what_cannot_be_opened_is_an_error_of_the_sink(tmp_path):
+    """A folder in place of the file, a file in place of its folder, nothing at all."""
+    (tmp_path / "notes.txt").touch()
+    start = Start(0, 1, ())
+    for path in (tmp_path, tmp_path / "notes.txt" / "metrics.csv"):
+        with pytest.raises(SinkError, match=r"(?s)cannot be opened.*try: "):
+            csv_sink(path)(start)
+    for path in (tmp_path, tmp_path / "nothing.csv"):
+        with pytest.raises(SinkError, match="cannot be opened"):
+            read_csv(path)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\r\nb", 'a"b', "a,b", " a", ""])
+def test_any_name_of_a_metric_comes_back(tmp_path, name):
+    history = (Entry(1, {f"train/{name}": 0.5}), Entry(2, {f"train/{name}": 0.25, "eval/x": 1.0}))
+    sink = csv_sink(tmp_path / "metrics.csv")(Start(0, 2, history[:1]))
+    sink.write(*history[1])
+    assert read_csv(tmp_path / "metrics.csv") == history

@@ -28,9 +28,8 @@ def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None 
     """Replace kernels by :class:`QTensor`, from their own ranges; no model and no data.
 
     A kernel is a floating-point leaf of rank 2 or more, whose name does not end in ``bias``,
-    ``scale``, ``offset``, ``beta``, ``gamma``, ``mean`` or ``var``, and that are
-    none of Haiku's running averages. What is quantized already
-    stays.
+    ``scale``, ``offset``, ``beta``, ``gamma``, ``mean`` or ``var``, and that is none of Haiku's
+    running averages. What is quantized already stays.
     Without a model nothing tells which axis is the output channel, so a rule states it:
     ``qj.PerChannel(axis=-1)``, ``qj.PerGroup(64, axis=-2)``, or ``qj.PerTensor()``.
 

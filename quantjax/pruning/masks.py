@@ -47,8 +47,8 @@ def prune_mask(
     """True for the weights that stay; the lowest scores go, by rank, so that the number is exact.
 
     Kernels are floating-point leaves of rank 2 or more whose name does not end in ``bias``,
-    ``scale``, ``offset``, ``beta``, ``gamma``, ``mean`` or ``var``, as for ``qj.quantize_params``,
-    and that are none of Haiku's running averages. For all else the mask is the scalar True.
+    ``scale``, ``offset``, ``beta``, ``gamma``, ``mean`` or ``var``, and none of Haiku's running
+    averages, as for ``qj.quantize_params``. For all else the mask is the scalar True.
 
     Args:
       params: the tree.

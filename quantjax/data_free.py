@@ -19,7 +19,7 @@ from quantjax.kernels import as_site, is_kernel
 from quantjax.meshes import automatic
 from quantjax.policy import Policy
 from quantjax.printing import shape_text
-from quantjax.qtensor import QTensor, encode, is_quantized, packed
+from quantjax.qtensor import QTensor, encode, first_quantized, is_quantized, packed
 from quantjax.quantizer import Quantizer
 from quantjax.simulation import prepare
 
@@ -64,7 +64,9 @@ def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None 
             raise errors.PolicyError(
                 f"the rule '{rule}' matches no kernel",
                 where=f"kernels: {', '.join(list(kernels)[:8]) or 'none'}",
-                why="all are quantized already" if any(map(is_quantized, named.values())) else "",
+                why=""
+                if kernels or first_quantized(params) is None
+                else "all are quantized already",
                 fix="qj.path('*kernel'), or qj.rule(..., optional=True)",
             )
     leaves = []

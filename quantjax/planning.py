@@ -15,7 +15,7 @@ from quantjax.arguments import expect
 from quantjax.interpreter import Origin, Role, Site, SiteStatus, leaves_by_path
 from quantjax.policy import Policy, Rule, Scheme
 from quantjax.printing import amount, columns, shape_text, wrapped
-from quantjax.qtensor import is_quantized
+from quantjax.qtensor import frozen_error, is_quantized
 from quantjax.site_plan import PlanStatus, SitePlan, plan_site
 from quantjax.table import SiteTable, distinct, frame, site_row, weight_bytes
 
@@ -56,11 +56,8 @@ class Plan:
                 if shapes.get(path) == planned[path]:
                     continue
                 if is_quantized(frozen.get(path)):
-                    raise errors.PlanMismatchError(
-                        "these parameters are frozen: codes stand where floats are read",
-                        where=f"site {entry.site.name} ({entry.site.op.value}), parameter {path}",
-                        fix="qj.dequantize_params(params), or qj.execute, which multiplies codes",
-                    )
+                    where = f"site {entry.site.name} ({entry.site.op.value}), parameter {path}"
+                    raise frozen_error(errors.PlanMismatchError, where)
                 found = (
                     f"it has {shape_text(shapes[path])}" if path in shapes else "it is not there"
                 )

@@ -149,6 +149,23 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QTensor)
 
 
+def first_quantized(tree: Any) -> str | None:
+    """The path of the first :class:`QTensor` of a tree; None where there is none."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized):
+        if is_quantized(leaf):
+            return jax.tree_util.keystr(path, simple=True, separator="/")
+    return None
+
+
+def frozen_error(kind: type[errors.QuantjaxError], where: str) -> errors.QuantjaxError:
+    """Of parameters in codes, where a model computes in float."""
+    return kind(
+        "these parameters are frozen: codes stand where floats are read",
+        where=where,
+        fix="qj.dequantize_params(params), or qj.execute, which multiplies codes",
+    )
+
+
 @contextlib.contextmanager
 def floats_expected(params: Any, *, where: str) -> Iterator[None]:
     """Say which parameter is frozen, where a model that runs inside cannot compute with it.
@@ -161,15 +178,10 @@ def floats_expected(params: Any, *, where: str) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-        for path, leaf in leaves:
-            if is_quantized(leaf):
-                raise errors.ArgumentError(
-                    "these parameters are frozen: codes stand where floats are read",
-                    where=f"{where}, {jax.tree_util.keystr(path, simple=True, separator='/')}",
-                    fix="qj.dequantize_params(params), or qj.execute, which multiplies codes",
-                ) from error
-        raise
+        path = first_quantized(params)
+        if path is None:
+            raise
+        raise frozen_error(errors.ArgumentError, f"{where}, {path}") from error
 
 
 def encode(

@@ -35,6 +35,7 @@ from experiments.models.attention import FLOAT_CACHE, Cache
 from experiments.models.decoder import Decoder
 from experiments.models.generation import greedy
 from experiments.models.kv_cache import quantized_cache
+from experiments.options import OptionError, check_counts
 from experiments.pretrained import (
     Pretrained,
     Storyteller,
@@ -92,15 +93,6 @@ class Options:
     calibration_images: int = 1_000
     calibration_stories: int = 32
 
-    def __post_init__(self) -> None:
-        for name in ("test_images", "stories", "calibration_images", "calibration_stories"):
-            if getattr(self, name) < 1:
-                raise qj.errors.DataError(
-                    f"{name} is {getattr(self, name)}",
-                    why="nothing is measured, or no range is known",
-                    fix=f"--{name.replace('_', '-')} 100",
-                )
-
 
 def filed(output: Path) -> dict[str, Any]:
     """What is in the file, whose folder is made where there is none."""
@@ -108,7 +100,7 @@ def filed(output: Path) -> dict[str, Any]:
     try:
         found = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
     except ValueError as error:
-        raise qj.errors.DataError(
+        raise OptionError(
             "the output file is none of this script's",
             where=str(output),
             why=str(error),
@@ -296,6 +288,7 @@ def main() -> None:
         prog="scripts/measure_pretrained.py",
         config=(tyro.conf.EnumChoicesFromValues,),
     )
+    check_counts(options, "test_images", "stories", "calibration_images", "calibration_stories")
     report = {} if options.output is None else filed(options.output)
     for part in options.parts:
         start = time.perf_counter()

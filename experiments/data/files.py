@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,22 +47,36 @@ def place(
     Raises:
       DataUnavailableError: there is no such folder, or it cannot be looked for.
     """
-    named = os.environ.get(ENVIRONMENT, "")
-    given = data_dir or named
-    folder = Path(os.path.expanduser(given)) if given else None  # an unknown ~name stays as it is
-    if folder is not None and not _is_folder(folder):
+    folder = named_folder(data_dir)
+    if folder is not None and not is_there(folder, Path.is_dir):
         raise DataUnavailableError(
             f"{name}: the data folder does not exist",
             where=str(folder),
-            why=f"named by {'data_dir' if data_dir else ENVIRONMENT}",
+            why=named_by(data_dir),
             fix=two_ways(layout),
         )
     return Place(folder, None if cache_dir is None else Path(cache_dir), name, tuple(layout))
 
 
-def _is_folder(path: Path) -> bool:
+def named_folder(data_dir: Path | str | None) -> Path | None:
+    """``data_dir``, else the folder that ``QUANTJAX_DATA`` names, which may not be there."""
+    given = data_dir or os.environ.get(ENVIRONMENT, "")
+    return Path(os.path.expanduser(given)) if given else None  # an unknown ~name stays as it is
+
+
+def named_by(data_dir: Path | str | None) -> str:
+    """Who named the folder, for messages."""
+    return f"named by {'data_dir' if data_dir else ENVIRONMENT}"
+
+
+def is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
+    """Whether it is, as ``Path.is_file`` or ``Path.is_dir`` says.
+
+    Raises:
+      DataUnavailableError: it cannot be looked for.
+    """
     try:
-        return path.is_dir()
+        return kind(path)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -101,11 +115,7 @@ def in_folder(name: str, folder: Path, at: Place) -> Path:
       DataUnavailableError: there is no such file, or it cannot be looked for.
     """
     path = folder / name
-    try:
-        is_there = path.is_file()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if not is_there:
+    if not is_there(path, Path.is_file):
         raise DataUnavailableError(
             f"{at.name}: {name} is missing",
             where=str(folder),

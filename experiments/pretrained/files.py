@@ -5,11 +5,10 @@ Errors are those of :mod:`experiments.data`: a file that is missing says how to 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from experiments.data.errors import DataFileError, DataUnavailableError
-from experiments.data.files import ENVIRONMENT, unreadable
+from experiments.data.files import ENVIRONMENT, is_there, named_by, named_folder
 
 
 def in_data_folder(name: str, *, data_dir: Path | str | None, how: str) -> Path:
@@ -23,25 +22,19 @@ def in_data_folder(name: str, *, data_dir: Path | str | None, how: str) -> Path:
       DataUnavailableError: no folder is named, there is no such folder, it lacks the file, or it
         cannot be looked for.
     """
-    named = os.environ.get(ENVIRONMENT, "")
-    given = data_dir or named
-    if not given:
+    folder = named_folder(data_dir)
+    if folder is None:
         raise DataUnavailableError(
             f"{name}: no folder is named that holds it",
             why="there is no mirror from which it could be downloaded",
             fix=f"{how}; name the folder by --data-dir (data_dir=) or {ENVIRONMENT}",
         )
-    folder = Path(os.path.expanduser(given))  # an unknown ~name stays as it is
     path = folder / name
-    try:
-        is_there = path.is_file()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if not is_there:
+    if not is_there(path, Path.is_file):
         raise DataUnavailableError(
             f"{name} is missing",
             where=str(folder),
-            why=f"the folder is named by {'data_dir' if data_dir else ENVIRONMENT}",
+            why=f"the folder is {named_by(data_dir)}",
             fix=how,
         )
     return path

@@ -16,8 +16,9 @@ import tyro
 import quantjax as qj
 from experiments.data import SetName, named
 from experiments.models.cnn import SmallCNN
+from experiments.options import OptionError, check_counts
 from experiments.qat.floats import images_of
-from experiments.qat.learner import Recipe
+from experiments.qat.learner import EDGE_BITS, Recipe, edges
 from experiments.qat.methods import METHODS
 from experiments.qat.report import page
 from experiments.qat.results import Results
@@ -25,10 +26,6 @@ from experiments.qat.study import Note, Setting, run
 from quantjax.errors import QuantjaxError
 
 STRIDES = {SetName.DIGITS: (1, 2, 2)}
-
-
-class OptionError(QuantjaxError, ValueError):
-    """Options that no study can be made of, such as ``--steps 0``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,11 +59,7 @@ class Options:
 
 def check(options: Options) -> None:
     """Raise ``OptionError`` for what no study can be made of."""
-    for name in ("steps", "float_steps"):
-        if getattr(options, name) < 1:
-            raise OptionError(
-                f"{name} is {getattr(options, name)}", fix=f"--{name}".replace("_", "-") + " 600"
-            )
+    check_counts(options, "steps", "float_steps")
     for name in ("seeds", "widths"):
         if not getattr(options, name):
             raise OptionError(f"no {name}", fix=f"--{name} 4 2")
@@ -97,7 +90,9 @@ def command(options: Options) -> str:
         words.append(
             " ".join([f"--{field.name.replace('_', '-')}", *(shlex.quote(str(t)) for t in texts)])
         )
-    return " ".join([*words, "--report experiments/qat/README.md"])
+    if options.report is not None:
+        words.append("--report experiments/qat/README.md")
+    return " ".join(words)
 
 
 def setting_of(options: Options) -> Setting:
@@ -121,12 +116,14 @@ def setting_of(options: Options) -> Setting:
 
 
 def mean_at_start(setting: Setting, bits: int = 4) -> float:
-    """Bits of a weight where all layers but the first and the last have ``bits``, and these 8."""
+    """Bits of a weight where all layers but the first and the last have ``bits``."""
     images = jax.ShapeDtypeStruct((1, *setting.data.train[0].shape[1:]), jnp.float32)
     variables = jax.eval_shape(setting.model.init, jax.random.key(0), images)
     rows = qj.sites(setting.model.apply, variables, images)
-    sizes = [math.prod(site.weight.shape) for site in rows if site.weight is not None]
-    return (bits * sum(sizes) + (8 - bits) * (sizes[0] + sizes[-1])) / sum(sizes)
+    sizes = {site.name: math.prod(site.weight.shape) for site in rows if site.weight is not None}
+    outer = edges(list(sizes))
+    total = sum(size * (EDGE_BITS if name in outer else bits) for name, size in sizes.items())
+    return total / sum(sizes.values())
 
 
 def write(options: Options, note: Note = print) -> str:

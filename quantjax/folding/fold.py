@@ -16,7 +16,7 @@ from quantjax.folding.norms import BatchNorm, FoldStatus, Place
 from quantjax.interpreter import leaves_by_path
 from quantjax.lean import wide
 from quantjax.printing import shape_text
-from quantjax.qtensor import is_quantized
+from quantjax.qtensor import first_quantized
 
 FOLD = "qj.fold_batch_norm"
 
@@ -71,7 +71,14 @@ def fold_batch_norm(params: PyTree, norms: Sequence[BatchNorm]) -> PyTree:
     deep convolutional networks for efficient inference, 2018, section 3.2.
     """
     rows = foldable(norms, FOLD)
-    _check_in_float(params, FOLD)
+    quantized = first_quantized(params)
+    if quantized is not None:
+        raise errors.TrainingError(
+            f"{quantized} is quantized",
+            where=FOLD,
+            why="codes have the scales of the kernel that is not folded",
+            fix="fold first, qj.freeze(plan, qstate, qj.fold_batch_norm(params, norms)) then",
+        )
     leaves = leaves_by_path(params)
     check_leaves(rows, leaves, FOLD)
     for norm in rows:
@@ -97,18 +104,6 @@ def foldable(norms: Sequence[BatchNorm], where: str) -> list[BatchNorm]:
             else "print(qj.batch_norms(f, params, x)), which says why of each",
         )
     return rows
-
-
-def _check_in_float(params: PyTree, where: str) -> None:
-    """Raise where a leaf is quantized already."""
-    for path, leaf in leaves_by_path(params, is_leaf=is_quantized).items():
-        if is_quantized(leaf):
-            raise errors.TrainingError(
-                f"{path} is quantized",
-                where=where,
-                why="codes have the scales of the kernel that is not folded",
-                fix="fold first, qj.freeze(plan, qstate, qj.fold_batch_norm(params, norms)) then",
-            )
 
 
 def check_leaves(norms: Sequence[BatchNorm], leaves: Mapping[str, Any], where: str) -> None:

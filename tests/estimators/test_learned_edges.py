@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import quantjax as qj
 from quantjax import errors, estimators
 from quantjax.training import with_parameter
-from tests.models import Case, assert_same_bits, normal
+from tests.models import Case, assert_same_bits, normal, ready
 from tests.refused import refused
 
 LAYER = Case(lambda p, x: x @ p["w"], {"w": normal(0, 6, 4)}, normal(1, 5, 6))
@@ -17,11 +17,8 @@ LAYER = Case(lambda p, x: x @ p["w"], {"w": normal(0, 6, 4)}, normal(1, 5, 6))
 
 def calibrated(weights, case=LAYER, activations=None):
     scheme = qj.Scheme(weights=weights, activations=activations)
-    plan = qj.plan(
-        qj.Policy([qj.rule(qj.weighted(), scheme)]), qj.sites(case.f, case.params, case.x)
-    )
-    _, state = qj.observe(case.f, plan)(qj.init(plan), case.params, case.x)
-    return plan, qj.calibrate(plan, state, case.params)
+    plan, _, qstate = ready(case, qj.Policy([qj.rule(qj.weighted(), scheme)]))
+    return plan, qstate
 
 
 DIFFERENTIABLE = qj.presets.differentiable_quantization().weights

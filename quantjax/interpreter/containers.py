@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core as jex_core
 
@@ -34,6 +36,7 @@ class ContainerKind(enum.Enum):
     REMAT = "remat"
     SCAN = "scan"
     COND = "cond"
+    PLATFORM = "platform_dependent"
     WHILE = "while"
     INLINED = "custom_jvp"
     OPAQUE = "opaque"
@@ -52,7 +55,10 @@ PRIMITIVES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Container:
-    """An equation and its programs; a ``while`` has its condition first, its body second."""
+    """An equation and its programs; a ``while`` has its condition first, its body second.
+
+    Of programs for several platforms it has the one of the backend in use.
+    """
 
     kind: ContainerKind
     eqn: jex_core.JaxprEqn
@@ -85,8 +91,12 @@ def container_of(eqn: jex_core.JaxprEqn) -> Container | None:
         return Container(ContainerKind.JIT, eqn, (jit_call(eqn)[0],))
     if kind is ContainerKind.REMAT or kind is ContainerKind.SCAN:
         return Container(kind, eqn, (as_closed(params["jaxpr"]),))
-    if kind is ContainerKind.COND and params.get("branches_platforms") is None:
-        return Container(kind, eqn, tuple(map(as_closed, params["branches"])))
+    if kind is ContainerKind.COND:
+        branches = tuple(map(as_closed, params["branches"]))
+        platforms = params.get("branches_platforms")
+        if platforms is None:
+            return Container(kind, eqn, branches)
+        return Container(ContainerKind.PLATFORM, eqn, (branches[_branch_here(platforms)],))
     if kind is ContainerKind.WHILE:
         pair = as_closed(params["cond_jaxpr"]), as_closed(params["body_jaxpr"])
         return Container(kind, eqn, pair)
@@ -95,6 +105,18 @@ def container_of(eqn: jex_core.JaxprEqn) -> Container | None:
         return Container(kind, eqn, (as_closed(params["call_jaxpr" if is_jvp else "call"]),))
     programs = tuple(map(as_closed, programs_in(params)))
     return Container(ContainerKind.OPAQUE, eqn, programs) if programs else None
+
+
+def _branch_here(platforms: Sequence[Sequence[str] | None]) -> int:
+    """Which of the branches by platform is that of the backend in use; None is the default's."""
+    numbers = {
+        platform: functools.partial(np.int32, number)
+        for number, names in enumerate(platforms)
+        for platform in names or ()
+    }
+    default = functools.partial(np.int32, len(platforms) - 1) if None in platforms else None
+    with jax.ensure_compile_time_eval():
+        return int(lax.platform_dependent(default=default, **numbers))
 
 
 class Carried(NamedTuple):
@@ -164,6 +186,8 @@ def rebuild(
             return _while(container, run, carried, operands, collect=collect)
         case ContainerKind.INLINED:
             return run(0, carried, operands)
+        case ContainerKind.PLATFORM:
+            return run(0, carried, operands[1:])
     raise AssertionError(container.kind)
 
 

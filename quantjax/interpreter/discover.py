@@ -234,6 +234,10 @@ def _enter(
         note = f"inside {own}: inlined, so that its own {rule} rule is not used"
         inside = around.within(scope, own, note=note)
         return _walk(programs[0], operands, (*here, 0), inside, found)
+    if kind is ContainerKind.PLATFORM and _holds_products(programs[0]):
+        note = "inside platform_dependent: the branch of the backend in use stands for all"
+        inside = around.within(scope, "", note=note)
+        return _walk(programs[0], operands[1:], (*here, 0), inside, found)
     outputs = provenance.results(container.eqn, operands)
     if kind is ContainerKind.SCAN:
         return _enter_scan(container, operands, outputs, here, scope, around, found)
@@ -252,11 +256,9 @@ def _enter(
         return outputs
     _note_others(found, name, operands)
     inside = around.within(scope, name, opaque=f"inside {name}, which is not rewritten")
-    # A branch of cond does not see the first operand, which chooses it.
-    passed = operands[1:] if name == "cond" else operands
     for number, program in enumerate(programs):
         unknown = [provenance.DATA] * len(program.jaxpr.invars)
-        known = passed if len(passed) == len(unknown) else unknown
+        known = operands if len(operands) == len(unknown) else unknown
         _walk(program, known, (*here, number), inside, found)
     return outputs
 

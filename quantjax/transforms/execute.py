@@ -89,10 +89,10 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
 
     Sharp edges: integers cannot carry NaN. A NaN in an activation has the code of 0; under a trace,
     QParams that cannot be executed make the site's output NaN. Integer products have no derivative:
-    a gradient through one raises ``FreezeError``. Products have the forms of the backend in use,
-    ``jax.default_backend()``, when the program is traced: export for a GPU on a GPU, since one of
-    the forms of a CPU is multiplied wrongly there. Call it under ``jax.jit``: eagerly, the floats
-    of frozen weights are computed as well, and not used.
+    a gradient through one raises ``FreezeError``. Products have the forms of the platform that the
+    program is lowered for, so one may be exported for a GPU on a CPU; codes of activations divide
+    as the backend in use does when it is traced (a GPU moves 2 % of exact ties then). Call it under
+    ``jax.jit``: eagerly, the floats of frozen weights are computed as well, and not used.
 
     >>> import jax.numpy as jnp, quantjax as qj
     >>> f = lambda p, x: x @ p["w"]

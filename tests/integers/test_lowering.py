@@ -18,27 +18,40 @@ from tests.products.forms import CONVS, FORMS, Form
 BACKENDS = ("cpu", "gpu", "tpu")
 
 
-@pytest.fixture
-def direct(monkeypatch):
-    """The default forms, whatever backend the tests run on."""
-    monkeypatch.setitem(lowering.TABLE, jax.default_backend(), lowering.DEFAULT)
-
-
 PRODUCTS = [op for op in Op if not op.is_lookup]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.fixture
+def direct(monkeypatch):
+    """The default forms, whatever backend the tests run on, and whatever they are lowered for."""
+    monkeypatch.setitem(lowering.TABLE, jax.default_backend(), lowering.DEFAULT)
+    monkeypatch.setattr(lowering, "GPU", lowering.DEFAULT)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "abacus"])
 @pytest.mark.parametrize("op", PRODUCTS)
-def test_the_table_is_complete(backend, op, monkeypatch):
-    form = lowering.TABLE[backend][op]
+def test_a_backend_has_its_own_form_or_the_default_and_may_be_lowered_for_a_gpu(
+    backend, op, monkeypatch
+):
+    """Traced for a GPU there is its form alone; for others, theirs and that of GPUs."""
+    seen = []
+
+    def named(name: str) -> Any:
+        def form(lhs: Any, rhs: Any, **_: Any) -> Any:
+            seen.append(name)
+            return jnp.zeros((), jnp.int32)
+
+        return form
+
+    forms = {name: dict.fromkeys(Op, named(name)) for name in BACKENDS}
+    monkeypatch.setattr(lowering, "TABLE", forms)
+    monkeypatch.setattr(lowering, "GPU", forms["gpu"])
+    monkeypatch.setattr(lowering, "DEFAULT", dict.fromkeys(Op, named("default")))
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert lowering.lowering(op) is form
-
-
-def test_another_backend_takes_the_default(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "abacus")
-    assert "abacus" not in lowering.TABLE
-    assert all(lowering.lowering(op) is lowering.DEFAULT[op] for op in PRODUCTS)
+    codes = jnp.ones((4, 4), jnp.int8)
+    jax.make_jaxpr(lowering.lowering(op))(codes, codes)
+    own = backend if backend in BACKENDS else "default"
+    assert set(seen) == {own, "gpu"}
 
 
 def test_accumulate_takes_the_form_of_the_table(monkeypatch):

@@ -66,11 +66,13 @@ def kept(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def equations(jaxpr: Any) -> list[Any]:
-    """All equations of a program and of the programs in it."""
+    """All equations of a program and of the programs in it; of those by platform, the default's."""
     found = []
     for eqn in jaxpr.eqns:
         found.append(eqn)
-        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+        programs = list(jax.extend.core.jaxprs_in_params(eqn.params))
+        is_by_platform = eqn.params.get("branches_platforms") is not None
+        for inner in programs[-1:] if is_by_platform else programs:
             found += equations(inner)
     return found
 

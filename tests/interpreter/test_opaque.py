@@ -46,12 +46,6 @@ def in_the_condition_of_while(p: Any, x: jax.Array) -> jax.Array:
     return lax.while_loop(lambda c: jnp.sum(c @ p["w"]) < -1e9, lambda c: c + 1.0, x)
 
 
-def by_platform(p: Any, x: jax.Array) -> jax.Array:
-    return lax.platform_dependent(
-        p["w"], x, cpu=lambda w, x: x @ w, default=lambda w, x: (x @ w) * 1.0
-    )
-
-
 def in_custom_vjp_in_scan(p: Any, x: jax.Array) -> jax.Array:
     step = lambda h, _: (jnp.tanh(with_custom_vjp(p["w"], h)), None)  # noqa: E731
     return lax.scan(step, x, None, length=2)[0]
@@ -63,7 +57,6 @@ CONTAINERS = {
     "pallas": (in_pallas, "inside pallas_call", 1),
     "shard_map": (in_shard_map, "inside shard_map", 1),
     "condition": (in_the_condition_of_while, "in the condition of a while loop", 1),
-    "by_platform": (by_platform, "inside cond", 2),
 }
 
 

@@ -126,10 +126,15 @@ def _output(product: Product, weight: int | None) -> Operand:
     )
 
 
-def bias_of(site: Site, weight: Origin | None, added: Origin) -> Operand | None:
+def bias_of(
+    site: Site, weight: Origin | None, added: Origin, shape: Sequence[int]
+) -> Operand | None:
     """The bias that is added to a site's result, if it is one.
 
     One parameter, moved, cast and broadcast, with an entry for each output channel.
+
+    Args:
+      shape: that of what is added.
     """
     operand = site.weight
     if operand is None or weight is None or site.op.is_lookup:
@@ -138,18 +143,18 @@ def bias_of(site: Site, weight: Origin | None, added: Origin) -> Operand | None:
     source = unbroadcast(added)
     if source is None or not same_layers:
         return None
-    shape = _shape(source, added)
+    own = tuple(shape) if source is added else _shape(source, added)
     channels = math.prod(operand.shape[axis] for axis in operand.free)
-    if shape is None or math.prod(shape) != channels:
+    if own is None or math.prod(own) != channels:
         return None
     return Operand(
         key=Role.BIAS.value,
         role=Role.BIAS,
         side=3,
-        shape=shape,
+        shape=own,
         dtype=operand.dtype,
         free=(),
-        contracted=tuple(range(len(shape))),
+        contracted=tuple(range(len(own))),
         window=(),
         paths=source.paths,
         storable=True,

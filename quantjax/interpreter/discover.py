@@ -13,6 +13,7 @@ from quantjax._compat import name_stack
 from quantjax.interpreter import provenance
 from quantjax.interpreter.containers import Container, ContainerKind, container_of
 from quantjax.interpreter.describe import Around, bias_of, describe, site_of
+from quantjax.interpreter.moves import Moves, is_move
 from quantjax.interpreter.product import product_of
 from quantjax.interpreter.provenance import Loop, Origin, OriginKind
 from quantjax.interpreter.sites import Added, Location, Site
@@ -46,6 +47,14 @@ class _Bias(NamedTuple):
     location: Location
     side: int
     origin: Origin
+    moves: Moves
+
+
+class _Result(NamedTuple):
+    """A variable that holds the result of a site, by its place in what is found, maybe moved."""
+
+    place: int
+    moves: Moves = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +106,8 @@ def discover(jaxpr: jex_core.ClosedJaxpr, param_paths: Sequence[str]) -> Discove
         sites[item.location] = dataclasses.replace(item.site, name=name, steps=steps)
         if item.bias is not None:
             biases[name] = item.bias.origin
-            additions[item.bias.location] = Added(sites[item.location], item.bias.side)
+            bias = item.bias
+            additions[bias.location] = Added(sites[item.location], bias.side, bias.moves)
         scans[name] = tuple(loop.location for loop in item.loops if loop.length is not None)
         stacked[name] = tuple(loop.location for loop in loops)
         if item.weight is not None:
@@ -128,19 +138,24 @@ def _walk(
         return origins[atom]
 
     uses = collections.Counter(a for a in _atoms(jaxpr) if not isinstance(a, jex_core.Literal))
-    products: dict[Any, int] = {}  # places in found.sites, by the variable of the result
+    results: dict[Any, _Result] = {}
     for index, eqn in enumerate(jaxpr.eqns):
         here = (*location, index)
         operands = [read(atom) for atom in eqn.invars]
+        met = [
+            None if isinstance(atom, jex_core.Literal) or uses[atom] > 1 else results.get(atom)
+            for atom in eqn.invars
+        ]
         if eqn.primitive.name == "add":
-            once = {var: place for var, place in products.items() if uses[var] == 1}
-            _note_bias(found, eqn, operands, here, once)
+            _note_bias(found, eqn, operands, here, met)
+        elif len(met) == 1 and met[0] is not None and is_move(eqn):
+            results[eqn.outvars[0]] = met[0]._replace(moves=(*met[0].moves, eqn))
         scope = "/".join(part for part in (around.scope, name_stack(eqn)) if part)
         product = site_of(eqn, operands)
         container = None if product is not None else container_of(eqn)
         if product is not None:
             site, weight = describe(product, operands, scope, around)
-            products[eqn.outvars[0]] = len(found.sites)
+            results[eqn.outvars[0]] = _Result(len(found.sites))
             found.sites.append(_Found(site, here, weight, around.loops))
         if container is None:
             outputs = provenance.results(eqn, operands)
@@ -165,19 +180,23 @@ def _note_bias(
     eqn: jex_core.JaxprEqn,
     operands: Sequence[Origin],
     here: Location,
-    products: Mapping[Any, int],
+    results: Sequence[_Result | None],
 ) -> None:
-    """Give a site the bias that is added to its result, if the equation does that."""
-    for side, atom in enumerate(eqn.invars):
-        place = None if isinstance(atom, jex_core.Literal) else products.get(atom)
-        if place is None:
+    """Give a site the bias that is added to its result, if the equation does that.
+
+    Args:
+      results: of operands that are the result of a site and nothing else's.
+    """
+    for side, result in enumerate(results):
+        if result is None:
             continue
-        item, added = found.sites[place], operands[1 - side]
-        bias = bias_of(item.site, item.weight, added)
+        item, added = found.sites[result.place], operands[1 - side]
+        aval: Any = eqn.invars[1 - side].aval
+        bias = bias_of(item.site, item.weight, added, aval.shape)
         if bias is not None:
             site = dataclasses.replace(item.site, bias=bias)
-            noted = _Bias(here, 1 - side, added)
-            found.sites[place] = dataclasses.replace(item, site=site, bias=noted)
+            noted = _Bias(here, 1 - side, added, result.moves)
+            found.sites[result.place] = dataclasses.replace(item, site=site, bias=noted)
 
 
 def _holds_products(program: jex_core.ClosedJaxpr) -> bool:

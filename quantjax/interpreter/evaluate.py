@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+from jax import lax
 from jax.extend import core as jex_core
 from jax.sharding import get_abstract_mesh
 
 from quantjax import errors
 from quantjax._compat import bind_equation, bind_in_context, equation_context
 from quantjax.interpreter.containers import Carried, Outputs, container_of, rebuild
+from quantjax.interpreter.moves import moved_back, moved_forth
 from quantjax.interpreter.product import Product, product_of
 from quantjax.interpreter.sites import Added, Location, Site
 from quantjax.interpreter.sums import summed
@@ -68,7 +70,7 @@ class Addition(NamedTuple):
     Attributes:
       site: the row of the product.
       out: what the product's handler returned.
-      bias: as it is added, broadcast.
+      bias: as it is added, broadcast; both in the layout of the product.
       add: the equation itself, of both.
       value, state, shared: as at a visit; the state is what the product's handler left.
       kept: what the product's handler handed on.
@@ -271,6 +273,7 @@ class _Walk:
         name = added.site.name
 
         def add(out: jax.Array, bias: jax.Array) -> jax.Array:
+            """In the product's layout, which is that of the equation but for moves."""
             pair = (out, bias) if added.side == 1 else (bias, out)
             return bind_in_context(eqn, *pair)[0]
 
@@ -278,7 +281,11 @@ class _Walk:
         met = (value, earlier.state, carried.shared, earlier.kept)
 
         def handled(out: jax.Array, bias: jax.Array, *met: Any) -> Outcome:
-            return handler(Addition(added.site, out, bias, add, *met))
+            if added.moves:
+                bias = lax.broadcast_in_dim(bias, out.shape, range(out.ndim))
+                out, bias = (moved_back(added.moves, side) for side in (out, bias))
+            outcome = handler(Addition(added.site, out, bias, add, *met))
+            return outcome._replace(out=moved_forth(added.moves, outcome.out))
 
         pair = operands[1 - added.side], operands[added.side]
         with equation_context(eqn):

@@ -7,6 +7,7 @@ import enum
 import math
 from typing import NamedTuple
 
+from quantjax.interpreter.moves import Moves
 from quantjax.interpreter.product import Op
 
 Location = tuple[int, ...]
@@ -118,7 +119,12 @@ class Site:
 
 
 class Added(NamedTuple):
-    """What an equation adds: the bias of a site, its operand ``side``."""
+    """What an equation adds: the bias of a site, its operand ``side``.
+
+    Attributes:
+      moves: what the site's result went through on its way to the sum.
+    """
 
     site: Site
     side: int
+    moves: Moves = ()

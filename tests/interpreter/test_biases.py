@@ -29,12 +29,21 @@ FOUND = {
     "cast": lambda p, x: (x @ p["w"]) + p["b"].astype(jnp.bfloat16).astype(jnp.float32)[None],
     "reshaped": lambda p, x: x @ p["w"] + p["b"].reshape(1, 5),
     "turned": lambda p, x: (p["w"].T @ x.T) + p["b"][:, None],
+    "as it is": lambda p, x: x[0] @ p["w"] + p["b"],
+    "as it is, first": lambda p, x: p["b"] + x[0] @ p["w"],
+    "a row": lambda p, x: x[:1] @ p["w"] + p["row"],
+    "mapped": lambda p, x: jax.vmap(lambda x: p["w"].T @ x + p["b"])(x),
+    "mapped twice": lambda p, x: jax.vmap(jax.vmap(lambda x: p["w"].T @ x + p["b"]))(x[None]),
+    "transposed result": lambda p, x: (p["w"].T @ x.T).T + p["b"][None],
+    "cut result": lambda p, x: (x @ p["w"]).reshape(2, 2, 5) + p["b"][None, None],
+    "a row cut off": lambda p, x: (x[:1] @ p["w"])[0].squeeze() + p["b"],
 }
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_found(name):
-    assert biases(FOUND[name], P, X) == {"w": "b"}
+    want = "row" if name == "a row" else "b"
+    assert biases(FOUND[name], {**P, "row": P["b"][None]}, X) == {"w": want}
 
 
 NONE = {
@@ -44,6 +53,10 @@ NONE = {
     "data": lambda p, x: x @ p["w"] + x[:, :5],
     "one entry": lambda p, x: x @ p["w"] + p["b"][0],
     "handed out": lambda p, x: ((y := x @ p["w"]), y + p["b"][None]),
+    "turned, used twice": lambda p, x: (y := (x @ p["w"]).T) + p["b"][:, None] + y,
+    "handed out, turned": lambda p, x: ((y := (x @ p["w"]).T), y + p["b"][:, None]),
+    "turned, handed out": lambda p, x: ((y := x @ p["w"]), y.T + p["b"][:, None]),
+    "another half": lambda p, x: (x @ p["w"])[:2] + p["b"][None],
     "subtracted": lambda p, x: x @ p["w"] - p["b"][None],
 }
 

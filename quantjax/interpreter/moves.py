@@ -1,0 +1,53 @@
+"""What may stand between a product and its bias: the sum's entries in another place.
+
+``jax.vmap`` of a layer transposes the result of its product, or cuts its leading axis, ahead of the
+addition. Each move has an inverse, so a sum can be handled in the product's own layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend import core as jex_core
+
+from quantjax._compat import bind_equation
+
+Moves = tuple[jex_core.JaxprEqn, ...]
+"""Equations of one operand each, the first of them that of the product's result."""
+
+
+def is_move(eqn: jex_core.JaxprEqn) -> bool:
+    """Whether the equation gives its one operand another shape or order, and keeps each entry once.
+
+    On meshes with explicit axes a change of shape that names a sharding is none.
+    """
+    if len(eqn.invars) != 1 or eqn.params.get("sharding") is not None:
+        return False
+    name = eqn.primitive.name
+    if name == "broadcast_in_dim":
+        sizes = [math.prod(atom.aval.shape) for atom in (eqn.invars[0], eqn.outvars[0])]
+        return bool(sizes[0] == sizes[1])
+    return name in {"transpose", "squeeze"} or (
+        name == "reshape" and eqn.params["dimensions"] is None
+    )
+
+
+def moved_forth(moves: Moves, x: jax.Array) -> jax.Array:
+    """From the product's layout to that of the addition."""
+    for eqn in moves:
+        (x,) = bind_equation(eqn, x)
+    return x
+
+
+def moved_back(moves: Sequence[jex_core.JaxprEqn], x: jax.Array) -> jax.Array:
+    """From the layout of the addition to the product's."""
+    for eqn in reversed(moves):
+        if eqn.primitive.name == "transpose":
+            x = lax.transpose(x, tuple(map(int, np.argsort(eqn.params["permutation"]))))
+        else:
+            x = lax.reshape(x, eqn.invars[0].aval.shape)
+    return x

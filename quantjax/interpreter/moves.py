@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,8 +30,8 @@ def is_move(eqn: jex_core.JaxprEqn) -> bool:
         return False
     name = eqn.primitive.name
     if name == "broadcast_in_dim":
-        sizes = [math.prod(atom.aval.shape) for atom in (eqn.invars[0], eqn.outvars[0])]
-        return bool(sizes[0] == sizes[1])
+        before, after = (_shape(atom.aval) for atom in (eqn.invars[0], eqn.outvars[0]))
+        return bool(math.prod(before) == math.prod(after))
     return name in {"transpose", "squeeze"} or (
         name == "reshape" and eqn.params["dimensions"] is None
     )
@@ -49,5 +50,9 @@ def moved_back(moves: Sequence[jex_core.JaxprEqn], x: jax.Array) -> jax.Array:
         if eqn.primitive.name == "transpose":
             x = lax.transpose(x, tuple(map(int, np.argsort(eqn.params["permutation"]))))
         else:
-            x = lax.reshape(x, eqn.invars[0].aval.shape)
+            x = lax.reshape(x, _shape(eqn.invars[0].aval))
     return x
+
+
+def _shape(aval: Any) -> tuple[int, ...]:
+    return tuple(aval.shape)

@@ -15,7 +15,7 @@ from quantjax.affine import Fault
 from quantjax.arguments import expect
 from quantjax.granularity import OperandAxes, PerChannel, PerGroup
 from quantjax.interpreter import leaves_by_path
-from quantjax.kernels import as_site, is_kernel
+from quantjax.kernels import as_site, kernels_in
 from quantjax.meshes import automatic
 from quantjax.policy import Policy
 from quantjax.printing import shape_text
@@ -56,7 +56,7 @@ def quantize_params(params: PyTree, policy: Policy, *, key: PRNGKeyArray | None 
     fix = "qj.quantize_params(params, qj.Policy([qj.rule(qj.weighted(), scheme)]))"
     expect(policy, Policy, argument="policy", where="qj.quantize_params", fix=fix)
     named = leaves_by_path(params, is_leaf=is_quantized)
-    kernels = {name: as_site(name, leaf) for name, leaf in named.items() if is_kernel(name, leaf)}
+    kernels = {name: as_site(name, leaf) for name, leaf in kernels_in(named).items()}
     sites = list(kernels.values())
     chosen = policy.choices(sites)
     for rule, selector in zip(policy.rules, policy.resolved(sites), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,24 +10,40 @@ import jax.numpy as jnp
 from quantjax.interpreter import Op, Operand, Role, Site
 from quantjax.qtensor import is_quantized
 
-NO_KERNELS = frozenset({"bias", "scale", "offset", "beta", "gamma", "mean", "var"})
+NO_KERNELS = frozenset({"bias", "bias_n", "scale", "offset", "beta", "gamma", "mean", "var"})
 """Last parts of names of what is added or scaled, whatever its rank: biases of attention have a row
 for each head, those of layers stacked in a scan a row for each layer."""
 AVERAGES = frozenset({"average", "hidden"})
 """The same in folders that end in ``_ema``: Haiku's running statistics, of the input's rank."""
+BOX = "value"
+"""What Flax's variables and boxes put behind the name of what they hold."""
 
 
-def is_kernel(name: str, leaf: Any) -> bool:
-    """Whether it is a floating-point array of rank 2 or more that is not quantized yet, and by its
-    name no bias and no part of a normalization.
+def kernels_in(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Floating-point arrays of rank 2 or more that are not quantized yet, and by their names no
+    biases and no parts of a normalization.
 
-    >>> is_kernel("Dense_0/kernel", jnp.ones((2, 2))), is_kernel("query/bias", jnp.ones((2, 2)))
-    (True, False)
+    Haiku's ``b`` is a bias beside a ``w`` of more axes.
+
+    >>> list(kernels_in({"Dense_0/kernel": jnp.ones((2, 2)), "query/bias": jnp.ones((2, 2))}))
+    ['Dense_0/kernel']
     """
-    folder, _, last = name.rpartition("/")
-    if is_quantized(leaf) or last in NO_KERNELS or (folder.endswith("_ema") and last in AVERAGES):
-        return False
-    return jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    ranks = {name.removesuffix(f"/{BOX}"): jnp.ndim(leaf) for name, leaf in named.items()}
+    return {
+        name: leaf
+        for name, leaf in named.items()
+        if not is_quantized(leaf)
+        and jnp.ndim(leaf) >= 2
+        and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        and not _is_no_kernel(name.removesuffix(f"/{BOX}"), ranks)
+    }
+
+
+def _is_no_kernel(name: str, ranks: Mapping[str, int]) -> bool:
+    folder, slash, last = name.rpartition("/")
+    if last == "b" and ranks.get(f"{folder}{slash}w", 0) > ranks[name]:
+        return True
+    return last in NO_KERNELS or (folder.endswith("_ema") and last in AVERAGES)
 
 
 def as_site(name: str, leaf: Any) -> Site:

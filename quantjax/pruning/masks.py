@@ -15,7 +15,7 @@ from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.arguments import expect
 from quantjax.interpreter import leaves_by_path
-from quantjax.kernels import as_site, is_kernel
+from quantjax.kernels import as_site, kernels_in
 from quantjax.meshes import automatic, spec_of
 from quantjax.printing import shape_text
 from quantjax.pruning.criteria import Criterion, magnitude
@@ -142,7 +142,7 @@ def _check_scores(scores: Any, kernels: dict[str, jax.Array], criterion: Criteri
 
 
 def _selected(named: Any, select: Selector) -> dict[str, jax.Array]:
-    kernels = {name: leaf for name, leaf in named.items() if is_kernel(name, leaf)}
+    kernels = kernels_in(named)
     rows = {name: as_site(name, leaf) for name, leaf in kernels.items()}
     chosen = select.resolved(tuple(rows.values()))
     found = {name: jnp.asarray(kernels[name]) for name in rows if chosen.matches(rows[name])}

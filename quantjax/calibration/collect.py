@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.errors import FlaxError
 
 from quantjax import errors
+from quantjax.calibration.batches import Arguments, checked, described, running
 from quantjax.planning import Plan, plan
 from quantjax.policy import Policy
-from quantjax.printing import shape_text
 from quantjax.transforms.observe import State, init, observe
 from quantjax.transforms.sites import sites
 
 ROWS = 64  # at once, of an array that holds all of the data
-Arguments = tuple[Any, ...]
-
-# What tracing and running somebody's function raises; not an interrupt, and not our own errors.
-_FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    FlaxError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-_VALUES_NEEDED = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +64,15 @@ def collect(
     planned: Plan | None = None
     number = 0
     for number, batch in enumerate(batches, 1):
-        inputs = _checked(batch, number)
+        inputs = checked(batch, f"batch {number}")
         if planned is None:
             first = inputs
-            with _running(inputs, number):
+            with running(inputs, f"batch {number}"):
                 table = sites(model.apply, model.params, *inputs)
             planned = plan(policy, table)
             observing, state = jax.jit(observe(model.apply, planned)), init(planned)
         _check_alike(first, inputs, number)
-        with _running(inputs, number):
+        with running(inputs, f"batch {number}"):
             _, state = observing(state, model.params, *inputs)
         if on_batch is not None:
             on_batch(1)
@@ -169,52 +147,6 @@ def _split(batch: Any, rows: int | None) -> Iterator[Arguments]:
         )
 
 
-def _check_integers(given: Any, held: jax.Array, where: str) -> None:
-    """Raise for integers of 64 bits that are others in JAX's 32, which wraps them silently."""
-    if not jnp.issubdtype(held.dtype, jnp.integer):
-        return
-    changed = int(np.sum(np.asarray(given) != np.asarray(held)))
-    if changed:
-        raise errors.DataError(
-            f"{changed} integers of a batch do not fit {held.dtype}",
-            where=where,
-            fix="smaller ones, or jax_enable_x64",
-        )
-
-
-def _checked(batch: Arguments, number: int) -> Arguments:
-    """The batch as JAX arrays, which hold finite numbers."""
-    try:
-        inputs: Arguments = jax.tree.map(jnp.asarray, batch)
-    except (TypeError, ValueError) as error:
-        raise errors.DataError(
-            f"batch {number} holds something else than arrays of numbers",
-            why=_first_line(error),
-            fix="a batch is an array, a tree of arrays, or a tuple of arguments",
-        ) from error
-    leaves, given = jax.tree.leaves(inputs), jax.tree.leaves(batch)
-    if not leaves:
-        raise errors.DataError(
-            f"batch {number} has no array", fix="a batch is an array or a tuple of arguments"
-        )
-    for index, leaf in enumerate(leaves):
-        where = f"batch {number}, array {index} of shape {shape_text(leaf.shape)}"
-        if leaf.size == 0:
-            raise errors.DataError("a batch is empty", where=where, fix="one sample or more")
-        _check_integers(given[index], leaf, where)
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            continue
-        bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
-        if bad:
-            raise errors.DataError(
-                f"{bad} values of a batch are NaN or infinite",
-                where=where,
-                why="a range that has to hold them does not exist",
-                fix="drop those samples; a finite float64 beyond 3.4e38 has to be scaled down",
-            )
-    return inputs
-
-
 def _check_alike(first: Arguments, inputs: Arguments, number: int) -> None:
     """Only the first axis, of samples, may change from batch to batch."""
     if _outline(first) == _outline(inputs):
@@ -222,7 +154,7 @@ def _check_alike(first: Arguments, inputs: Arguments, number: int) -> None:
     raise errors.DataError(
         "a batch is not like the first one",
         where=f"batch {number}",
-        why=f"it has {_text(inputs)}, the first one {_text(first)}",
+        why=f"it has {described(inputs)}, the first one {described(first)}",
         fix="the same arrays and shapes each time, but for the number of samples",
     )
 
@@ -230,31 +162,3 @@ def _check_alike(first: Arguments, inputs: Arguments, number: int) -> None:
 def _outline(inputs: Arguments) -> Any:
     leaves, tree = jax.tree.flatten(inputs)
     return tree, [(leaf.dtype, leaf.ndim, leaf.shape[1:]) for leaf in leaves]
-
-
-def _text(inputs: Arguments) -> str:
-    return ", ".join(f"{leaf.dtype} {shape_text(leaf.shape)}" for leaf in jax.tree.leaves(inputs))
-
-
-@contextlib.contextmanager
-def _running(inputs: Arguments, number: int) -> Iterator[None]:
-    """What the model raises becomes an error that names the batch."""
-    try:
-        yield
-    except errors.QuantjaxError:
-        raise
-    except _FAULTS as error:
-        traced = isinstance(error, _VALUES_NEEDED)
-        raise errors.ModelError(
-            "the model cannot be traced" if traced else "the model does not run on a batch",
-            where=f"batch {number}: {_text(inputs)}",
-            why=f"{type(error).__name__}: {_first_line(error)}",
-            fix="jnp.where or jax.lax.cond in place of Python's if on values"
-            if traced
-            else "batches of the shapes and dtypes that it takes, a tuple for several inputs",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip()[:200] if lines else "no message"

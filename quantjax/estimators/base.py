@@ -43,7 +43,7 @@ class Point(NamedTuple):
 
     @property
     def is_inside(self) -> jax.Array:
-        """Where the rounded level is not outside the range, as torch and LSQ have it (bool).
+        """Where the rounded level is not outside the range, as torch has it (bool).
 
         NaN is not outside: its gradient passes, and is not masked.
         """

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax.affine import QParams
-from quantjax.estimators.base import Estimator, Parameters, highest
-from quantjax.estimators.clipped import inside
+from quantjax.estimators.base import Estimator, Need, Parameters, Point, highest
 from quantjax.estimators.gradients import scale_gradient
 from quantjax.formats import Format
 
@@ -51,11 +50,25 @@ def _both_of_features(
     )
 
 
-LSQ = Estimator("lsq", inside, resolve=_scale)
-"""The scale is learned: its gradient is that of the clipped estimator times ``1/sqrt(N · Q_P)``.
+def between_levels(point: Point) -> jax.Array:
+    """1 where ``x/s + z``, not rounded, lies between the outermost levels, 0 on them and beyond.
 
-``∂y/∂s = g · (q - x/s)`` inside the range, ``g · q`` at its bounds; ``g = 1/sqrt(N · Q_P)``, with N
-the entries that share a scale and ``Q_P`` the highest code. The factor makes the relative updates
+    NaN is not beyond: its gradient passes, and is not masked.
+    """
+    is_beyond = (point.position <= point.low) | (point.position >= point.high)
+    return (~is_beyond).astype(jnp.float32)
+
+
+NEEDS = frozenset({Need.FIXED_RANGE})  # what is learned is the scale
+
+LSQ = Estimator("lsq", between_levels, resolve=_scale, needs=NEEDS)
+"""The scale is learned, by a gradient of its own times ``1/sqrt(N · Q_P)``.
+
+``∂y/∂s = g · (q - x/s)`` where ``-Q_N < x/s < Q_P``, and ``g · q`` at the bounds and beyond;
+``∂y/∂x`` is 1 and 0 there. ``g = 1/sqrt(N · Q_P)``, with N the entries that share a scale and
+``Q_P`` the highest code. Values up to half a step beyond a bound, which round to it, count as
+beyond, where :data:`CLIPPED` lets them pass: at 2 bits that is a twentieth of normal weights, and
+most of the gradient of the scale. The factor makes the relative updates
 of scales and weights alike under plain gradient descent; optimizers that normalize gradients, such
 as Adam, do not see it. Start from the range rule ``qj.ranges.LSQ``.
 
@@ -66,14 +79,15 @@ Sharp edges: a step of the optimizer may make a scale negative, and what it scal
 Source: Esser et al., Learned step size quantization, 2020, equation 3 and section 2.2.
 """
 
-LSQ_FEATURES = Estimator("lsq-features", inside, resolve=_scale_of_features)
+LSQ_FEATURES = Estimator("lsq-features", between_levels, resolve=_scale_of_features, needs=NEEDS)
 """:data:`LSQ` for activations: N counts features, without the leading (batch) axis.
 
 Source: Esser et al., Learned step size quantization, 2020, section 2.2.
 """
 
-LSQ_PLUS = Estimator("lsq-plus", inside, resolve=_both_of_features)
-"""Scale and zero point of activations are learned, ``∂y/∂z = -g · s`` where ``x`` was clipped.
+LSQ_PLUS = Estimator("lsq-plus", between_levels, resolve=_both_of_features, needs=NEEDS)
+"""Scale and zero point of activations are learned, ``∂y/∂z = -g · s`` where ``x`` lies beyond the
+outermost levels or on them.
 
 The paper's offset is ``β = -s · z``. Here the zero point is what is learned, and the forward pass
 rounds it, so that integer products stay possible; ``g`` is LSQ's.

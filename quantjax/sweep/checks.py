@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from quantjax import errors
 from quantjax.arguments import why_unwritable
@@ -19,7 +18,6 @@ from quantjax.storage.known import BUILT_IN, is_ours
 from quantjax.storage.rules import CONFIGURED, FAMILIES
 from quantjax.sweep.grid import FLOAT_CELL, Grid
 from quantjax.sweep.study import Study
-from quantjax.transforms.observe import check_inputs
 
 RESULTS, PLOT, CHECKPOINTS = "results.csv", "accuracy_vs_bits.png", "checkpoints"
 """What a sweep leaves in its folder."""
@@ -56,21 +54,6 @@ def check_output(folder: Path) -> None:
             why=why,
             fix="another folder, such as outputs/sweep",
         )
-
-
-def calibration_batches(study: Study) -> list[Any]:
-    """The batches, from an iterator too; raises ``DataError`` for none, and for NaN in one."""
-    batches = list(study.calibration())
-    if not batches:
-        raise errors.DataError(
-            "the study has no calibration batch",
-            where=f"study {study.name}, calibration",
-            why="ranges of activations are derived from what is observed, and nothing is",
-            fix="return a list with at least one batch",
-        )
-    for batch in batches:
-        check_inputs((batch,), None)
-    return batches
 
 
 def check_trained(study: Study, params: Any) -> None:
@@ -169,30 +152,6 @@ def _check_widths(study: Study, grid: Grid, rule: Rule) -> None:
                 why=f"it has widths {', '.join(map(str, has)) or 'none'}, and 0 is float",
                 fix=f"{what}_bits=({', '.join(map(str, [0, *has]))},), or some of them",
             )
-
-
-def known_labels(study: Study, labels: Any) -> jax.Array:
-    """The labels as an array of integers, ahead of any training.
-
-    Raises:
-      SweepError: they are no integers, or there are none.
-    """
-    array = jnp.asarray(labels)
-    if not array.size:
-        raise errors.SweepError(
-            "the study has no test example",
-            where=f"study {study.name}, test",
-            why="an accuracy is a share of them",
-            fix="return inputs and labels with at least one row from test",
-        )
-    if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_):
-        raise errors.SweepError(
-            f"labels of {array.dtype}",
-            where=f"study {study.name}, test",
-            why="there is one integer label for each row of logits",
-            fix="labels.astype(jnp.int32)",
-        )
-    return array.astype(jnp.int32)
 
 
 def check_logits(study: Study, logits: Any, labels: jax.Array) -> None:

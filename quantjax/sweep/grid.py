@@ -127,7 +127,7 @@ def _whole(axis: str, values: Any) -> tuple[int, ...]:
         raise errors.SweepError(
             f"{axis} {values!r:.80}",
             where="a grid",
-            why="results are filed by whole numbers",
+            why="results are filed by whole numbers of 64 bits",
             fix=f"{axis}=(2, 4, 8), or a range",
         )
     return tuple(int(value) for value in array)

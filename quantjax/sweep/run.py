@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from quantjax import errors
+from quantjax.arguments import expect
+from quantjax.calibration.batches import running
 from quantjax.interpreter import Role
 from quantjax.planning import Plan, plan
 from quantjax.ranges import IndexedRule, RangeRule, stack
@@ -22,22 +26,21 @@ from quantjax.sweep.alike import check_alike, check_comparable, check_planned, s
 from quantjax.sweep.checks import (
     CHECKPOINTS,
     RESULTS,
-    calibration_batches,
     check_logits,
     check_output,
     check_study,
     check_trained,
-    known_labels,
     takes_rules,
 )
+from quantjax.sweep.data import calibration_batches, tested
 from quantjax.sweep.grid import FLOAT_CELL, Cell, Grid
 from quantjax.sweep.progress import Progress, Silent
-from quantjax.sweep.runner import CellProgram, Execution, compile_cells
+from quantjax.sweep.runner import CellProgram, Execution, compile_cells, expect_execution
 from quantjax.sweep.store import ResultStore, Row
 from quantjax.sweep.study import Study
 from quantjax.transforms.calibrate import QState, calibrate_by
 from quantjax.transforms.fake_quantize import fake_quantize
-from quantjax.transforms.observe import check_inputs, init, observe
+from quantjax.transforms.observe import init, observe
 from quantjax.transforms.sites import sites
 
 
@@ -78,11 +81,13 @@ def run_sweep(
         labels that are not a class for each row of logits, too small a budget; parameters of other
         shapes than the first seed's, ahead of that seed's cells; logits that are not finite, behind
         all cells, of which the others are filed.
+      ArgumentError: arguments of another kind.
       DataError: no calibration batch, or NaN or infinity in one or in what is tested.
+      ModelError: a model that does not run on what the study has.
       BitsError: widths that the policy's formats do not have, before anything is computed.
     """
+    _check_arguments(study, grid, output, memory_budget_bytes, execution, progress)
     output = Path(output)
-    _check_budget(memory_budget_bytes)
     check_study(study, grid)
     check_output(output)
     progress = progress or Silent()
@@ -101,9 +106,7 @@ def run_sweep(
     observing: _Observing | None = None
     first: tuple[int, Any] | None = None
     if todo:
-        inputs, labels = study.test()
-        labels = known_labels(study, labels)
-        check_inputs((inputs,), None)
+        inputs, labels = tested(study)
         batches = calibration_batches(study)
         check_comparable(study, batches[0], inputs)
     with progress:
@@ -114,12 +117,16 @@ def run_sweep(
             first = first or (seed, shapes_of(params))
             check_alike(study, first, seed, params)
             if observing is None:
-                planned = plan(study.policy, sites(study.apply, params, batches[0]))
+                with running((batches[0],), f"study {study.name}, calibration, batch 1"):
+                    table = sites(study.apply, params, batches[0])
+                planned = plan(study.policy, table)
                 check_planned(study, planned, params, batches[0], inputs)
                 observing = _Observing(planned, jax.jit(observe(study.apply, planned)))
             planned = observing.planned
-            state = _observed(observing, params, batches, progress)
-            check_logits(study, jax.eval_shape(study.apply, params, inputs), labels)
+            state = _observed(study, observing, params, batches, progress)
+            with running((inputs,), f"study {study.name}, test"):
+                logits = jax.eval_shape(study.apply, params, inputs)
+            check_logits(study, logits, labels)
             shared = (state, params, inputs, labels)
             values = _values(todo[seed], grid.names)
             if program is None:
@@ -159,13 +166,32 @@ def run_sweep(
     )
 
 
-def _check_budget(memory_budget_bytes: int) -> None:
+def _check_arguments(
+    study: object,
+    grid: object,
+    output: object,
+    memory_budget_bytes: Any,
+    execution: object,
+    progress: object,
+) -> None:
+    """Each of its kind; a name that some enum has is text."""
+    where = "run_sweep"
+    expect(study, Study, argument="study", where=where, fix="a quantjax.sweep.Study")
+    expect(grid, Grid, argument="grid", where=where, fix="Grid(weight_bits=(2, 4, 8))")
+    paths = (str, Path)
+    expect(output, paths, argument="output", where=where, fix='output="outputs/sweep"')
+    expect_execution(execution, where=where)
+    expect(
+        progress, (Progress, NoneType), argument="progress", where=where, fix="Silent(), or None"
+    )
+    fix = "memory_budget_bytes=1 << 30"
+    expect(memory_budget_bytes, numbers.Real, argument="memory_budget_bytes", where=where, fix=fix)
     if memory_budget_bytes < 1:
         raise errors.SweepError(
             f"a memory budget of {memory_budget_bytes} bytes",
-            where="run_sweep",
+            where=where,
             why="a program of one cell needs some memory",
-            fix="memory_budget_bytes=1 << 30",
+            fix=fix,
         )
 
 
@@ -217,13 +243,18 @@ class _Observing(NamedTuple):
 
 
 def _observed(
-    observing: _Observing, params: Any, batches: Sequence[jax.Array], progress: Progress
+    study: Study,
+    observing: _Observing,
+    params: Any,
+    batches: Sequence[jax.Array],
+    progress: Progress,
 ) -> Any:
     """Statistics of the calibration batches: one pass, for every rule and width."""
     state = init(observing.planned)
     with progress.task("calibrating", len(batches)) as advance:
-        for batch in batches:
-            _, state = observing.one_batch(state, params, batch)
+        for number, batch in enumerate(batches, 1):
+            with running((batch,), f"study {study.name}, calibration, batch {number}"):
+                _, state = observing.one_batch(state, params, batch)
             advance(1)
     return state
 

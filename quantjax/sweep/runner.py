@@ -13,6 +13,7 @@ import enum
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from types import NoneType
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from quantjax import errors
+from quantjax.arguments import expect
 
 CellFunction = Callable[..., Any]
 """``cell(values, *shared) -> pytree``; ``values`` holds one scalar for each axis of the grid."""
@@ -108,6 +110,7 @@ def compile_cells(
 
     Raises:
       SweepError: an empty grid, axes of unequal length, or one cell alone over the budget.
+      ArgumentError: an execution that is none.
 
     >>> import jax.numpy as jnp
     >>> grid = {"bits": np.arange(5, dtype=np.float32)}
@@ -117,6 +120,7 @@ def compile_cells(
     >>> double.run(grid, jnp.float32(2)).tolist()
     [0.0, 2.0, 4.0, 6.0, 8.0]
     """
+    expect_execution(execution, where="compile_cells")
     count = _count(values)
     calls = math.ceil(count / max(1, min(cells_per_call, count)))
     size = math.ceil(count / calls)
@@ -130,8 +134,7 @@ def compile_cells(
             trials.append(fitted)
     if not trials:
         raise errors.SweepError(
-            f"one cell needs {smallest / 2**20:.1f} MiB, the budget is "
-            f"{memory_budget_bytes / 2**20:.1f} MiB",
+            f"one cell needs {_size(smallest)}, the budget is {_size(memory_budget_bytes)}",
             where=f"{count} cells, {', '.join(c.value for c in candidates)}",
             fix="raise memory_budget_bytes (--memory-budget-mib of the command line), or evaluate "
             "fewer samples in a cell",
@@ -159,6 +162,16 @@ def _fit(
         if size == 1:
             return None, needed
         size = size // 2
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**20:.1f} MiB" if number >= 2**20 else f"{number:,} bytes"
+
+
+def expect_execution(execution: object, *, where: str) -> None:
+    """Raise ``ArgumentError`` for what is none, such as its name as text."""
+    kinds = (Execution, NoneType)
+    expect(execution, kinds, argument="execution", where=where, fix="execution=Execution.MAP")
 
 
 def _program(cell: CellFunction, execution: Execution) -> Any:

@@ -122,3 +122,26 @@ def test_entries_that_pass_are_whole_in_long_sums_too(rate):
     assert_same_bits(
         run(whole, params, x, key=key), jax.jit(qj.execute(case.f, plan))(qstate, frozen, x)
     )
+
+
+def test_lsq_takes_its_bounds_on_the_position_and_not_on_the_code():
+    """Equations 3 and 5 by hand: half a step beyond a bound counts as the bound, and so does it."""
+    x = jnp.array([-2.4, -2.0, -1.9, 0.3, 0.9, 1.0, 1.2, 1.6])
+    one = jnp.float32(1.0)
+    y = lambda x, s: qj.fake_quant(x, s, bits=2, estimator=estimators.LSQ)  # noqa: E731
+    to_x = jax.grad(lambda x: y(x, one).sum())(x)
+    assert to_x.tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
+    to_scale = jax.jacfwd(lambda s: y(x, s))(one) * np.sqrt(x.size)  # Q_P is 1
+    assert_allclose(to_scale, [-2, -2, -0.1, -0.3, 0.1, 1, 1, 1], rtol=1e-5, atol=1e-6)
+    clipped = jax.grad(lambda x: qj.fake_quant(x, one, bits=2, estimator=estimators.CLIPPED).sum())(
+        x
+    )
+    assert clipped.tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
+
+
+def test_lsq_lets_a_nan_through_and_does_not_hide_it():
+    x, one = jnp.array([jnp.nan, 0.2]), jnp.float32(1.0)
+    y = lambda x, s: qj.fake_quant(x, s, bits=2, estimator=estimators.LSQ).sum()  # noqa: E731
+    to_x, to_scale = jax.grad(y, (0, 1))(x, one)
+    assert to_x.tolist() == [1, 1]
+    assert jnp.isnan(to_scale)

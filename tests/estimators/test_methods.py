@@ -62,8 +62,8 @@ def lsq(bits: int, *, signed: bool, plus: bool = False):
 CASES = [
     Case(es.STRAIGHT_THROUGH, oracle.straight_through),
     Case(es.SAWB, oracle.straight_through, 2),
-    Case(es.CLIPPED, oracle.lsq),
-    Case(es.CLIPPED, oracle.lsq, 3, signed=False, zero_point=2.0),
+    Case(es.CLIPPED, oracle.clipped),
+    Case(es.CLIPPED, oracle.clipped, 3, signed=False, zero_point=2.0),
     *(Case(es.LSQ, lsq(b, signed=True), b) for b in (2, 4, 8)),
     Case(es.LSQ_PLUS, lsq(4, signed=False, plus=True), 4, signed=False, zero_point=5.0),
     *(

@@ -27,16 +27,32 @@ def bounds(bits: int, *, signed: bool) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
-def lsq(x, scale, zero_point, bits, *, signed, factor=1.0, of_zero=1.0) -> Entry:
-    """Esser et al., 2020, equations 1 to 3, times the gradient scale; zero points as in LSQ+."""
+def clipped(x, scale, zero_point, bits, *, signed) -> Entry:
+    """torch.fake_quantize_per_tensor_affine: a gradient passes where the rounded code is inside."""
     low, high = bounds(bits, signed=signed)
-    v = x / scale
-    q = np.rint(v) + zero_point
-    inside = (q >= low) & (q <= high)
-    q = np.clip(q, low, high) - zero_point
-    to_scale = factor * np.where(inside, q - v, q)
-    to_zero = of_zero * np.where(inside, 0.0, -scale)
-    return Entry(scale * q, np.float64(inside), {"scale": to_scale, "zero_point": to_zero})
+    q = np.rint(x / scale) + zero_point
+    return _of_scale(x, scale, zero_point, low, high, (q >= low) & (q <= high))
+
+
+def lsq(x, scale, zero_point, bits, *, signed, factor=1.0, of_zero=1.0) -> Entry:
+    """Esser et al., 2020, equations 1 to 3 and 5, times the gradient scale; zero points as in LSQ+.
+
+    A gradient passes where ``v = x/s``, not rounded, is between the bounds and on neither.
+    """
+    low, high = bounds(bits, signed=signed)
+    v = x / scale + zero_point
+    entry = _of_scale(x, scale, zero_point, low, high, (v > low) & (v < high))
+    factors = {"scale": factor, "zero_point": of_zero}
+    return entry._replace(others={name: factors[name] * entry.others[name] for name in factors})
+
+
+def _of_scale(x, scale, zero_point, low, high, passes) -> Entry:
+    q = np.clip(np.rint(x / scale) + zero_point, low, high) - zero_point
+    others = {
+        "scale": np.where(passes, q - x / scale, q),
+        "zero_point": np.where(passes, 0.0, -scale),
+    }
+    return Entry(scale * q, np.float64(passes), others)
 
 
 def straight_through(x, scale, zero_point, bits, *, signed) -> Entry:

@@ -32,7 +32,7 @@ def test_an_output_that_cannot_be_written(tmp_path, blocked):
 
 @pytest.mark.parametrize(
     ("batches", "message"),
-    [([], "no calibration batch"), ([BATCH, BATCH.at[1, 2].set(jnp.nan)], "1 values of the")],
+    [([], "no calibration batch"), ([BATCH, BATCH.at[1, 2].set(jnp.nan)], "1 values of a batch")],
     ids=["none", "nan"],
 )
 def test_calibration_data_without_a_range(tmp_path, batches, message):
@@ -107,7 +107,7 @@ def test_an_error_in_a_rule_of_ones_own_names_the_rule(tmp_path):
     ("test", "kind", "message"),
     [
         (lambda x, y: (x[:0], y[:0]), errors.SweepError, "no test example"),
-        (lambda x, y: (x.at[0, 0].set(jnp.nan), y), errors.DataError, "1 values of the"),
+        (lambda x, y: (x.at[0, 0].set(jnp.nan), y), errors.DataError, "1 values of a batch"),
     ],
     ids=["none", "nan"],
 )

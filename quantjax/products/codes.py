@@ -2,7 +2,8 @@
 
 ``out = Σ (q_x - z_x)(q_w - z_w) · (s_x · s_w)``: the sum is an integer, held exactly, so that this
 simulation and an integer program give the same value. Where a scale varies along a contracted axis,
-sums are taken within each group and added in float32, one after another.
+sums are taken within each group and added in float32, one after another; where there is no integer
+program (one operand is a float, levels are reals), codes are scaled ahead of one product.
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ def multiply(
       sizing: how the plan splits its sums.
     """
     flags = [side.bypass for side in (lhs, rhs) if side.bypass is not None]
-    lhs, lhs_groups = grouped_or_folded(product, 0, lhs)
-    rhs, rhs_groups = grouped_or_folded(product, 1, rhs)
+    in_float = sizing.exactness is Exactness.FLOAT
+    lhs, lhs_groups = grouped_or_folded(product, 0, lhs, in_float=in_float)
+    rhs, rhs_groups = grouped_or_folded(product, 1, rhs, in_float=in_float)
     ungrouped = lhs_groups is None and rhs_groups is None
 
     def quantized() -> jax.Array:

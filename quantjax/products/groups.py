@@ -77,16 +77,22 @@ def shared_length(product: Product, side: int, factor_shape: Sequence[int]) -> i
     return length if spread <= set(contracted) and length is not None else 1
 
 
-def grouped_or_folded(product: Product, side: int, operand: Coded) -> tuple[Coded, int | None]:
+def grouped_or_folded(
+    product: Product, side: int, operand: Coded, *, in_float: bool
+) -> tuple[Coded, int | None]:
     """The operand, and its group length where groups of 2 or more share a factor.
 
     Factors that vary along a window, or entry by entry along the sum, are multiplied into the
-    operand: no integer product can have them.
+    operand: no integer product can have them. So are those of groups where the product has none
+    anyway, since one product of reals takes a fraction of the time of a product for each group.
+
+    Args:
+      in_float: whether it has no integer product, whatever the factors are.
     """
     if operand.factor is None:
         return operand, None
     length = shared_length(product, side, operand.factor.shape)
-    if length is None or length > 1:
+    if length is None or (length > 1 and not in_float):
         return operand, length
     factor = expand(operand.factor, operand.values.shape)
     folded = in_code_units(operand.values, factor) * factor

@@ -233,5 +233,5 @@ def _by_group(product: Product, lhs: IntegerOperand, rhs: IntegerOperand, length
     ) -> jax.Array:
         return _folded(kernel._replace(length=count), left, right, left_zero, right_zero)
 
-    factors = block_factors(product, (lhs, rhs), length)
+    factors = block_factors(product, (lhs.factor, rhs.factor), length)
     return parts.finish(add_blocks(multiply, (parts.lhs, parts.rhs, *zeros, counts), factors))

@@ -33,6 +33,7 @@ from quantjax.products.either import either
 from quantjax.products.exactness import BFLOAT16_EXACT, FLOAT32_EXACT, Exactness, Sizing
 from quantjax.products.groups import (
     Coded,
+    Factors,
     grouped_or_folded,
     in_code_units,
     scaled,
@@ -103,7 +104,7 @@ def multiply(
             is_narrow = operator.and_(*narrow) if len(narrow) == 2 else None
             total = _scaled_sums(product, sizing, lhs, rhs, _Flags(any_bypass, is_narrow))
         else:
-            total = sum_of_groups(product, lhs, rhs, (lhs_groups, rhs_groups))
+            total = _grouped_sums(product, lhs, rhs, (lhs_groups, rhs_groups))
         return narrowed(total, product.out.dtype)
 
     bypass = functools.reduce(operator.and_, flags) if flags else None
@@ -202,6 +203,41 @@ def _scaled_sums(
     return total(operands, flags)
 
 
+def _grouped_sums(
+    product: Product, lhs: Coded, rhs: Coded, lengths: tuple[int | None, int | None]
+) -> jax.Array:
+    """``Σ_groups (Σ lhs · rhs) · (s_lhs · s_rhs)``, whose derivatives are one product each.
+
+    A derivative is no sum of integers, and its order is free: codes are scaled ahead of it.
+    """
+    operands = (lhs.values, rhs.values), (lhs.factor, rhs.factor)
+
+    @jax.custom_jvp
+    def total(operands: Any) -> jax.Array:
+        values, factors = operands
+        return sum_of_groups(product, values, factors, lengths)
+
+    @functools.partial(total.defjvp, symbolic_zeros=True)
+    def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        ((values, factors),), ((dvalues, dfactors),) = primals, tangents
+        # From here on each derivative is that of the codes alone.
+        values = tuple(map(in_code_units, values, factors))
+        terms = [
+            _tangent(product, side, values, factors, dvalue)
+            for side, dvalue in enumerate(dvalues)
+            if moves(dvalue)
+        ]
+        scaled_by = lambda factors: sum_of_groups(product, values, factors, lengths)  # noqa: E731
+        if moves(dfactors):
+            out, term = jax.jvp(scaled_by, (factors,), (instantiated(dfactors),))
+            terms.append(term)
+        else:
+            out = scaled_by(factors)
+        return out, sum_of(terms, out)
+
+    return total(operands)
+
+
 def _as_they_came(product: Product, values: Sequence[jax.Array]) -> list[jax.Array]:
     """Operands that were transposed with that transposition next to the product again.
 
@@ -216,7 +252,7 @@ def _tangent(
     product: Product,
     side: int,
     values: tuple[jax.Array, jax.Array],
-    factors: tuple[jax.Array | None, jax.Array | None],
+    factors: Factors,
     tangent: jax.Array,
 ) -> jax.Array:
     """How the scaled sums move with one operand, whose tangent its own factor is part of."""

@@ -20,6 +20,9 @@ from quantjax.lean import elementwise
 from quantjax.products import blocks
 from quantjax.tangents import with_tangent
 
+Factors = tuple[jax.Array | None, jax.Array | None]
+"""Of the left and the right operand; None for one that has no quantizer."""
+
 
 class Coded(NamedTuple):
     """One operand as a product sees it: ``operand ≈ values · factor``.
@@ -108,27 +111,27 @@ def block_length(product: Product, lengths: tuple[int | None, int | None]) -> in
     return math.gcd(*(n for n in lengths if n is not None)) * product.taps()
 
 
-def block_factors(
-    product: Product, operands: tuple[Any, Any], block: int
-) -> tuple[jax.Array, jax.Array]:
-    """``factor`` of both operands for each block of so many products, 1 where there is none."""
-    factors = []
-    for side, operand in enumerate(operands):
+def block_factors(product: Product, factors: Factors, block: int) -> tuple[jax.Array, jax.Array]:
+    """Factors of both operands for each block of so many products, 1 where there is none."""
+    found = []
+    for side, factor in enumerate(factors):
         rank = (product.lhs, product.rhs)[side].ndim
-        factor = jnp.ones((1,) * rank, jnp.float32) if operand.factor is None else operand.factor
-        factors.append(blocks.factors_by_block(product, side, factor, block))
-    return factors[0], factors[1]
+        factor = jnp.ones((1,) * rank, jnp.float32) if factor is None else factor
+        found.append(blocks.factors_by_block(product, side, factor, block))
+    return found[0], found[1]
 
 
 def sum_of_groups(
-    product: Product, lhs: Coded, rhs: Coded, lengths: tuple[int | None, int | None]
+    product: Product,
+    values: tuple[jax.Array, jax.Array],
+    factors: Factors,
+    lengths: tuple[int | None, int | None],
 ) -> jax.Array:
     """``Σ_groups (Σ lhs · rhs) · (s_lhs · s_rhs)``, groups added in order."""
     block = block_length(product, lengths)
-    left, right = (in_code_units(side.values, side.factor) for side in (lhs, rhs))
-    parts = blocks.split_groups(product, left, right, block)
-    factors = block_factors(product, (lhs, rhs), block)
-    return parts.finish(add_blocks(parts.multiply, (parts.lhs, parts.rhs), factors))
+    parts = blocks.split_groups(product, *values, block)
+    by_block = block_factors(product, factors, block)
+    return parts.finish(add_blocks(parts.multiply, (parts.lhs, parts.rhs), by_block))
 
 
 def add_blocks(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
+from quantjax.adapters.methods import check_method, check_module
 from quantjax.interpreter import leaves_by_path
 
 Arrays = dict[str, Any]
@@ -75,7 +76,9 @@ def functional(
     Sharp edges: modules of Equinox are for one example; ``method=lambda m, x: jax.vmap(m)(x)`` maps
     the call, and the weights stay shared. ``eqx.nn.inference_mode(module)`` counts when it is
     called before this function. Arrays that are no parameters (integers, keys) are constants of
-    ``f``; pass what varies as an input.
+    ``f``; pass what varies as an input. ``eqx.nn.SpectralNorm`` computes its weight from its state:
+    give ``lambda tree, *x: f(tree["params"], *x, tree["state"])`` and one tree of both, or the
+    layer stays float.
 
     Args:
       module: stays as it is; of ``eqx.nn.make_with_state``, the first of the two.
@@ -83,8 +86,8 @@ def functional(
       wrt: which leaves are parameters.
 
     Raises:
-      AdapterError: the module has no parameter; by ``f``, where the arrays are not those of this
-        module.
+      AdapterError: no module, one without parameters, or a method that is bound to one; by ``f``,
+        where the arrays are not those of this module.
 
     >>> import equinox as eqx
     >>> import jax.numpy as jnp
@@ -97,6 +100,8 @@ def functional(
     >>> [site.name for site in qj.sites(f, params, jnp.ones((2, 8)))]
     ['layers/0/weight', 'layers/1/weight']
     """
+    check_module(module, adapter="equinox")
+    check_method(method, adapter="equinox")
     arrays, static = eqx.partition(module, wrt)
     arrays = jax.tree.map(jnp.asarray, arrays)
     named = leaves_by_path(arrays)

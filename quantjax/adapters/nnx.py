@@ -12,6 +12,8 @@ import numpy as np
 from flax import nnx
 
 from quantjax import errors
+from quantjax.adapters.methods import check_method, check_module
+from quantjax.qtensor import first_quantized, frozen_error
 
 Arrays = dict[str, Any]
 """A nested dict with string keys, ``{"layers": {"0": {"kernel": array}}}``."""
@@ -37,6 +39,7 @@ class ModuleFunction:
     paths: tuple[Sequence[tuple[Any, ...]], ...]
 
     def __call__(self, params: Any, state: Any, *inputs: Any) -> tuple[Any, Arrays]:
+        _check_trees(params, state)
         params, state = jax.tree.map(_array, (params, state))
         module = self.merge(params, state)
         outputs = self.method(module, *inputs)
@@ -80,8 +83,9 @@ def functional(
       wrt: the filter of ``flax.nnx`` that says which variables are parameters.
 
     Raises:
-      AdapterError: by ``f``, where the arrays are not those of this module, or where the call
-        creates variables or changes the shape or dtype of one.
+      AdapterError: no module, or a method that is bound to one; by ``f``, where the arrays are not
+        those of this module, or where the call creates variables or changes the shape or dtype of
+        one.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -93,6 +97,8 @@ def functional(
     >>> [site.name for site in qj.sites(f, params, state, jnp.ones((2, 8)))]
     ['layers/0/kernel']
     """
+    check_module(module, adapter="nnx")
+    check_method(method, adapter="nnx")
     graphdef, *flat = _split(module, wrt)
     paths = tuple([path for path, _ in items] for items in flat)
     return NnxFunction(
@@ -129,6 +135,20 @@ def as_state(model: NnxFunction, params: Any) -> Any:
     """
     module = model.f.merge(*jax.tree.map(_array, (params, model.state)))
     return nnx.state(module, model.f.wrt)
+
+
+def _check_trees(params: Any, state: Any) -> None:
+    """Raise where an input stands for the state, and where codes stand for floats."""
+    for name, tree in (("params", params), ("state", state)):
+        if not isinstance(tree, dict):
+            raise errors.AdapterError(
+                f"{name} is no dict, but {type(tree).__name__}",
+                why="it is called as f(params, state, *inputs)",
+                fix="f, params, state = functional(module), and f(params, state, x)",
+            )
+    path = first_quantized(params)
+    if path is not None:
+        raise frozen_error(errors.AdapterError, f"parameter {path}")
 
 
 def _call(module: Any, *inputs: Any) -> Any:

@@ -9,7 +9,7 @@ import sys
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +47,8 @@ STUDIES = Group("quantjax.studies", "study")
 MODELS = Group("quantjax.models", "model")
 DATA = Group("quantjax.data", "data")
 ARRAYS = (".npy", ".npz")
+_FILES = (".csv", ".tsv", ".json", ".txt", ".pt", ".pkl", ".h5", ".safetensors", ".parquet", ".png")
+"""Ends of names that mean a file, of which none is read."""
 _IMPORTABLE = "module:object, with the module importable from the current folder"
 
 
@@ -109,7 +111,7 @@ def find_data(name: str, data_dir: Path | None = None) -> Any:
       UnknownNameError: no such data, or something that is no data.
       DataError: a file that holds no arrays.
     """
-    if Path(name).suffix in ARRAYS:
+    if Path(name).suffix.lower() in ARRAYS:
         return _read(Path(name))
     found = find(name, DATA)
     takes = callable(found) and not is_array(found) and not isinstance(found, Iterable)
@@ -119,6 +121,10 @@ def find_data(name: str, data_dir: Path | None = None) -> Any:
             options["data_dir"] = data_dir
         else:
             print(f"note: {name} takes no data_dir", file=sys.stderr)
+    elif takes and _needs(found, "data_dir"):
+        raise errors.UnknownNameError(
+            f"{name} needs a folder", why="it has an argument data_dir", fix="--data-dir PATH"
+        )
     found = _called(found, name, **options) if takes else found
     if is_array(found) or (isinstance(found, Iterable) and not isinstance(found, str | bytes)):
         return found
@@ -126,6 +132,15 @@ def find_data(name: str, data_dir: Path | None = None) -> Any:
         f"{name} is {type(found).__name__}, not an iterable of batches",
         fix="name a list or generator of batches, an array, or a function that returns one",
     )
+
+
+def _needs(function: Callable[..., Any], argument: str) -> bool:
+    """Whether it cannot be called without that argument."""
+    try:
+        found = inspect.signature(function).parameters.get(argument)
+    except ValueError:  # a builtin function, which has no signature
+        return False
+    return found is not None and found.default is inspect.Parameter.empty
 
 
 def find(name: str, group: Group) -> Any:
@@ -163,7 +178,8 @@ def _meant(name: str, points: Iterable[str]) -> str:
     module, dot, attribute = name.rpartition(".")
     if close:
         return f"{close[0]}, or "
-    return f"{module}:{attribute}, or " if dot and module and attribute else ""
+    is_file = Path(name).suffix in _FILES or Path(name).is_file()
+    return f"{module}:{attribute}, or " if dot and module and attribute and not is_file else ""
 
 
 def _imported(name: str) -> Any:

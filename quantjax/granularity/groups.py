@@ -8,6 +8,7 @@ entries would be 3 runs of 2. ``k`` fits where ``⌈n / ⌈n / k⌉⌉ = k``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -176,6 +177,6 @@ def groups_last(x: jax.Array, scale_shape: Sequence[int]) -> tuple[jax.Array, ja
 
     def gathered(array: jax.Array) -> jax.Array:
         filled = jnp.pad(array, [(0, m) for m in missing]) if any(missing) else array
-        return filled.reshape(split).transpose(axes).reshape(*scale_shape, -1)
+        return filled.reshape(split).transpose(axes).reshape(*scale_shape, math.prod(sizes))
 
     return gathered(x), gathered(jnp.ones(x.shape, bool))

@@ -135,7 +135,7 @@ class NOfM(Structure):
                 fix="select= without this kernel, another axis or another M",
             )
         last = jnp.moveaxis(scores, self.axis, -1)
-        groups = last.reshape(*last.shape[:-1], -1, self.m)
+        groups = last.reshape(*last.shape[:-1], last.shape[-1] // self.m, self.m)
         stays = kept(groups, sparsity).reshape(last.shape)
         return jnp.moveaxis(stays, -1, self.axis)
 

@@ -209,3 +209,32 @@ def test_what_was_meant_is_said(name, meant):
     with pytest.raises(errors.UnknownNameError) as caught:
         named.find(name, named.STUDIES)
     assert meant in caught.value.fix
+
+
+def needs_folder(data_dir: Path) -> list[np.ndarray]:
+    """Data that are not there without a folder."""
+    return [np.full((2, 6), len(str(data_dir)), np.float32)]
+
+
+def test_data_that_need_a_folder_name_the_option(tmp_path):
+    with refused(errors.UnknownNameError, "needs a folder", "--data-dir PATH"):
+        named.find_data(f"{__name__}:needs_folder")
+    (batch,) = named.find_data(f"{__name__}:needs_folder", tmp_path)
+    assert batch[0, 0] == len(str(tmp_path))
+
+
+def test_files_of_other_kinds_are_no_modules(tmp_path, monkeypatch):
+    """``x:csv`` was the advice, which names no module."""
+    monkeypatch.chdir(tmp_path)
+    Path("x.other").write_text("1")
+    for name in ("x.csv", "x.other"):
+        with pytest.raises(errors.UnknownNameError) as caught:
+            named.find_data(name)
+        assert "a .npy or .npz file" in str(caught.value)
+        assert "x:" not in str(caught.value)
+
+
+def test_the_end_of_a_file_in_capitals(tmp_path):
+    with (tmp_path / "x.NPY").open("wb") as file:
+        np.save(file, np.ones((3, 2), np.float32))
+    assert named.find_data(str(tmp_path / "x.NPY")).shape == (3, 2)

@@ -337,3 +337,12 @@ def test_groups_have_whole_lengths_and_axes(wrong):
 def test_a_share_is_of_masks():
     with refused(errors.PruningError, "a/kernel is float32", "True and False"):
         qj.pruning.sparsity_of({"a": {"kernel": jnp.ones((2, 2))}})
+
+
+def test_kernels_without_entries_have_masks_without_entries():
+    """Beside others: a layer of no inputs, or of no outputs."""
+    tree = {"none": jnp.zeros((8, 0)), "no": jnp.zeros((0, 8)), "some": models.normal(1, 4, 4)}
+    for structure in (structures.ELEMENTS, NOfM(4)):
+        mask = qj.prune_mask(tree, 0.5, structure=structure)
+        assert mask["none"].shape == (8, 0)
+        assert counts({"some": mask["some"]}) == [8]

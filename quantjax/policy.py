@@ -147,7 +147,8 @@ def uniform_policy(
       weight_bits, activation_bits: None leaves them in float (and 16 is 16-bit *integers*).
       gradient_bits: of backward products with a weight, in ``jax.grad`` of a model or in a model
         that differentiates; stochastic, so that a key is needed.
-      weight_granularity, activation_granularity: other than the defaults.
+      weight_granularity, activation_granularity: other than the defaults. Of ``PerToken()`` ranges
+        are live, those of each tensor: a range for each token cannot be known beforehand.
 
     >>> print(uniform_policy(weight_bits=4, activation_bits=8))
     weighted: w=int4/channel a=uint8/tensor

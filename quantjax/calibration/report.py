@@ -18,6 +18,7 @@ from quantjax.calibration.results import CalibrationReport, OperandRanges, RuleR
 from quantjax.calibration.rules import RULES
 from quantjax.interpreter import Role, leaves_by_path
 from quantjax.planning import Plan
+from quantjax.printing import shape_text
 from quantjax.quantizer import Quantizer, RangeMode
 from quantjax.ranges import FitRule, RangeRule, Target, derive_many, several
 from quantjax.site_plan import OperandPlan, SitePlan
@@ -67,7 +68,8 @@ def calibration_report(
       CalibrationError: nothing was observed, without a histogram, or nothing has a fixed range;
         values that are tracers.
       PolicyError: no rules, the same twice, or something else than a rule.
-      DataError: weights or observed activations that are not finite, a rule that finds no range.
+      DataError: weights or observed activations that are not finite, or have no entries; a rule
+        that finds no range.
       As ``qj.calibrate`` for widths and parameters.
 
     Sharp edges: live ranges are left out, because they are no result of calibration, and so are
@@ -91,6 +93,8 @@ def calibration_report(
             why="live ranges, and operands of width 0, have none",
             fix="a policy with fixed ranges, such as qj.uniform_policy()",
         )
+    for each in seen:
+        _check_entries(each)
     found: list[list[_Applied]] = [[] for _ in seen]
     for rule in chosen:
         for index, applied in _applied(rule, seen):
@@ -127,6 +131,16 @@ class _Seen(NamedTuple):
     def quantizer(self) -> Quantizer:
         assert self.operand.quantizer is not None
         return self.operand.quantizer
+
+
+def _check_entries(seen: _Seen) -> None:
+    """Raise for a layer of no inputs, or of no outputs."""
+    if 0 in seen.operand.operand.shape:
+        raise errors.DataError(
+            f"{seen.operand.key} without entries has no range",
+            where=f"site {seen.entry.site.name}, {shape_text(seen.operand.operand.shape)}",
+            fix="leave the site out: a rule with qj.Scheme() ahead of the others",
+        )
 
 
 class _Applied(NamedTuple):

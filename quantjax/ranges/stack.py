@@ -222,7 +222,8 @@ def checked_rule(rule: Any, where: str) -> RangeRule | FitRule | IndexedRule:
     elif callable(rule):
         is_ours = getattr(rule, "__module__", "").startswith("quantjax.")
         fix = f"call it: qj.ranges.{name}(...)" if is_ours else f'qj.RangeRule("{name}", {name})'
-    raise errors.PolicyError(f"{rule!r:.80} is no range rule", where=where, fix=fix)
+    shown = f"{rule!r:.80}" if callable(rule) or isinstance(rule, str) else f"{type(rule).__name__}"
+    raise errors.PolicyError(f"{shown} is no range rule", where=where, fix=fix)
 
 
 def _check_hashable(rule: RangeRule | FitRule, where: str) -> None:

@@ -38,7 +38,7 @@ REASONS: Mapping[Fault, tuple[str, str]] = {
     Fault.NEGATIVE: (
         "negative values, for which unsigned codes about zero have none",
         "symmetric=False with a range rule or HQO_ZERO_POINT, or signed codes, qj.integer(); of "
-        "the presets, lsq_plus",
+        "the presets, lsq_plus, or first_last_8bit(...) where the model's input has them",
     ),
     Fault.BITS_OUTSIDE_FORMAT: (
         "the width is outside the format",

@@ -330,3 +330,14 @@ def test_each_role_has_its_own_width_and_biases_are_left_out():
     assert "uint4" in str(narrower["output"])
     asleep = calibration_report(plan, state, params, rules=[MIN_MAX], activation_bits=0)
     assert {o.operand for o in asleep} == {"weight", "output"}
+
+
+def test_a_layer_without_outputs_is_named():
+    params = {"w": jnp.ones((4, 6)), "none": jnp.ones((6, 0))}
+    f = lambda p, x: (x @ p["w"]) @ p["none"]  # noqa: E731
+    x = jnp.ones((3, 4))
+    plan = qj.plan(qj.uniform_policy(), qj.sites(f, params, x))
+    _, state = qj.observe(f, plan)(qj.init(plan), params, x)
+    with pytest.raises(errors.DataError, match="weight without entries has no range") as caught:
+        calibration_report(plan, state, params, rules=[MIN_MAX])
+    assert "site none, 6x0" in str(caught.value)

@@ -29,14 +29,18 @@ def calibrated():
         ("mse", "qj.ranges.MSE"),
         (ranges.percentile, "call it: qj.ranges.percentile(...)"),
         (ranges.stack([MIN_MAX, MSE]), "stack[i]"),
+        ([MSE], "qj.ranges.MSE"),
     ],
-    ids=["name", "function", "stack"],
+    ids=["name", "function", "stack", "list"],
 )
 def test_what_is_no_rule_is_named_before_any_work(calibrated, rule, fix):
     case, plan, state = calibrated
     for argument in ("rule", "weight_rule", "activation_rule"):
         with refused(errors.PolicyError, "is no range rule", fix):
             qj.calibrate(plan, state, case.params, **{argument: rule})
+    with pytest.raises(errors.PolicyError) as caught:
+        qj.calibrate(plan, state, case.params, rule=rule)
+    assert "RangeRule(" not in str(caught.value)  # no text of Python's in it
     for make in (qj.weight_quantizer, qj.activation_quantizer):
         with refused(errors.PolicyError, "is no range rule", fix):
             make(bits=8, rule=rule)

@@ -119,3 +119,48 @@ def test_the_best_share_is_that_of_a_loop(after):
     losses = [float(jax.jit(names["loss_at"])(share)) for share in names["shares"]]
     assert float(names["best"]) == float(names["shares"][int(np.argmin(losses))])
     assert float(names["best"]) < 1.0
+
+
+def test_a_sensitivity_scan_is_a_loop_over_static_plans(after):
+    names = behind(after, "sensitivity =")
+    f, params, x = names["f"], names["params"], names["x"]
+    for i, layer in enumerate(names["layers"]):
+        for j, bits in enumerate((2, 3, 4)):
+            policy = qj.Policy(
+                [qj.rule(qj.path(layer), qj.Scheme(weights=qj.weight_quantizer(bits=bits)))]
+            )
+            plan = qj.plan(policy, names["table"])
+            qstate = qj.calibrate(plan, {}, params)
+            alone = jnp.mean((qj.fake_quantize(f, plan)(qstate, params, x) - f(params, x)) ** 2)
+            assert_allclose(names["sensitivity"][i, j], alone, rtol=1e-5)
+
+
+def test_low_rank_updates_make_up_for_codes_that_stay(after):
+    names = behind(after, "def adapted")
+    assert all(isinstance(leaf, qj.QTensor) for leaf in names["codes"].values())
+    assert all("base" in entry.site.name for entry in names["base_plan"].quantized)
+    before, behind_training = (
+        names["distance"](low) for low in (names["tree"]["low"], names["low"])
+    )
+    assert behind_training < 0.6 * before
+
+
+def test_equalized_layers_are_the_same_function_with_less_error(after):
+    names = behind(after, "equalized =")
+    f, params, x = names["f"], names["params"], names["x"]
+    equalized = names["equalized"]
+    assert_allclose(f(equalized, x), f(params, x), rtol=1e-4, atol=1e-5)
+    reach = [np.abs(equalized["a"]).max(0), np.abs(equalized["b"]).max(1)]
+    assert_allclose(reach[0], reach[1], rtol=1e-5)
+    plan = names["planned"](qj.weight_quantizer(bits=4, granularity=qj.PerTensor()))
+    errors = [
+        float(names["error"](plan, qj.calibrate(plan, {}, p), p)) for p in (params, equalized)
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_a_stored_program_serves_what_is_executed(after):
+    names = behind(after, "stored =")
+    want = names["serve"](names["x"][:5])
+    assert_array_equal(names["served"], want)
+    assert isinstance(names["stored"], bytes | bytearray)

@@ -139,6 +139,10 @@ def codebook(
 ) -> CodebookFormat:
     """A format with these levels, in the smallest container that holds them.
 
+    Sharp edge: the larger end of a range is put on the largest level of either sign. Where levels
+    do not reach equally far to both sides (-1 to 0.25), values beyond the nearer end are clipped;
+    ranges that are searched for only shrink, ``qj.ranges.LEAST_SQUARES`` fits the scale itself.
+
     Args:
       levels: 2 to 256 numbers, distinct in float32, in any order.
       name: what it prints as, before its bits.

@@ -168,7 +168,8 @@ def frozen_error(kind: type[errors.QuantjaxError], where: str) -> errors.Quantja
 
 @contextlib.contextmanager
 def floats_expected(params: Any, *, where: str) -> Iterator[None]:
-    """Say which parameter is frozen, where a model that runs inside cannot compute with it.
+    """Say which parameter is frozen or no array, where a model that runs inside cannot compute with
+    it.
 
     A model may take codes and decode them itself, so that they are not refused before.
 
@@ -179,9 +180,17 @@ def floats_expected(params: Any, *, where: str) -> Iterator[None]:
         yield
     except TypeError as error:
         path = first_quantized(params)
-        if path is None:
-            raise
-        raise frozen_error(errors.ArgumentError, f"{where}, {path}") from error
+        if path is not None:
+            raise frozen_error(errors.ArgumentError, f"{where}, {path}") from error
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+                raise errors.ArgumentError(
+                    f"params holds a {type(leaf).__name__}, and arrays are needed",
+                    where=f"{where}, {jax.tree_util.keystr(keys, simple=True, separator='/')}",
+                    fix="a tree of arrays; of a module of Equinox, f and params of "
+                    "quantjax.adapters.equinox.functional(module)",
+                ) from error
+        raise
 
 
 def encode(

@@ -88,3 +88,11 @@ def test_frozen_parameters_are_executed():
         f(frozen, state, X)
     y, _ = qj.execute(f, plan)(qstate, frozen, state, X)
     assert y.shape == (2, 4)
+
+
+def test_a_module_is_no_tree_of_parameters():
+    """Its activation is a leaf, and JAX's own error speaks of jitted functions."""
+    with refused(errors.ArgumentError, "arrays are needed", "qj.sites, activation", "functional"):
+        qj.sites(lambda module, x: jax.vmap(module)(x), PERCEPTRON, X)
+    with refused(errors.ArgumentError, "params holds a str", "qj.sites, name"):
+        qj.sites(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 3)), "name": "dense"}, X)

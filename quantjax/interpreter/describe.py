@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 from quantjax.interpreter import provenance
+from quantjax.interpreter.moves import Axes, Moves, axes_back, axes_forth
 from quantjax.interpreter.product import Product, product_of, unsupported
 from quantjax.interpreter.provenance import Loop, Origin, OriginKind
 from quantjax.interpreter.sites import Operand, Role, Site, SiteStatus
@@ -127,14 +128,16 @@ def _output(product: Product, weight: int | None) -> Operand:
 
 
 def bias_of(
-    site: Site, weight: Origin | None, added: Origin, shape: Sequence[int]
+    site: Site, weight: Origin | None, added: Origin, shape: Sequence[int], moves: Moves
 ) -> Operand | None:
     """The bias that is added to a site's result, if it is one.
 
-    One parameter, moved, cast and broadcast, with an entry for each output channel.
+    One parameter, moved, cast and broadcast, with an entry for each output channel and along those
+    channels, as far as that can be seen.
 
     Args:
       shape: that of what is added.
+      moves: what the result went through ahead of it.
     """
     operand = site.weight
     if operand is None or weight is None or site.op.is_lookup:
@@ -146,6 +149,9 @@ def bias_of(
     own = tuple(shape) if source is added else _shape(source, added)
     channels = math.prod(operand.shape[axis] for axis in operand.free)
     if own is None or math.prod(own) != channels:
+        return None
+    axes = axes_back(moves, _varies(source, added, own))
+    if axes is not None and site.output is not None and not axes <= set(site.output.contracted):
         return None
     return Operand(
         key=Role.BIAS.value,
@@ -180,6 +186,18 @@ def _shape(source: Origin, origin: Origin) -> tuple[int, ...] | None:
             return provenance.eqn_shapes(node.eqn)[0]
         node = node.operands[0]
     return None
+
+
+def _varies(source: Origin, origin: Origin, shape: Sequence[int]) -> Axes:
+    """Along which axes ``origin`` has different entries, made of ``source`` of that shape."""
+    path, node = [], origin
+    while node is not source and node.eqn is not None:
+        path.append(node.eqn)
+        node = node.operands[0]
+    axes: Axes = frozenset(axis for axis, size in enumerate(shape) if size != 1)
+    for eqn in reversed(path):
+        axes = axes_forth(eqn, axes)
+    return axes
 
 
 def _operand(product: Product, side: int, weight: int | None, origin: Origin) -> Operand:

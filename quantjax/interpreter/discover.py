@@ -192,20 +192,21 @@ def _note_bias(
             continue
         item, added = found.sites[result.place], operands[1 - side]
         aval: Any = eqn.invars[1 - side].aval
-        bias = bias_of(item.site, item.weight, added, aval.shape)
+        bias = bias_of(item.site, item.weight, added, aval.shape, result.moves)
         if bias is not None:
             site = dataclasses.replace(item.site, bias=bias)
             noted = _Bias(here, 1 - side, added, result.moves)
             found.sites[result.place] = dataclasses.replace(item, site=site, bias=noted)
 
 
-def _holds_products(program: jex_core.ClosedJaxpr) -> bool:
+def _holds_products(program: jex_core.ClosedJaxpr, *, with_lookups: bool = False) -> bool:
     for eqn in program.jaxpr.eqns:
         product = product_of(eqn)
-        if product is not None and not product.op.is_lookup:
+        if product is not None and (with_lookups or not product.op.is_lookup):
             return True
         container = container_of(eqn)
-        if container is not None and any(map(_holds_products, container.programs)):
+        inner = () if container is None else container.programs
+        if any(_holds_products(program, with_lookups=with_lookups) for program in inner):
             return True
     return False
 
@@ -253,7 +254,7 @@ def _enter(
         note = f"inside {own}: inlined, so that its own {rule} rule is not used"
         inside = around.within(scope, own, note=note)
         return _walk(programs[0], operands, (*here, 0), inside, found)
-    if kind is ContainerKind.PLATFORM and _holds_products(programs[0]):
+    if kind is ContainerKind.PLATFORM and _holds_products(programs[0], with_lookups=True):
         note = "inside platform_dependent: the branch of the backend in use stands for all"
         inside = around.within(scope, "", note=note)
         return _walk(programs[0], operands[1:], (*here, 0), inside, found)

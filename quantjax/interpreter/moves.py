@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex_core
 
-from quantjax._compat import bind_equation
+from quantjax._compat import bind_in_context
 
 Moves = tuple[jex_core.JaxprEqn, ...]
 """Equations of one operand each, the first of them that of the product's result."""
@@ -38,9 +38,9 @@ def is_move(eqn: jex_core.JaxprEqn) -> bool:
 
 
 def moved_forth(moves: Moves, x: jax.Array) -> jax.Array:
-    """From the product's layout to that of the addition."""
+    """From the product's layout to that of the addition, in the context at hand."""
     for eqn in moves:
-        (x,) = bind_equation(eqn, x)
+        (x,) = bind_in_context(eqn, x)
     return x
 
 
@@ -52,6 +52,48 @@ def moved_back(moves: Sequence[jex_core.JaxprEqn], x: jax.Array) -> jax.Array:
         else:
             x = lax.reshape(x, _shape(eqn.invars[0].aval))
     return x
+
+
+Axes = frozenset[int] | None
+"""Along which an array has different entries; None where that is not known."""
+
+
+def axes_forth(eqn: jex_core.JaxprEqn, axes: Axes) -> Axes:
+    """Axes of the result, given those of the first operand."""
+    if axes is None:
+        return None
+    name = eqn.primitive.name
+    if name == "transpose":
+        return frozenset(i for i, axis in enumerate(eqn.params["permutation"]) if axis in axes)
+    if name == "broadcast_in_dim":
+        return frozenset(eqn.params["broadcast_dimensions"][axis] for axis in axes)
+    places = _places(eqn)
+    return None if places is None else frozenset(places[axis] for axis in axes)
+
+
+def axes_back(moves: Moves, axes: Axes) -> Axes:
+    """Axes in the product's layout, given those in the layout of the addition."""
+    for eqn in reversed(moves):
+        if axes is None:
+            return None
+        if eqn.primitive.name == "transpose":
+            axes = frozenset(eqn.params["permutation"][axis] for axis in axes)
+            continue
+        places = _places(eqn)
+        if places is None:
+            return None
+        back = {after: before for before, after in places.items()}
+        axes = frozenset(back[axis] for axis in axes)
+    return axes
+
+
+def _places(eqn: jex_core.JaxprEqn) -> dict[int, int] | None:
+    """Where each axis of more than one entry goes; None where axes are cut or joined."""
+    before, after = (_shape(atom.aval) for atom in (eqn.invars[0], eqn.outvars[0]))
+    kept, found = ([a for a, size in enumerate(shape) if size != 1] for shape in (before, after))
+    if [before[axis] for axis in kept] != [after[axis] for axis in found]:
+        return None
+    return dict(zip(kept, found, strict=True))
 
 
 def _shape(aval: Any) -> tuple[int, ...]:

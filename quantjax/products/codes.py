@@ -169,7 +169,7 @@ def _scaled_sums(
     factors = lhs.factor, rhs.factor
     operands = (lhs.values, rhs.values), factors
 
-    def value(values: tuple[jax.Array, jax.Array], flags: _Flags) -> jax.Array:
+    def value(product: Product, values: tuple[jax.Array, jax.Array], flags: _Flags) -> jax.Array:
         lhs_values, rhs_values = _as_they_came(product, values)
         sums = _sums(product, sizing, lhs_values, rhs_values, flags)
         if product.is_summed:
@@ -179,28 +179,29 @@ def _scaled_sums(
         return fence(sums.T).T if product.turns.out else fence(sums)
 
     @jax.custom_jvp
-    def total(operands: Any, flags: _Flags) -> jax.Array:
-        values, factors = operands
-        return scaled(product, value(values, flags), *factors)
+    def total(operands: Any, flags: _Flags, rest: Any) -> jax.Array:
+        here, (values, factors) = dataclasses.replace(product, rest=rest), operands
+        return scaled(here, value(here, values, flags), *factors)
 
     @functools.partial(total.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        ((values, factors), flags), ((dvalues, dfactors), _) = primals, tangents
+        ((values, factors), flags, rest), ((dvalues, dfactors), *_) = primals, tangents
+        here = dataclasses.replace(product, rest=rest)
         # From here on each derivative is that of the codes alone.
         values = tuple(map(in_code_units, values, factors))
-        sums = value(values, flags)
+        sums = value(here, values, flags)
         terms = [
-            _tangent(product, side, values, factors, dvalue)
+            _tangent(here, side, values, factors, dvalue)
             for side, dvalue in enumerate(dvalues)
             if moves(dvalue)
         ]
         if moves(dfactors):
-            scale = lambda factors: scaled(product, sums, *factors)  # noqa: E731
+            scale = lambda factors: scaled(here, sums, *factors)  # noqa: E731
             terms.append(jax.jvp(scale, (factors,), (instantiated(dfactors),))[1])
-        out = scaled(product, sums, *factors)
+        out = scaled(here, sums, *factors)
         return out, sum_of(terms, out)
 
-    return total(operands, flags)
+    return total(operands, flags, product.rest)
 
 
 def _grouped_sums(
@@ -213,21 +214,22 @@ def _grouped_sums(
     operands = (lhs.values, rhs.values), (lhs.factor, rhs.factor)
 
     @jax.custom_jvp
-    def total(operands: Any) -> jax.Array:
-        values, factors = operands
-        return sum_of_groups(product, values, factors, lengths)
+    def total(operands: Any, rest: Any) -> jax.Array:
+        here, (values, factors) = dataclasses.replace(product, rest=rest), operands
+        return sum_of_groups(here, values, factors, lengths)
 
     @functools.partial(total.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        ((values, factors),), ((dvalues, dfactors),) = primals, tangents
+        ((values, factors), rest), ((dvalues, dfactors), _) = primals, tangents
+        here = dataclasses.replace(product, rest=rest)
         # From here on each derivative is that of the codes alone.
         values = tuple(map(in_code_units, values, factors))
         terms = [
-            _tangent(product, side, values, factors, dvalue)
+            _tangent(here, side, values, factors, dvalue)
             for side, dvalue in enumerate(dvalues)
             if moves(dvalue)
         ]
-        scaled_by = lambda factors: sum_of_groups(product, values, factors, lengths)  # noqa: E731
+        scaled_by = lambda factors: sum_of_groups(here, values, factors, lengths)  # noqa: E731
         if moves(dfactors):
             out, term = jax.jvp(scaled_by, (factors,), (instantiated(dfactors),))
             terms.append(term)
@@ -235,7 +237,7 @@ def _grouped_sums(
             out = scaled_by(factors)
         return out, sum_of(terms, out)
 
-    return total(operands)
+    return total(operands, product.rest)
 
 
 def _as_they_came(product: Product, values: Sequence[jax.Array]) -> list[jax.Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax import errors
-from quantjax.calibration.batches import check_integers, checked, first_line
+from quantjax.calibration.batches import checked, first_line
 from quantjax.sweep.study import Study
 
 
@@ -53,8 +53,8 @@ def tested(study: Study) -> Tested:
     """Inputs and labels of ``study.test``.
 
     Raises:
-      SweepError: no pair, or labels that are no integers, or none.
-      DataError: inputs with NaN or infinity, or no numbers; labels that JAX's integers do not hold.
+      SweepError: no pair, or labels that are no integers of 32 bits, or none.
+      DataError: inputs with NaN or infinity, or no numbers; integers that JAX's do not hold.
     """
     found = study.test()
     if not isinstance(found, tuple | list) or len(found) != 2:
@@ -96,7 +96,14 @@ def known_labels(study: Study, labels: Any) -> jax.Array:
             fix="labels.astype(jnp.int32)",
         )
     narrow = array.astype(jnp.int32)
-    check_integers(np.asarray(labels), narrow, f"{where}, labels")
+    changed = int(np.sum(np.asarray(labels) != np.asarray(narrow)))
+    if changed:
+        raise errors.SweepError(
+            f"{changed} labels do not fit int32",
+            where=where,
+            why="labels are numbers of classes",
+            fix="labels from 0 to one less than there are classes",
+        )
     return narrow
 
 

@@ -56,6 +56,9 @@ NONE = {
     "turned, used twice": lambda p, x: (y := (x @ p["w"]).T) + p["b"][:, None] + y,
     "handed out, turned": lambda p, x: ((y := (x @ p["w"]).T), y + p["b"][:, None]),
     "turned, handed out": lambda p, x: ((y := x @ p["w"]), y.T + p["b"][:, None]),
+    "as it lies, a turned result": lambda p, x: (x[:, :4] @ p["square"]).T + p["four"][None],
+    "as it lies along the rows": lambda p, x: x[:, :4] @ p["square"] + p["four"][:, None],
+    "as it lies, turned": lambda p, x: (p["square"].T @ x[:, :4].T) + p["four"][None],
     "another half": lambda p, x: (x @ p["w"])[:2] + p["b"][None],
     "subtracted": lambda p, x: x @ p["w"] - p["b"][None],
 }
@@ -63,7 +66,7 @@ NONE = {
 
 @pytest.mark.parametrize("name", NONE)
 def test_none(name):
-    assert biases(NONE[name], P, X) == {}
+    assert biases(NONE[name], {**P, "four": normal(14, 4), "square": normal(15, 4, 4)}, X) == {}
 
 
 def test_an_embedding_of_positions_is_no_bias():

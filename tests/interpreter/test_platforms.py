@@ -76,3 +76,13 @@ def test_a_branch_without_products_is_left_alone():
     done = ready(Case(f, PARAMS, X), qj.uniform_policy())
     text = str(jax.make_jaxpr(qj.fake_quantize(f, done.plan))(done.qstate, PARAMS, X))
     assert "platform_index" in text
+
+
+def test_a_lookup_in_it_has_a_row():
+    table = {"e": normal(3, 7, 6), **PARAMS}
+
+    def f(p: Any, i: jax.Array) -> jax.Array:
+        take = lambda e, i: e[i]  # noqa: E731
+        return lax.platform_dependent(p["e"], i, cpu=take, default=take) @ p["w"]
+
+    assert [site.name for site in qj.sites(f, table, jnp.arange(3))] == ["e", "w"]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import quantjax as qj
 from tests.models import Case, Ready, assert_same_bits, normal, ready
@@ -134,3 +135,17 @@ def test_bypass_is_the_model_and_gradients_flow(name):
         np.testing.assert_allclose(got[name_], want[name_], rtol=1e-5, atol=1e-6)
     quantized = jax.grad(lambda p: loss(simulated, done.qstate, p, x))(P)
     assert sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(quantized)) > 0
+
+
+@pytest.mark.parametrize("name", [name for name in PAIRS if name != "scan"])
+def test_meshes_with_explicit_axes_change_nothing(name):
+    """The sum is handled where axes are automatic, and moved there; scans are along no axis."""
+    _, moved, x = PAIRS[name]
+    done = planned(moved, x, qj.AccumulatorBias())
+    want = jax.jit(qj.fake_quantize(moved, done.plan))(done.qstate, P, x)
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        given = jax.device_put((done.qstate, P), NamedSharding(mesh, PartitionSpec()))
+        sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
+        got = jax.jit(qj.fake_quantize(moved, done.plan))(*given, sharded)
+    assert_same_bits(np.asarray(got), np.asarray(want))

@@ -171,3 +171,25 @@ def test_other_forms_are_opaque():
     rows = [s for s in qj.sites(jax.grad(loss), P, X, SIZES) if s.op is Op.RAGGED]
     assert [row.status for row in rows].count(SiteStatus.OPAQUE) == 1
     assert any("one matrix a group" in row.reason for row in rows)
+
+
+CALLS = {
+    "jit of grad": lambda loss: jax.jit(jax.grad(loss)),
+    "grad of jit": lambda loss: jax.grad(jax.jit(loss)),
+    "checkpoint": lambda loss: jax.jit(jax.grad(jax.checkpoint(loss))),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", ["tensor", "token", "alone"])
+def test_sizes_may_be_traced_where_gradients_are(name, call):
+    """They are an argument of the rules of derivatives, which must not close over a tracer."""
+    weights = qj.weight_quantizer(bits=4, granularity=qj.PerGroup(8))
+    scheme = SCHEMES[name] if name in SCHEMES else qj.Scheme(weights=weights)
+    plan = qj.plan(qj.Policy([qj.rule(qj.weighted(), scheme)]), qj.sites(f, P, X, SIZES))
+    qstate = qj.calibrate(plan, qj.init(plan), P)
+    simulated = qj.fake_quantize(f, plan)
+    loss = lambda p, x, sizes: (simulated(qstate, p, x, sizes) ** 2).sum()  # noqa: E731
+    want = jax.grad(lambda p: loss(p, X, SIZES))(P)["w"]
+    got = CALLS[call](loss)(P, X, SIZES)["w"]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))

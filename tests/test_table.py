@@ -120,13 +120,13 @@ ATTENTION = {
 }
 
 TABLE_TEXT = """\
-site           op      left   right  output  weights  MACs  bytes  inside  note
-embed/table    gather  w 7x4         5x4     28       0     112
-layers         dot     a 5x4  w 4x4  5x4     48       240   192    scan×3
-dot_general#0  dot     a 5x4  a 4x5  5x5              100
-dot_general#1  dot     a 5x5  a 5x4  5x4              100
-embed/table#1  dot     a 5x4  w 4x7  5x7     28       140   112
-total                                        76       580   304
+site           op      left   right     output  weights  MACs  bytes  inside  note
+embed/table    gather  w 7x4            5x4     28       0     112
+layers         dot     a 5x4  w 4x4     5x4     48       240   192    scan×3
+dot_general#0  dot     a 5x4  a 4x5     5x5              100
+dot_general#1  dot     a 5x5  a 5x4     5x4              100
+embed/table#1  dot     a 5x4  w 4x7 +b  5x7     28       140   112
+total                                           76       580   304
 """
 
 PLAN_TEXT = """\

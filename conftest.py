@@ -35,6 +35,14 @@ def _programs_are_let_go() -> Iterator[None]:
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def own_programs() -> Iterator[None]:
+    """For modules that pretend another backend: what JAX traced there is not for others."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_finish() -> None:
     """Leave alone what stays to the end, some million objects, and look through the rest seldom.
 

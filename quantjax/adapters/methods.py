@@ -36,9 +36,7 @@ def check_method(method: Callable[..., Any] | None, *, adapter: str) -> None:
 
     >>> check_method(lambda module, x: module(x), adapter="equinox")
     """
-    if callable(method) and not inspect.ismethod(method):
-        return
-    if method is None:
+    if method is None or (callable(method) and not inspect.ismethod(method)):
         return
     name = method.__name__ if callable(method) else str(method)
     shown = name if name.isidentifier() and name != "__call__" else "encode"

@@ -66,7 +66,13 @@ def checked(batch: Arguments, where: str) -> Arguments:
         place = f"{where}, array {index} of shape {shape_text(leaf.shape)}"
         if leaf.size == 0:
             raise errors.DataError("a batch is empty", where=place, fix="one sample or more")
-        check_integers(given, leaf, place)
+        changed = changed_integers(given, leaf)
+        if changed:
+            raise errors.DataError(
+                f"{changed} integers of a batch do not fit {leaf.dtype}",
+                where=place,
+                fix="smaller ones, or jax_enable_x64",
+            )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
@@ -80,17 +86,15 @@ def checked(batch: Arguments, where: str) -> Arguments:
     return inputs
 
 
-def check_integers(given: Any, held: jax.Array, where: str) -> None:
-    """Raise ``DataError`` for integers of 64 bits that are others in JAX's 32, which wraps them."""
+def changed_integers(given: Any, held: jax.Array) -> int:
+    """How many integers of 64 bits are others in the array that holds them, which wraps them.
+
+    >>> changed_integers(np.array([1, 2**32]), jnp.array([1, 0], jnp.int32))
+    1
+    """
     if not jnp.issubdtype(held.dtype, jnp.integer):
-        return
-    changed = int(np.sum(np.asarray(given) != np.asarray(held)))
-    if changed:
-        raise errors.DataError(
-            f"{changed} integers of a batch do not fit {held.dtype}",
-            where=where,
-            fix="smaller ones, or jax_enable_x64",
-        )
+        return 0
+    return int(np.sum(np.asarray(given) != np.asarray(held)))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +45,9 @@ from quantjax.tangents import instantiated, moves, sum_of
 
 ALIGNED = 64
 """GPUs take blocks of sums of this length, and multiples of it, as they lie."""
+
+
+Values = tuple[jax.Array, jax.Array]
 
 
 class _Flags(NamedTuple):
@@ -160,67 +163,56 @@ def _float32_is_native(product: Product) -> bool:
 def _scaled_sums(
     product: Product, sizing: Sizing, lhs: Coded, rhs: Coded, flags: _Flags
 ) -> jax.Array:
-    """``Σ lhs · rhs · (s_lhs · s_rhs)``, whose derivatives have each factor where it is cheapest.
+    """``Σ lhs · rhs · (s_lhs · s_rhs)``."""
 
-    The plain rule multiplies the cotangent, an array of the output's size, by both factors before
-    each product of the backward pass. Here a factor goes with the tangent of its own operand, where
-    it joins the estimator's slope, and one that varies with the other operand, mostly a weight.
-    """
-    factors = lhs.factor, rhs.factor
-    operands = (lhs.values, rhs.values), factors
-
-    def value(product: Product, values: tuple[jax.Array, jax.Array], flags: _Flags) -> jax.Array:
+    def total(product: Product, values: Values, factors: Factors, flags: Any) -> jax.Array:
         lhs_values, rhs_values = _as_they_came(product, values)
         sums = _sums(product, sizing, lhs_values, rhs_values, flags)
-        if product.is_summed:
-            return sums
-        # Where no fence stands behind the factors, one stands ahead of them.
-        fence = lax.optimization_barrier
-        return fence(sums.T).T if product.turns.out else fence(sums)
+        if not product.is_summed:
+            # Where no fence stands behind the factors, one stands ahead of them.
+            fence = lax.optimization_barrier
+            sums = fence(sums.T).T if product.turns.out else fence(sums)
+        return scaled(product, sums, *factors)
 
-    @jax.custom_jvp
-    def total(operands: Any, flags: _Flags, rest: Any) -> jax.Array:
-        here, (values, factors) = dataclasses.replace(product, rest=rest), operands
-        return scaled(here, value(here, values, flags), *factors)
-
-    @functools.partial(total.defjvp, symbolic_zeros=True)
-    def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        ((values, factors), flags, rest), ((dvalues, dfactors), *_) = primals, tangents
-        here = dataclasses.replace(product, rest=rest)
-        # From here on each derivative is that of the codes alone.
-        values = tuple(map(in_code_units, values, factors))
-        sums = value(here, values, flags)
-        terms = [
-            _tangent(here, side, values, factors, dvalue)
-            for side, dvalue in enumerate(dvalues)
-            if moves(dvalue)
-        ]
-        if moves(dfactors):
-            scale = lambda factors: scaled(here, sums, *factors)  # noqa: E731
-            terms.append(jax.jvp(scale, (factors,), (instantiated(dfactors),))[1])
-        out = scaled(here, sums, *factors)
-        return out, sum_of(terms, out)
-
-    return total(operands, flags, product.rest)
+    return _derived_by_operand(product, lhs, rhs, flags, total)
 
 
 def _grouped_sums(
     product: Product, lhs: Coded, rhs: Coded, lengths: tuple[int | None, int | None]
 ) -> jax.Array:
-    """``Σ_groups (Σ lhs · rhs) · (s_lhs · s_rhs)``, whose derivatives are one product each.
+    """``Σ_groups (Σ lhs · rhs) · (s_lhs · s_rhs)``."""
 
-    A derivative is no sum of integers, and its order is free: codes are scaled ahead of it.
+    def total(product: Product, values: Values, factors: Factors, _: Any) -> jax.Array:
+        return sum_of_groups(product, values, factors, lengths)
+
+    return _derived_by_operand(product, lhs, rhs, None, total)
+
+
+def _derived_by_operand(
+    product: Product,
+    lhs: Coded,
+    rhs: Coded,
+    flags: _Flags | None,
+    total: Callable[[Product, Values, Factors, Any], jax.Array],
+) -> jax.Array:
+    """``total(product, values, factors, flags)``, whose derivatives are one product each.
+
+    The plain rule multiplies the cotangent, an array of the output's size, by both factors before
+    each product of the backward pass, and adds up group by group as the forward pass does. Here a
+    factor goes with the tangent of its own operand, where it joins the estimator's slope, and one
+    that varies with the other operand, mostly a weight. A derivative is no sum of integers.
+
+    The rule closes over no array: what the product has besides its operands is an argument.
     """
-    operands = (lhs.values, rhs.values), (lhs.factor, rhs.factor)
 
     @jax.custom_jvp
-    def total(operands: Any, rest: Any) -> jax.Array:
-        here, (values, factors) = dataclasses.replace(product, rest=rest), operands
-        return sum_of_groups(here, values, factors, lengths)
+    def derived(operands: Any, flags: Any, rest: Any) -> jax.Array:
+        values, factors = operands
+        return total(dataclasses.replace(product, rest=rest), values, factors, flags)
 
-    @functools.partial(total.defjvp, symbolic_zeros=True)
+    @functools.partial(derived.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        ((values, factors), rest), ((dvalues, dfactors), _) = primals, tangents
+        ((values, factors), flags, rest), ((dvalues, dfactors), *_) = primals, tangents
         here = dataclasses.replace(product, rest=rest)
         # From here on each derivative is that of the codes alone.
         values = tuple(map(in_code_units, values, factors))
@@ -229,15 +221,15 @@ def _grouped_sums(
             for side, dvalue in enumerate(dvalues)
             if moves(dvalue)
         ]
-        scaled_by = lambda factors: sum_of_groups(here, values, factors, lengths)  # noqa: E731
-        if moves(dfactors):
-            out, term = jax.jvp(scaled_by, (factors,), (instantiated(dfactors),))
-            terms.append(term)
-        else:
-            out = scaled_by(factors)
-        return out, sum_of(terms, out)
+        by_factors = lambda factors: total(here, values, factors, flags)  # noqa: E731
+        if not moves(dfactors):
+            out = by_factors(factors)
+            return out, sum_of(terms, out)
+        out, term = jax.jvp(by_factors, (factors,), (instantiated(dfactors),))
+        return out, sum_of([*terms, term], out)
 
-    return total(operands, product.rest)
+    operands = (lhs.values, rhs.values), (lhs.factor, rhs.factor)
+    return derived(operands, flags, product.rest)
 
 
 def _as_they_came(product: Product, values: Sequence[jax.Array]) -> list[jax.Array]:
@@ -253,7 +245,7 @@ def _as_they_came(product: Product, values: Sequence[jax.Array]) -> list[jax.Arr
 def _tangent(
     product: Product,
     side: int,
-    values: tuple[jax.Array, jax.Array],
+    values: Values,
     factors: Factors,
     tangent: jax.Array,
 ) -> jax.Array:

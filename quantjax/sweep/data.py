@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from quantjax import errors
-from quantjax.calibration.batches import checked, first_line
+from quantjax.calibration.batches import changed_integers, checked, first_line
 from quantjax.sweep.study import Study
 
 
@@ -96,7 +95,7 @@ def known_labels(study: Study, labels: Any) -> jax.Array:
             fix="labels.astype(jnp.int32)",
         )
     narrow = array.astype(jnp.int32)
-    changed = int(np.sum(np.asarray(labels) != np.asarray(narrow)))
+    changed = changed_integers(labels, narrow)
     if changed:
         raise errors.SweepError(
             f"{changed} labels do not fit int32",

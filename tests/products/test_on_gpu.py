@@ -17,6 +17,8 @@ from tests.integers.visiting import equations
 from tests.models import assert_same_bits, normal, planned
 from tests.products.forms import FORMS, expected, hand_made, plan_of
 
+pytestmark = pytest.mark.usefixtures("own_programs")
+
 PRODUCTS = ("dot_general", "conv_general_dilated")
 LONG = 3000
 

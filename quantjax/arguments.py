@@ -41,7 +41,7 @@ def expect(
         _NUMBERS.get(kind, kind.__name__) for kind in allowed if kind is not type(None)
     )
     raise errors.ArgumentError(
-        f"{argument} is {_kind(value)}, and {_article(names)} is needed", where=where, fix=fix
+        f"{argument} is {kind_of(value)}, and {_article(names)} is needed", where=where, fix=fix
     )
 
 
@@ -106,7 +106,7 @@ def expect_key(key: object, *, where: str) -> None:
             where=where,
             fix="jax.vmap(lambda key: ...)(keys), or keys[0]",
         )
-    kind = _kind(key) if found is None else f"an array of {found.dtype}"
+    kind = kind_of(key) if found is None else f"an array of {found.dtype}"
     raise errors.ArgumentError(
         f"key is {kind}, and a random key is needed",
         where=where,
@@ -123,14 +123,14 @@ def expect_function(f: object, *, where: str, fix: str) -> None:
     """
     if not callable(f):
         raise errors.ArgumentError(
-            f"f is {_kind(f)}, and a function f(params, *inputs) is needed", where=where, fix=fix
+            f"f is {kind_of(f)}, and a function f(params, *inputs) is needed", where=where, fix=fix
         )
     homes = [base.__module__ for base in type(f).__mro__]
     for package, instead in _MODULES.items():
         from_there = any(home == package or home.startswith(f"{package}.") for home in homes)
         if from_there and not (package == "equinox" and _takes_parameters(f)):
             raise errors.ArgumentError(
-                f"f is a module, {_kind(f)}, and a function f(params, *inputs) is needed",
+                f"f is a module, {kind_of(f)}, and a function f(params, *inputs) is needed",
                 where=where,
                 why=f"a module of {package} is not called with its parameters",
                 fix=instead,
@@ -171,7 +171,7 @@ def _takes_parameters(f: Callable[..., Any]) -> bool:
     return True
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """``a Policy``, ``an int``, ``None``, ``the class Policy``."""
     if value is None:
         return "None"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
+from quantjax.arguments import kind_of
 from quantjax.calibration.batches import changed_integers, checked, first_line
 from quantjax.sweep.study import Study
 
@@ -30,7 +31,7 @@ def calibration_batches(study: Study) -> list[Any]:
     given = study.calibration()
     if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
         raise errors.SweepError(
-            f"{_article(given)} for calibration batches",
+            f"{kind_of(given)} for calibration batches",
             where=f"study {study.name}, calibration",
             fix="calibration=lambda: [inputs], a list of batches",
         )
@@ -59,7 +60,7 @@ def tested(study: Study) -> Tested:
     if not isinstance(found, tuple | list) or len(found) != 2:
         count = f" of {len(found)}" if isinstance(found, tuple | list) else ""
         raise errors.SweepError(
-            f"{_article(found)}{count} for inputs and labels",
+            f"{kind_of(found)}{count} for inputs and labels",
             where=f"study {study.name}, test",
             fix="test=lambda: (inputs, labels)",
         )
@@ -104,7 +105,3 @@ def known_labels(study: Study, labels: Any) -> jax.Array:
             fix="labels from 0 to one less than there are classes",
         )
     return narrow
-
-
-def _article(found: object) -> str:
-    return f"a {type(found).__name__}" if found is not None else "None"

@@ -174,7 +174,7 @@ def _check_arguments(
     execution: object,
     progress: object,
 ) -> None:
-    """Each of its kind; a name that some enum has is text."""
+    """Raise for an argument of another kind, and for a budget that holds nothing."""
     where = "run_sweep"
     expect(study, Study, argument="study", where=where, fix="a quantjax.sweep.Study")
     expect(grid, Grid, argument="grid", where=where, fix="Grid(weight_bits=(2, 4, 8))")

@@ -125,16 +125,21 @@ def pack(
             where=f"codes of shape {codes.shape}",
             fix=f"codes.astype(jnp.{packing.dtype}), signed={signed}",
         )
-    if signed and bits == 1:
+    return _packed(codes, packing), packing
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)  # one program where called eagerly
+def _packed(codes: jax.Array, packing: Packing) -> jax.Array:
+    bits, per_byte = packing.bits, packing.codes_per_byte
+    if packing.signed and bits == 1:
         fields = (codes >= 0).astype(jnp.uint8)
     else:
         fields = lax.bitcast_convert_type(codes, jnp.uint8) & jnp.uint8(2**bits - 1)
-    per_byte = packing.codes_per_byte
     missing = packing.packed_length * per_byte - packing.length
     fields = jnp.pad(fields, [(0, 0)] * (codes.ndim - 1) + [(0, missing)])
     fields = fields.reshape(*codes.shape[:-1], packing.packed_length, per_byte)
     moved = [fields[..., k] << jnp.uint8(k * bits) for k in range(per_byte)]
-    return functools.reduce(lax.bitwise_or, moved), packing
+    return functools.reduce(lax.bitwise_or, moved)
 
 
 def unpack(
@@ -162,6 +167,11 @@ def unpack(
             why=f"those take {packing.packed_length} bytes of uint8 along the last axis",
             fix="slice along the other axes only, or unpack first",
         )
+    return _unpacked(packed, packing)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _unpacked(packed: jax.Array, packing: Packing) -> jax.Array:
     # By words of up to four bytes, each of which gives 8 to 32 codes: XLA on CPU vectorizes such an
     # innermost loop, and not one of two. The first byte of a word is its lowest.
     bits, word_bits = packing.bits, 8 * math.gcd(packing.packed_length, 4)

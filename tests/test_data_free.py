@@ -75,6 +75,7 @@ def test_kernels_are_quantized_and_nothing_else_is_touched():
     assert jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), restored) == shapes
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("granularity", "groups"),
     [

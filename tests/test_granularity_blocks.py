@@ -116,6 +116,7 @@ def test_expanding(shape, groups):
     assert_array_equal(np.broadcast_to(expanded, shape), spread(scale, shape))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("shape", "groups"), FITTING)
 def test_reducing(shape, groups, masked):
@@ -145,6 +146,7 @@ def test_reducing(shape, groups, masked):
     np.testing.assert_allclose(mean.ravel(), wanted, rtol=2e-7)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("shape", "groups"), FITTING)
 def test_reducing_undoes_expanding(shape, groups):
     scale = jnp.arange(float(np.prod(groups))).reshape(groups)

@@ -74,6 +74,7 @@ def test_format_and_dtype_are_static():
         jax.tree.map(lambda a, b: a, tensor, others[0])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("groups", [(1, 1), (1, 8), (3, 8), (6, 4)], ids=str)
 def test_stacking_scanning_and_slicing_leaves(groups):
     layers = jnp.stack([X, 2 * X, -X])
@@ -106,6 +107,7 @@ def test_a_part_of_the_rows_is_a_tensor_too():
     assert_array_equal(part.dequantize(), whole[2:4])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("max_bits", [3, 8, 11, 16])
 @pytest.mark.parametrize("signed", [True, False])
 def test_containers(max_bits, signed):

@@ -73,9 +73,11 @@ def checked(batch: Arguments, where: str) -> Arguments:
                 where=place,
                 fix="smaller ones, or jax_enable_x64",
             )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
+        is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+        narrow = np.asarray(leaf, np.complex64 if is_complex else np.float32)
+        bad = int(np.sum(~np.isfinite(narrow)))
         if bad:
             raise errors.DataError(
                 f"{bad} values of a batch are NaN or infinite",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -70,18 +71,31 @@ def kd_loss(
     where = None if where is None else jnp.asarray(where)
     _check_shapes(student, teacher, labels, where)
     _check_numbers(temperature, alpha)
+    labels = None if labels is None else jnp.asarray(labels)
+    t, a = (jnp.asarray(number, jnp.float32) for number in (temperature, alpha))
+    return _loss(student, teacher, labels, where, t, a)
+
+
+@functools.partial(jax.jit, inline=True)  # one program where it is called eagerly
+def _loss(
+    student: jax.Array,
+    teacher: jax.Array,
+    labels: jax.Array | None,
+    where: jax.Array | None,
+    t: jax.Array,
+    a: jax.Array,
+) -> jax.Array:
     student = student.astype(jnp.float32)
     teacher = jax.lax.stop_gradient(teacher.astype(jnp.float32))
     if where is not None:  # ahead of all arithmetic, whose derivatives would make 0 · NaN of it
-        counted = jnp.asarray(where)[..., None]
+        counted = where[..., None]
         student, teacher = (jnp.where(counted, logits, 0.0) for logits in (student, teacher))
-    t, a = (jnp.asarray(number, jnp.float32) for number in (temperature, alpha))
     t = jnp.where((t >= _SMALLEST) & jnp.isfinite(t), t, jnp.nan)
     a = jnp.where((a >= 0.0) & (a <= 1.0), a, jnp.nan)
     loss = _share(a, _divergence(teacher, student, t))
     if labels is not None:
         rows = lambda _: P(*spec_of(student)[:-1])  # noqa: E731
-        entropy = automatic(_cross_entropy, student, jnp.asarray(labels), specs=rows)
+        entropy = automatic(_cross_entropy, student, labels, specs=rows)
         loss += _share(1.0 - a, entropy)
     if where is None:
         return jnp.mean(loss) if loss.size else jnp.zeros((), jnp.float32)

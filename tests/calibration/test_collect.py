@@ -107,6 +107,7 @@ def test_data_is_not_read_ahead():
         (lambda: [tiny.array, tiny.array.astype(np.int32)], "it has int32 72x6"),
         (lambda: [np.int64([1, 2**33, 5])], "1 integers of a batch do not fit int32"),
         (lambda: [np.float32(np.inf) * tiny.array], "432 values of a batch"),
+        (lambda: [np.complex64([1.0, np.nan, 1j * np.inf])], "2 values of a batch"),
     ],
 )
 def test_mistakes_in_the_data(data, message):

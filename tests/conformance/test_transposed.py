@@ -52,6 +52,7 @@ def test_width_zero_changes_no_bit(f, shape, compiled):
     assert_same_bits(quantized(qstate, params, x), own(params, x))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_simulation_equals_execution(f, bits):
     params, x = parameters(f, 18, 8), normal(2, 6, 8)
@@ -64,6 +65,7 @@ def test_simulation_equals_execution(f, bits):
     assert 0 < error < {8: 0.02, 4: 0.3}[bits]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 def test_gradients_pass_the_transpositions(f, compiled):
     params, x = parameters(f, 18, 8), normal(2, 6, 8)

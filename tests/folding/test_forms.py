@@ -19,6 +19,7 @@ NORM = {
 KERNEL, BIAS = {"kernel": "layer/w"}, {"bias": "layer/b"}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("form", cases.FORMS)
 def test_forms(form, bias):

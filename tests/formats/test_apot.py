@@ -105,6 +105,7 @@ def test_a_width_has_the_same_levels_in_every_container(max_bits, signed):
             assert_array_equal(small.levels(jnp.float32(bits)), want)
 
 
+@pytest.mark.thinned(3)
 @SIGNS
 @pytest.mark.parametrize("rounding", [HALF_EVEN, HALF_AWAY, FLOOR], ids=lambda r: r.name)
 @given(bits=st.integers(1, 8), seed=st.integers(0, 10**6))

@@ -183,6 +183,7 @@ def test_scale_rules_equal_the_exact_model(rule, largest):
             assert np.all(np.float64(largest) > np.float64(got) / 2 * reach * (1 - 2.0**-23))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_scales_stay_normal_numbers_at_the_ends(rule):
     largest = np.float32([2.0**-126, 1.5 * 2.0**-126, np.finfo(np.float32).max])

@@ -253,6 +253,7 @@ RULES = {
 }
 
 
+@pytest.mark.thinned(3)
 @KIND
 @pytest.mark.parametrize("rule", RULES)
 def test_every_width_and_rounding_equals_the_model(kind, rule):

@@ -111,6 +111,7 @@ def check(form: Form, ids: np.ndarray, pairs: list[tuple[Operand, Operand]]) -> 
     return results
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", FORMS)
 def test_weights_in_groups(name):
     """With scales per tensor and per row on the left, with and without zero points."""

@@ -44,6 +44,7 @@ def test_a_dot_has_the_integers_of_xlas_own(name):
     assert_array_equal(got, want)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", ONE_ROW)
 @pytest.mark.parametrize("batched", [(0, None), (None, 0), (0, 0)], ids=str)
 def test_under_vmap_no_row_is_filled_up(name, batched):
@@ -96,6 +97,7 @@ CONVS = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", CONVS)
 def test_a_convolution_has_the_integers_of_xlas_own(name):
     x, w, layout, stride, edges, spread, dilation, groups, form = CONVS[name]
@@ -162,6 +164,7 @@ def layers(p, x):
     return x
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="how XLA compiles for CPUs")
 @pytest.mark.parametrize("rows", [1, 2, 64])
 def test_frozen_weights_are_not_widened(rows):

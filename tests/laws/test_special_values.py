@@ -143,6 +143,7 @@ def test_channels_of_one_entry(value):
     np.testing.assert_allclose(full, exact * (127 / 128 if value > 0 else 1), rtol=2e-7)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "groups"),

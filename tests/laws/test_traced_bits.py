@@ -54,6 +54,7 @@ def test_a_vector_of_widths_is_the_loop_over_them(signed, narrow, symmetric):
         same_bits(static, [leaf[i] for leaf in mapped])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("bits", [1, 2, 4, 7, 16])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_width_folded_into_the_program_changes_nothing(bits, symmetric):

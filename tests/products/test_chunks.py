@@ -44,6 +44,7 @@ def zeroed(qstate: Any, zero_point: float) -> Any:
     return {"w": {**qstate["w"], "activation": moved}}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", FORMS)
 def test_long_sums_are_exact_where_float32_is_not(name):
     form = FORMS[name]

@@ -35,6 +35,7 @@ def half_model() -> Case:
     return Case(HalfModel().apply, shuffled(HalfModel().init(jax.random.key(0), x)), x)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["plain", "weight_left", "batched", "strided", "depthwise"])
 def test_the_output_is_the_float32_result_cast_once(name, dtype):

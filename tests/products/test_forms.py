@@ -26,6 +26,7 @@ def test_the_list_of_terms_is_the_product_itself(name):
     np.testing.assert_array_equal(out, product(form.terms(), x, w))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", FORMS)
 def test_outputs_are_exact_sums_scaled_once(name):
     form = FORMS[name]

@@ -81,6 +81,7 @@ def oracle(form: Form, case: Case, qparams: Any, g: np.ndarray, slope: Any = cli
     return found
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_a_form(name):
     form = FORMS[name]

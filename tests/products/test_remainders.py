@@ -187,6 +187,7 @@ def test_eagerly():
         assert_same_bits(got, want)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("left", "right", "length"),
     [(4, 2, 1), (4, 7, 2), (3, 3, 5), (1, 3, 5), (3, 1, 5), (2, 4, 1)],

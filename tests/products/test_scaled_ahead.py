@@ -38,6 +38,7 @@ WEIGHT_ONLY = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_it_is_one_product_of_what_the_codes_stand_for(name):
     done = case(**WEIGHT_ONLY[name])

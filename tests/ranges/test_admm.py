@@ -79,6 +79,7 @@ def test_no_iterations_leave_least_squares():
     assert_allclose(got, fitted(LEAST_SQUARES, x, 3)[0].scale, rtol=1e-6)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("rho", "inner"), [(0.1, 1), (0.3, 2), (0.5, 5), (3.0, 2)])
 def test_other_parameters_are_never_worse_either(rho, inner):
     x, rule = drawn("student", 15), admm(rho=rho, inner=inner, iterations=10)

@@ -57,12 +57,14 @@ def test_scales_are_those_of_the_float64_model(kind, family):
     check_against_the_model(drawn(kind), family, symmetric=True)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", ASYMMETRIC, ids=str)
 @ANY_KIND
 def test_zero_points_are_those_of_the_float64_model(kind, family):
     check_against_the_model(drawn(kind, 1), family, symmetric=False)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "constants",
     [{"p": 0.5}, {"p": 1.0, "beta": 3.0}, {"beta": 1.0, "kappa": 1.5}, {"iterations": 3}],

@@ -39,6 +39,7 @@ FEW_VALUES = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", FEW_VALUES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_modelopt_takes_the_widest_of_equal_clips(kind, bits):

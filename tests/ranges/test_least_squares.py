@@ -36,6 +36,7 @@ def test_it_is_the_float64_model(kind, family):
         assert_allclose(got, want, rtol=2e-6)
 
 
+@pytest.mark.thinned(3)
 @ANY_KIND
 @pytest.mark.parametrize("groups", fitting.GROUPS)
 def test_one_signed_bit_has_the_scale_of_xnor(kind, groups):

@@ -33,6 +33,7 @@ def weights(seed: int = 0, shape=SHAPE) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_twn_is_the_papers_rule(groups):
     w = weights()
@@ -93,6 +94,7 @@ def test_twn_starts_learned_levels_at_one():
     assert_array_equal(got, apply(jnp.asarray(w), fixed, Arithmetic(TERNARY)))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("t", [0.05, 0.4])
 def test_ttq_starts_at_the_means_of_its_regions(groups, t):

@@ -94,6 +94,7 @@ def test_fields_agree_after_several_updates(batches, where):
 # What is left out.
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("groups", [(1, 1), (1, 7), (1, 3)], ids=str)
 @given(x=tensors, rows=st.integers(1, 3), garbage=st.sampled_from((0.0, np.nan, np.inf, -3e38)))
 @settings(max_examples=20)

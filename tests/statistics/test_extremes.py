@@ -36,6 +36,7 @@ def same(left: statistics.Extremes, right: statistics.Extremes) -> None:
     assert_array_equal(left.high, right.high)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("groups", [*GROUPS, (8, 1), (4, 2), (8, 6)], ids=str)
 @given(x=tensors)
 def test_extremes_are_those_of_numpy(groups, x):

@@ -113,6 +113,7 @@ def test_counts_are_those_of_numpy_between_exact_edges(x):
 ENDS = (0.0, -0.0, 1.0, 1 - 2.0**-24, 1 + 2.0**-23, 2.0**-126, 3 * 2.0**-127, 2.0**-149, LARGEST)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("high", ENDS)
 @pytest.mark.parametrize("low", ENDS)
 def test_counts_are_those_of_numpy_at_the_ends_of_float32(low, high):
@@ -159,6 +160,7 @@ def test_masked_values_do_not_count(x, where):
         is_the_oracles(seen.histogram, x, where)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
 @given(x=drawn(SHAPE), row=npst.arrays(np.bool_, (SHAPE[0], 1)), scales=st.permutations(range(7)))
 @settings(max_examples=20)

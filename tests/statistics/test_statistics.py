@@ -34,6 +34,7 @@ def numpy_extremes(x, shape):
     return low, high
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("shape", SHAPES)
 @given(batches=BATCHES)
 def test_extremes_are_those_of_all_values_in_any_order(shape, batches):

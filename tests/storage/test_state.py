@@ -14,6 +14,7 @@ CASE = models.cnn()
 PLAN = models.planned(CASE, qj.uniform_policy())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("bins", [2048, 64, None])
 def test_a_state_comes_back_bit_for_bit(tmp_path, bins):
     observe = jax.jit(qj.observe(CASE.f, PLAN))

@@ -99,13 +99,22 @@ def agree(got, want) -> None:
     assert_same_bits(*(jax.tree.map(np.asarray, tree) for tree in (got, want)))
 
 
+def calibrated(plan, state, params):
+    """In one program: a mesh's small ones take a second for each ten."""
+    return jax.jit(functools.partial(qj.calibrate, plan))(state, params)
+
+
+def observed(f, plan, params, x):
+    return jax.jit(qj.observe(f, plan))(qj.init(plan), params, x)
+
+
 def all_verbs(name, policy, ways=(jax.jit,)) -> None:
     """Observed, calibrated, simulated, frozen and executed: as on one device."""
     f, params, specs = MODELS[name]
     plan = qj.plan(policy, qj.sites(f, params, WHOLE))
     spread, rows = split(params, *specs), split(WHOLE, P("data"))
     assert qj.sites(f, spread, rows) == qj.sites(f, params, WHOLE)
-    y, state = jax.jit(qj.observe(f, plan))(qj.init(plan), params, WHOLE)
+    y, state = observed(f, plan, params, WHOLE)
     for run in ways:
         got, seen = run(qj.observe(f, plan))(qj.init(plan), spread, rows)
         agree(got, y)
@@ -113,7 +122,7 @@ def all_verbs(name, policy, ways=(jax.jit,)) -> None:
         for site, operands in state.items():
             for key, want in operands.items():
                 agree(seen[site][key]._replace(moments=None), want._replace(moments=None))
-    qstate = qj.calibrate(plan, state, params)
+    qstate = calibrated(plan, state, params)
     for run in ways:
         agree(run(functools.partial(qj.calibrate, plan))(seen, spread), qstate)
     want = jax.jit(qj.fake_quantize(f, plan))(qstate, params, WHOLE)
@@ -121,7 +130,9 @@ def all_verbs(name, policy, ways=(jax.jit,)) -> None:
         got = run(qj.fake_quantize(f, plan))(qstate, spread, rows)
         assert got.sharding.spec == P("data", None)
         agree(got, want)
-    frozen, alone = (qj.freeze(plan, qstate, tree) for tree in (spread, params))
+    alone = jax.jit(functools.partial(qj.freeze, plan))(qstate, params)
+    for run in ways:
+        frozen = run(functools.partial(qj.freeze, plan))(qstate, spread)
     agree(frozen, alone)
     for path, whole in spread.items():
         kept = [axis for axis in whole.sharding.spec if axis]
@@ -138,8 +149,7 @@ def gradients_are_those_of_one_device() -> None:
     for name in ("columns, then rows", "layers"):
         f, params, specs = MODELS[name]
         plan = qj.plan(lsq, qj.sites(f, params, X))
-        _, state = jax.jit(qj.observe(f, plan))(qj.init(plan), params, X)
-        qstate = jax.jit(functools.partial(qj.calibrate, plan))(state, params)
+        qstate = calibrated(plan, observed(f, plan, params, X)[1], params)
         grad = jax.jit(jax.grad(functools.partial(loss, f=f, plan=plan), (0, 1)))
         want = grad(params, qstate, X)
         got = grad(split(params, *specs), qstate, split(X, P("data")))
@@ -153,7 +163,7 @@ def gradients_are_those_of_one_device() -> None:
 def a_grid_of_widths_is_that_of_one_device() -> None:
     f, params, specs = MODELS["columns, then rows"]
     plan = qj.plan(POLICIES["W8A8"], qj.sites(f, params, WHOLE))
-    state = qj.observe(f, plan)(qj.init(plan), params, WHOLE)[1]
+    state = observed(f, plan, params, WHOLE)[1]
 
     def cell(bits, params, x):
         qstate = qj.calibrate(plan, state, params, weight_bits=bits, activation_bits=bits)
@@ -174,7 +184,7 @@ def a_grid_of_widths_is_that_of_one_device() -> None:
 def steps_of_training_are_those_of_one_device() -> None:
     f, params, specs = MODELS["rows of a batch"]
     plan = qj.plan(POLICIES["W8A8"], qj.sites(f, params, X))
-    qstate = qj.calibrate(plan, qj.observe(f, plan)(qj.init(plan), params, X)[1], params)
+    qstate = calibrated(plan, observed(f, plan, params, X)[1], params)
     optimizer = optax.adam(1e-2)
 
     def trained(params, x):
@@ -230,11 +240,11 @@ def axes_may_be_explicit_in_part() -> None:
         "a": jax.device_put(params["a"], NamedSharding(in_part, P())),
         "b": jax.device_put(params["b"], NamedSharding(in_part, P())),
     }
-    want, state = jax.jit(qj.observe(f, plan))(qj.init(plan), params, WHOLE)
+    want, state = observed(f, plan, params, WHOLE)
     with jax.set_mesh(in_part):
         got, seen = jax.jit(qj.observe(f, plan))(qj.init(plan), spread, rows)
     agree(got, want)
-    agree(qj.calibrate(plan, seen, spread), qj.calibrate(plan, state, params))
+    agree(calibrated(plan, seen, spread), calibrated(plan, state, params))
 
 
 def parts_of_a_program_may_have_automatic_axes() -> None:
@@ -258,13 +268,13 @@ def parts_of_a_program_may_have_automatic_axes() -> None:
         weights=WEIGHT(), activations=qj.activation_quantizer(), outputs=qj.activation_quantizer()
     )
     plan = qj.plan(qj.Policy([qj.rule(qj.everything(), scheme)]), qj.sites(f, params, tokens))
-    y, state = jax.jit(qj.observe(f, plan))(qj.init(plan), params, tokens)
-    qstate = qj.calibrate(plan, state, params)
+    y, state = observed(f, plan, params, tokens)
+    qstate = calibrated(plan, state, params)
     spread = split(params, P("model"), P(None, "model"))
     rows = split(tokens, P("data"))
     got, seen = jax.jit(qj.observe(f, plan))(qj.init(plan), spread, rows)
     agree(got, y)
-    agree(qj.calibrate(plan, seen, spread), qstate)
+    agree(calibrated(plan, seen, spread), qstate)
     want = jax.jit(qj.fake_quantize(f, plan))(qstate, params, tokens)
     agree(jax.jit(qj.fake_quantize(f, plan))(qstate, spread, rows), want)
     frozen = qj.freeze(plan, qstate, spread)
@@ -280,12 +290,12 @@ def masks_and_losses_are_those_of_one_device() -> None:
     for spec in (P("data", "model"), P(None, "model"), P("data")):
         spread = split(params, spec)
         for scope in qj.pruning.Scope:
-            masks = qj.prune_mask(spread, 0.5, scope=scope)
-            agree(masks, qj.prune_mask(params, 0.5, scope=scope))
+            pruned = jax.jit(functools.partial(qj.prune_mask, sparsity=0.5, scope=scope))
+            masks = pruned(spread)
+            agree(masks, pruned(params))
             assert masks["a"].sharding.is_equivalent_to(spread["a"].sharding, 2)
             agree(qj.apply_mask(spread, masks), qj.apply_mask(params, masks))
-        pair = qj.prune_mask(spread, 0.5, structure=two)
-        agree(pair, qj.prune_mask(params, 0.5, structure=two))
+        agree(*(qj.prune_mask(tree, 0.5, structure=two) for tree in (spread, params)))
     labels = jnp.arange(16, dtype=jnp.int32) % 8
     want = qj.kd_loss(X, 2.0 * X, labels)
     for spec in (P("data"), P("data", "model"), P(None, "model")):
@@ -296,7 +306,7 @@ def masks_and_losses_are_those_of_one_device() -> None:
 def cells_may_be_spread_over_devices() -> None:
     f, params, _ = MODELS["rows of a batch"]
     plan = qj.plan(POLICIES["W8A8"], qj.sites(f, params, WHOLE))
-    state = qj.observe(f, plan)(qj.init(plan), params, WHOLE)[1]
+    state = observed(f, plan, params, WHOLE)[1]
 
     def every(widths, params, x):
         def cell(bits):
@@ -319,9 +329,10 @@ def frozen_weights_are_executed_inside_shard_map() -> None:
     weights_only = qj.uniform_policy(weight_bits=8, activation_bits=None)
     for policy in (weights_only, qj.presets.fp8(), POLICIES["W8A8"]):
         plan = qj.plan(policy, qj.sites(f, params, WHOLE))
-        state = qj.observe(f, plan)(qj.init(plan), params, WHOLE)[1]
-        qstate = qj.calibrate(plan, state, params)
-        frozen, execute = qj.freeze(plan, qstate, params), qj.execute(f, plan)
+        state = observed(f, plan, params, WHOLE)[1]
+        qstate = calibrated(plan, state, params)
+        frozen = jax.jit(functools.partial(qj.freeze, plan))(qstate, params)
+        execute = qj.execute(f, plan)
         specs = {"mesh": mesh(), "in_specs": (P(), P(), P("data")), "out_specs": P("data")}
         want = jax.jit(execute)(qstate, frozen, WHOLE)
         got = jax.jit(jax.shard_map(execute, **specs))(qstate, frozen, split(WHOLE, P("data")))
@@ -341,8 +352,8 @@ def shards_start_their_own_statistics_inside_shard_map() -> None:
     shards = jax.tree.map(np.asarray, shards)
     each = [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), shards) for i in range(4)]
     whole = functools.reduce(qj.merge_states, each)
-    want = qj.observe(f, plan)(qj.init(plan), params, WHOLE)[1]
-    agree(qj.calibrate(plan, whole, params), qj.calibrate(plan, want, params))
+    want = observed(f, plan, params, WHOLE)[1]
+    agree(calibrated(plan, whole, params), calibrated(plan, want, params))
 
 
 CASES = {

@@ -88,6 +88,7 @@ def planned(f: Callable[..., Any], x: jax.Array, biases: Any) -> Ready:
     return ready(Case(f, P, x), qj.Policy([qj.rule(qj.everything(), scheme)]))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("biases", BIASES.values(), ids=list(BIASES))
 @pytest.mark.parametrize("name", PAIRS)
 def test_it_is_quantized_as_the_same_layer_without_moves(name, biases):
@@ -107,6 +108,7 @@ def test_it_is_quantized_as_the_same_layer_without_moves(name, biases):
     np.testing.assert_allclose(*scales, rtol=1e-6)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", PAIRS)
 def test_outputs_are_rounded_behind_the_bias(name):
     """They lie on the output's own grid, which a bias added later would leave."""
@@ -120,6 +122,7 @@ def test_outputs_are_rounded_behind_the_bias(name):
     assert len(np.unique(np.round(np.asarray(steps)))) <= 8
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", PAIRS)
 def test_bypass_is_the_model_and_gradients_flow(name):
     _, moved, x = PAIRS[name]
@@ -137,6 +140,7 @@ def test_bypass_is_the_model_and_gradients_flow(name):
     assert sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(quantized)) > 0
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", [name for name in PAIRS if name != "scan"])
 def test_meshes_with_explicit_axes_change_nothing(name):
     """The sum is handled where axes are automatic, and moved there; scans are along no axis."""

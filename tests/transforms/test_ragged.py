@@ -180,6 +180,7 @@ CALLS = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", ["tensor", "token", "alone"])
 def test_sizes_may_be_traced_where_gradients_are(name, call):

@@ -62,6 +62,7 @@ def test_known_widths_are_refused_by_every_verb(name, bits):
             run()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("key", ["weight", "activation"])
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_traced_widths_are_nan_lane_by_lane(name, key):

@@ -64,6 +64,7 @@ def test_a_token_sees_none_after_it():
     assert not np.allclose(before[:, 4:], after[:, 4:])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("lengths", [(6,), (2, 4), (1, 1, 1, 1, 1, 1)], ids=str)
 def test_steps_with_a_cache_are_the_whole_text(lengths: tuple[int, ...]):
     cache, start, out = SHAPE.empty_cache(2, positions=8), 0, []

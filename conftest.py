@@ -37,7 +37,7 @@ def _programs_are_let_go() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def own_programs() -> Iterator[None]:
-    """For modules that pretend another backend: what JAX traced there is not for others."""
+    """For modules that pretend another backend, whose traces are not for others, or that count."""
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -124,16 +125,22 @@ def fake_quant(
     for shaped in (scale, zero_point):
         if jnp.ndim(shaped) > 0:
             check_scale_shape(x.shape, jnp.shape(shaped))
-    width = jnp.where(container.valid_bits(width, estimator.rest(theta)), width, jnp.nan)
-    scale = jnp.asarray(scale, jnp.float32)
-    scale = jnp.where(jnp.isnan(width), jnp.nan, scale)
-    qparams = QParams(scale, jnp.asarray(zero_point, jnp.float32), width, theta)
-    arithmetic = Arithmetic(container, rounding, estimator, scaling)
-
-    def applied(x: jax.Array, qparams: QParams, key: PRNGKeyArray | None) -> jax.Array:
-        return apply(x, qparams, arithmetic, key)
-
+    scale, zero_point = (jnp.asarray(a, jnp.float32) for a in (scale, zero_point))
+    qparams = QParams(scale, zero_point, width, theta)
+    applied = functools.partial(_applied, Arithmetic(container, rounding, estimator, scaling))
     return cast(jax.Array, automatic(applied, x, qparams, key, specs=lambda _: spec_of(x)))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # one program where it is called eagerly
+def _applied(
+    arithmetic: Arithmetic, x: jax.Array, qparams: QParams, key: PRNGKeyArray | None
+) -> jax.Array:
+    """NaN at what is no width."""
+    theta = arithmetic.estimator.rest(qparams.theta)
+    is_width = arithmetic.format.valid_bits(qparams.bits, theta)
+    scale = jnp.where(is_width, qparams.scale, jnp.nan)
+    width = jnp.where(is_width, qparams.bits, jnp.nan)
+    return apply(x, qparams._replace(scale=scale, bits=width), arithmetic, key)
 
 
 def check_floating(x: jax.Array, where: str) -> None:

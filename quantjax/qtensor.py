@@ -246,14 +246,25 @@ def encode(
     x = jnp.asarray(x)
     check_floating(x, "qj.encode")
 
+    arithmetic = Arithmetic(format, rounding, scaling=scaling)
+
     def encoded(x: jax.Array, qparams: QParams, key: PRNGKeyArray | None) -> QTensor:
-        codes = encode_codes(x, qparams, format, rounding, key, scaling)
-        scale, bits = (jnp.asarray(a, jnp.float32) for a in (qparams.scale, qparams.bits))
-        usable = is_positive(scale) & format.valid_bits(bits, qparams.theta) & (bits != 0.0)
-        scale = select(usable, scale, jnp.nan)
+        codes, scale = _encoded(arithmetic, x, qparams, key)
         return packed(codes, qparams._replace(scale=scale), format, x.dtype)
 
     return cast(QTensor, automatic(encoded, x, qparams, key, specs=like(x)))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # one program where it is called eagerly
+def _encoded(
+    arithmetic: Arithmetic, x: jax.Array, qparams: QParams, key: PRNGKeyArray | None
+) -> tuple[jax.Array, jax.Array]:
+    """Codes, one an entry; and the scale, NaN where it is none or the width has no codes."""
+    format = arithmetic.format
+    codes = encode_codes(x, qparams, format, arithmetic.rounding, key, arithmetic.scaling)
+    scale, bits = (jnp.asarray(a, jnp.float32) for a in (qparams.scale, qparams.bits))
+    usable = is_positive(scale) & format.valid_bits(bits, qparams.theta) & (bits != 0.0)
+    return codes, select(usable, scale, jnp.nan)
 
 
 def like(x: jax.Array) -> Callable[[QTensor], QTensor]:

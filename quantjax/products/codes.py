@@ -64,6 +64,13 @@ def coded(
     key: PRNGKeyArray | None = None,
 ) -> Coded:
     """Centered codes and factor of ``x``; at width 0, ``x`` itself and 1."""
+    return _coded(arithmetic, x, qparams, key)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # one program where it is called eagerly
+def _coded(
+    arithmetic: Arithmetic, x: jax.Array, qparams: QParams, key: PRNGKeyArray | None
+) -> Coded:
     values, qparams = codes_or_values(x, qparams, arithmetic, key)
     # Without the barrier XLA moves the choice behind the product, onto its whole output, where no
     # fused kernel takes it: two more passes over memory, a forward pass 1.5 times as long.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import numbers
 from abc import ABC, abstractmethod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from quantjax import errors
@@ -33,11 +35,15 @@ def kept(scores: Float[Array, "... n"], sparsity: float | jax.Array) -> Bool[Arr
 
     Of equal scores the first ones go: a rank has no ties, so that the number is exact.
     """
-    number = scores.shape[-1]
+    return _above(scores, _gone(sparsity, scores.shape[-1]))
+
+
+@functools.partial(jax.jit, inline=True)  # one program where it is called eagerly
+def _above(scores: jax.Array, number: int | jax.Array) -> jax.Array:
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     order = jnp.argsort(scores, axis=-1, stable=True)
     ranks = jnp.argsort(order, axis=-1)
-    return ranks >= jnp.asarray(_gone(sparsity, number), ranks.dtype)
+    return ranks >= jnp.asarray(number, ranks.dtype)
 
 
 def _gone(sparsity: float | jax.Array, number: int) -> int | jax.Array:
@@ -46,6 +52,9 @@ def _gone(sparsity: float | jax.Array, number: int) -> int | jax.Array:
     known = concrete(sparsity)
     if known is not None and number > EXACT:
         return round(min(max(float(known), 0.0), 1.0) * number)
+    if known is not None:  # by NumPy: a program for each operation would have to be compiled
+        part = np.clip(np.float32(known), np.float32(0.0), np.float32(1.0))
+        return number if part == 1.0 else int(np.round(part * np.float32(number)))
     share = jnp.clip(jnp.asarray(sparsity, jnp.float32), 0.0, 1.0)
     away = jnp.round(share * number).astype(jnp.int32)
     return jnp.where(share == 1.0, number, away)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 
 from quantjax._compat import concrete
 from quantjax.affine import QParams, is_bypassed
+from quantjax.arithmetic import Arithmetic
 from quantjax.interpreter import Addition, Carried, Outcome, ProgramCache, Role, Visit, evaluate
 from quantjax.interpreter.trace import Function
 from quantjax.planning import Plan
@@ -228,6 +230,7 @@ def _report(
     return over_steps(_site_report, entry.site.steps)(in_float, quantized)
 
 
+@functools.partial(jax.jit, inline=True)
 def _site_report(
     in_float: tuple[jax.Array, Mapping[str, _OperandSums]], quantized: jax.Array
 ) -> SiteReport:
@@ -282,9 +285,13 @@ def _operand_sums(
     quantizer = operand.quantizer
     assert quantizer is not None
     x = x.astype(jnp.float32)
-    qparams = live_qparams(operand, x, qparams)
-    quantized = apply_fake_quant(x, qparams, quantizer.arithmetic, key)
-    clipped = jnp.sum(is_clipped(x, qparams, quantizer.arithmetic, key).astype(jnp.float32))
+    return _sums(quantizer.arithmetic, x, live_qparams(operand, x, qparams), key)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # one program where it is called eagerly
+def _sums(arithmetic: Arithmetic, x: jax.Array, qparams: QParams, key: Key | None) -> _OperandSums:
+    quantized = apply_fake_quant(x, qparams, arithmetic, key)
+    clipped = jnp.sum(is_clipped(x, qparams, arithmetic, key).astype(jnp.float32))
     return _OperandSums(
         jnp.sum(x**2),
         jnp.sum((x - quantized) ** 2),

@@ -13,7 +13,9 @@ import numpy as np
 from quantjax import errors
 from quantjax._compat import concrete, varying_like
 from quantjax.affine import QParams, has_codes
+from quantjax.arithmetic import Arithmetic
 from quantjax.data_free import dequantize_params
+from quantjax.formats import Format
 from quantjax.granularity import expand
 from quantjax.integers import IntegerOperand, int8_codes, integer_product, shift_of
 from quantjax.interpreter import (
@@ -248,7 +250,11 @@ def _multiplied(
 
 def encoded(x: jax.Array, qparams: QParams, quantizer: Quantizer, key: Key | None) -> Codes:
     """The codes of a tensor that comes in float, as floats."""
-    arithmetic = for_every_entry(quantizer).arithmetic
+    return _encoded(for_every_entry(quantizer).arithmetic, x, qparams, key)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)  # one program where it is called eagerly
+def _encoded(arithmetic: Arithmetic, x: jax.Array, qparams: QParams, key: Key | None) -> Codes:
     x, qparams = prepare(x, qparams, arithmetic)
     zero_point = jnp.round(jnp.asarray(qparams.zero_point, jnp.float32))
     centered = centered_codes(x, qparams, arithmetic, key)
@@ -277,14 +283,19 @@ def _not_differentiable_jvp(site: str, primals: Any, tangents: Any) -> Any:
 
 def integer_operand(codes: Codes, quantizer: Quantizer) -> IntegerOperand:
     """Codes in int8; the scale is NaN where int8 does not hold the zero point."""
-    shift = shift_of(quantizer.format)
+    return _in_int8(quantizer.format, codes, is_symmetric=quantizer.symmetric)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="is_symmetric", inline=True)
+def _in_int8(format: Format, codes: Codes, *, is_symmetric: bool) -> IntegerOperand:
+    shift = shift_of(format)
     values = codes.codes
     if jnp.issubdtype(values.dtype, jnp.floating):
         values = (values - float(shift)).astype(jnp.int8)
     else:
-        values = int8_codes(values, quantizer.format)
+        values = int8_codes(values, format)
     zero_point = codes.zero_point - float(shift)
-    if quantizer.symmetric and not shift:
+    if is_symmetric and not shift:
         return IntegerOperand(values, None, jnp.where(zero_point == 0, codes.scale, jnp.nan))
     usable = (zero_point >= -128) & (zero_point <= 127)
     factor = jnp.where(usable, codes.scale, jnp.nan)

@@ -188,13 +188,7 @@ def _encode(
             _transformed(weight, leaf, in_use, stacked, static),
             static._replace(dtypes=()),
         )
-    # Under a trace nothing can be raised: what has no codes, or zero points that a symmetric tensor
-    # does not keep, become NaN.
-    usable = has_codes(qparams)
-    if quantizer.symmetric:
-        usable &= qparams.zero_point == 0.0
-    scale = jnp.where(usable, qparams.scale, jnp.nan)
-    bits = qparams.bits.reshape(*qparams.bits.shape[:stacked], -1).max(axis=-1)
+    scale, bits = _scale_and_width(qparams, stacked, is_symmetric=quantizer.symmetric)
     if format.is_elementwise(qparams.theta):
         codes = codes_by_parts(leaf, qparams, static, key)
     elif layered:
@@ -213,6 +207,19 @@ def _encode(
         zero_point = jnp.zeros((*leaf.shape[:stacked], *(1,) * (leaf.ndim - stacked)), jnp.float32)
     kept = qparams._replace(scale=scale, zero_point=zero_point, bits=bits)
     return packed(codes, kept, format, dtype)
+
+
+@partial(jax.jit, static_argnums=1, static_argnames="is_symmetric", inline=True)
+def _scale_and_width(
+    qparams: QParams, stacked: int, *, is_symmetric: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Under a trace nothing can be raised: the scale of what has no codes, or of zero points that a
+    symmetric tensor does not keep, becomes NaN."""
+    usable = has_codes(qparams)
+    if is_symmetric:
+        usable &= qparams.zero_point == 0.0
+    bits = qparams.bits.reshape(*qparams.bits.shape[:stacked], -1).max(axis=-1)
+    return jnp.where(usable, qparams.scale, jnp.nan), bits
 
 
 def _check_known(weight: StoredWeight, leaf: Any, qparams: QParams) -> None:

@@ -7,49 +7,29 @@ for bit: QParams, codes and logits.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax, monitoring
+from jax import lax
 
 import quantjax as qj
 from quantjax.interpreter import leaves_by_path
 from quantjax.simulation import centered_codes
+from tests.compilations import counted_compilations
 from tests.models import assert_same_bits, cnn, planned
 
 pytestmark = pytest.mark.thinned(2)
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
 WIDTHS = range(2, 9)
 CELLS = tuple(itertools.product(WIDTHS, WIDTHS))
 SPREAD = ((2, 2), (2, 5), (2, 8), (3, 4), (4, 4), (5, 7), (8, 2), (8, 5), (8, 8))
 RULES = qj.ranges.stack([qj.ranges.MIN_MAX, qj.ranges.MOVING_AVERAGE])
 CASE = cnn()
 GIB = 1 << 30
-
-
-@contextmanager
-def counted_compilations() -> Iterator[list[str]]:
-    """The XLA compilations inside the block; no persistent cache hides one."""
-    events: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event == COMPILED:
-            events.append(event)
-
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        monitoring.unregister_event_duration_listener(listen)
-        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 class Grid(NamedTuple):

@@ -48,6 +48,10 @@ def bind_altered(eqn: jex_core.JaxprEqn, changes: Mapping[str, Any], *operands: 
     subfuns: tuple[Any, ...] = ()
     if isinstance(params, tuple):
         subfuns, params = tuple(params[0]), params[1]
+    if len(operands) > 1 and _core.get_axis_env().axis_sizes:
+        # Inside shard_map one of them may vary over devices now that did not where it was traced;
+        # jax.numpy casts the others, primitives refuse them.
+        operands = varying_like(operands, operands)
     if not subfuns and _is_eager() and (_broadcasts(eqn) or _is_inlined_product(eqn)):
         return [_jitted(eqn.primitive, tuple(params.items()))(*operands)]
     out = eqn.primitive.bind(*subfuns, *operands, **params)

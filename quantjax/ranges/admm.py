@@ -15,7 +15,13 @@ from quantjax import errors
 from quantjax._compat import varying_like
 from quantjax.affine import QParams
 from quantjax.formats import Format
-from quantjax.ranges.base import Configured, FitRule, checked_iterations
+from quantjax.ranges.base import (
+    Configured,
+    FitRule,
+    checked_iterations,
+    known_number,
+    valid_where,
+)
 from quantjax.ranges.iterates import (
     Best,
     Bounds,
@@ -53,7 +59,7 @@ def _fit(
     format: Format,
     bits: jax.Array,
     *,
-    rho: float,
+    rho: float | jax.Array,
     iterations: int,
     inner: int,
 ) -> QParams:
@@ -83,13 +89,29 @@ def _fit(
     return fitted(problem, tried(problem, start), best, power=2.0)
 
 
+def _fit_at(
+    tensor: jax.Array,
+    scale_shape: tuple[int, ...],
+    format: Format,
+    bits: jax.Array,
+    rho: jax.Array,
+    *,
+    iterations: int,
+    inner: int,
+) -> QParams:
+    found = _fit(tensor, scale_shape, format, bits, rho=rho, iterations=iterations, inner=inner)
+    return valid_where((rho > 0.0) & jnp.isfinite(rho), found)
+
+
 def _rule(rho: float, iterations: int, inner: int) -> FitRule:
     given = (rho, iterations, inner)
     name = "admm" if given == (RHO, ITERATIONS, INNER) else "admm({:g},{},{})".format(*given)
     return FitRule(name, Configured.of(_fit, rho=rho, iterations=iterations, inner=inner))
 
 
-def admm(*, rho: float = RHO, iterations: int = ITERATIONS, inner: int = INNER) -> FitRule:
+def admm(
+    *, rho: float | jax.Array = RHO, iterations: int = ITERATIONS, inner: int = INNER
+) -> FitRule:
     """The scale of a small ``‖w - s q‖²`` by the alternating direction method of multipliers.
 
     ``min ½‖w - y‖²`` with ``y = g`` and ``g = s q``, whose scaled dual variable is ``λ``:
@@ -110,8 +132,8 @@ def admm(*, rho: float = RHO, iterations: int = ITERATIONS, inner: int = INNER) 
     by 2 to 11 % (normal, Laplace, Student's t): as far as the best of a hundred starts.
 
     Args:
-      rho: ``ρ``. At 1 and above, ``y + λ`` does not overshoot ``w`` and nothing is gained; 0.3 to
-        0.5 gained most.
+      rho: ``ρ``; an array may be traced. At 1 and above, ``y + λ`` does not overshoot ``w`` and
+        nothing is gained; 0.3 to 0.5 gained most.
       iterations: how often ``y``, ``g`` and ``λ`` are updated; 0 leaves least squares.
       inner: how often codes and scale alternate in each, at least 1. Each takes as long as one
         quantization of the tensor, and two more go into every iteration.
@@ -122,7 +144,8 @@ def admm(*, rho: float = RHO, iterations: int = ITERATIONS, inner: int = INNER) 
       entry are as for :func:`quantjax.ranges.least_squares.least_squares`.
 
     Raises:
-      QuantizerError: ``rho`` that is not positive and finite, iterations that are no whole number.
+      QuantizerError: ``rho`` that is not positive and finite, NaN where it is traced; iterations
+        that are no whole number.
       FormatError, on use: a codebook whose levels are to be learned.
 
     Sharp edges: the paper trains a network, with its loss in place of ``½‖w - y‖²``; here there are
@@ -137,9 +160,10 @@ def admm(*, rho: float = RHO, iterations: int = ITERATIONS, inner: int = INNER) 
     Source: Leng et al., Extremely low bit neural network: squeeze the last bit out with ADMM, 2018,
     section 3.
     """
-    if not (rho > 0.0 and math.isfinite(rho)):
+    known = known_number(rho, "admm")
+    if known is not None and not (known > 0.0 and math.isfinite(known)):
         raise errors.QuantizerError(
-            f"a penalty rho of {rho}",
+            f"a penalty rho of {known:g}",
             where="the range rule admm",
             why="y would have no minimum near g",
             fix=f"rho={RHO}",
@@ -152,7 +176,10 @@ def admm(*, rho: float = RHO, iterations: int = ITERATIONS, inner: int = INNER) 
             fix=f"inner={INNER}",
         )
     steps = checked_iterations(iterations, "admm"), checked_iterations(inner, "admm")
-    return _rule(float(rho), *steps)
+    if known is None:
+        fit = Configured.of(_fit_at, iterations=steps[0], inner=steps[1])
+        return FitRule("admm", fit, parameters=(rho,))
+    return _rule(known, *steps)
 
 
 ADMM = admm()

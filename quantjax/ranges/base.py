@@ -204,13 +204,20 @@ class FitRule(NamedTuple):
 
     Attributes:
       name: what it prints as.
-      fit: ``(tensor, scale_shape, format, bits) -> QParams``; the tensor is float32, the shape of
-        its rank, ``bits`` a scalar that may be traced. Scales follow the format's scale rule
-        where that has any meaning; a width of 0, a tensor that is not finite, and widths beyond the
-        container are dealt with by the caller.
+      fit: ``(tensor, scale_shape, format, bits, *parameters) -> QParams``; the tensor is float32,
+        the shape of its rank, ``bits`` a scalar that may be traced. Scales follow the format's
+        scale rule where that has any meaning; a width of 0, a tensor that is not finite, and widths
+        beyond the container are dealt with by the caller.
       needs_zero_point: whether it fits a zero point as well, which symmetric quantizers lack.
+      parameters: numbers of its own that a sweep varies, as arrays.
     """
 
     name: str
-    fit: Callable[[jax.Array, tuple[int, ...], Format, jax.Array], QParams]
+    fit: Callable[..., QParams]
     needs_zero_point: bool = False
+    parameters: tuple[Any, ...] = ()
+
+
+def valid_where(valid: jax.Array, found: QParams) -> QParams:
+    """What a rule found; scales are NaN where its own numbers, which are traced, make no sense."""
+    return found._replace(scale=jnp.where(valid, found.scale, jnp.nan))

@@ -35,7 +35,7 @@ def apply_fit(
       QuantizerError: a zero point for a symmetric quantizer.
     """
     check_symmetry(rule, symmetric=symmetric)
-    found = rule.fit(x, scale_shape, format, bits)
+    found = rule.fit(x, scale_shape, format, bits, *rule.parameters)
     if not isinstance(found, QParams):
         raise errors.PolicyError(
             f"the rule {rule.name} returned no QParams",

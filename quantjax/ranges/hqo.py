@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-import math
+import sys
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,13 @@ from quantjax.affine import QParams
 from quantjax.arguments import expect
 from quantjax.formats import Format, divide_by_scale, power_of_two
 from quantjax.granularity import expand, reduce_to
-from quantjax.ranges.base import Configured, FitRule, checked_iterations
+from quantjax.ranges.base import (
+    Configured,
+    FitRule,
+    checked_iterations,
+    known_number,
+    valid_where,
+)
 from quantjax.ranges.iterates import (
     Best,
     Bounds,
@@ -36,6 +42,7 @@ from quantjax.ranges.iterates import (
 )
 
 POWER, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
+_ABOVE_ZERO = sys.float_info.min
 
 
 class Solved(enum.Enum):
@@ -51,9 +58,9 @@ class Solved(enum.Enum):
 
 class _Constants(NamedTuple):
     solved: Solved
-    p: float
-    beta: float
-    kappa: float
+    p: float | jax.Array
+    beta: float | jax.Array
+    kappa: float | jax.Array
     iterations: int
 
 
@@ -63,7 +70,7 @@ class _State(NamedTuple):
     beta: Float[Array, ""]
 
 
-def _shrunk(error: jax.Array, beta: jax.Array, p: float) -> jax.Array:
+def _shrunk(error: jax.Array, beta: jax.Array, p: float | jax.Array) -> jax.Array:
     """``sign(e) · max(|e| - |e|^(p-1) / β, 0)``; 0 where the error is 0."""
     size = jnp.abs(error)
     present = size > 0.0
@@ -123,11 +130,27 @@ def _fit(
     return fitted(problem, Best(start, loss), found, power=p)
 
 
+def _fit_at(
+    tensor: jax.Array,
+    scale_shape: tuple[int, ...],
+    format: Format,
+    bits: jax.Array,
+    *numbers: jax.Array,
+    solved: Solved,
+    iterations: int,
+) -> QParams:
+    p, beta, kappa = (jnp.asarray(number, jnp.float32) for number in numbers)
+    constants = _Constants(solved, p, beta, kappa, iterations)
+    found = _fit(tensor, scale_shape, format, bits, constants=constants)
+    grows = (kappa >= 1.0) & jnp.isfinite(kappa)
+    return valid_where((p > 0.0) & (p <= 1.0) & (beta > 0.0) & jnp.isfinite(beta) & grows, found)
+
+
 def _rule(constants: _Constants) -> FitRule:
-    solved, *numbers = constants
+    solved, p, beta, kappa, iterations = constants
     name = f"hqo-{solved.value}"
-    if numbers != [POWER, BETA, KAPPA, ITERATIONS]:
-        name += "({:g},{:g},{:g},{})".format(*numbers)
+    if (p, beta, kappa, iterations) != (POWER, BETA, KAPPA, ITERATIONS):
+        name += f"({float(p):g},{float(beta):g},{float(kappa):g},{iterations})"
     needs = solved is Solved.ZERO_POINT
     return FitRule(name, Configured.of(_fit, constants=constants), needs_zero_point=needs)
 
@@ -135,9 +158,9 @@ def _rule(constants: _Constants) -> FitRule:
 def hqo(
     *,
     solved: Solved,
-    p: float = POWER,
-    beta: float = BETA,
-    kappa: float = KAPPA,
+    p: float | jax.Array = POWER,
+    beta: float | jax.Array = BETA,
+    kappa: float | jax.Array = KAPPA,
     iterations: int = ITERATIONS,
 ) -> FitRule:
     """A small ``‖w - s (q - z)‖_p^p``, ``p < 1``, by half-quadratic splitting, for each group.
@@ -168,7 +191,7 @@ def hqo(
     Args:
       solved: ``Solved.SCALE`` for symmetric quantizers, any format with levels of its own;
         ``Solved.ZERO_POINT`` for asymmetric ones, integers. A rule cannot see which it serves.
-      p: ``p``, above 0 and at most 1.
+      p: ``p``, above 0 and at most 1. This and the next two may be traced.
       beta: ``β`` at the start; errors below ``β^(-1/(2-p))`` steps become 0.
       kappa: ``κ``, at least 1.
       iterations: how often; 0 leaves the start. Memory does not depend on it.
@@ -178,7 +201,7 @@ def hqo(
       and ``vmap``; ``bits`` may be traced. All-zero groups have scale 1.
 
     Raises:
-      QuantizerError: parameters outside these bounds.
+      QuantizerError: parameters outside these bounds; scales are NaN where they are traced.
       FormatError, on use: ``Solved.ZERO_POINT`` for a format without a zero point; a codebook whose
         levels are to be learned.
 
@@ -198,14 +221,15 @@ def hqo(
     Source: Badri, Shaji, Half-quadratic quantization of large machine learning models, 2023, the
     section on its method.
     """
-    for name, value, good, fix in (
-        ("p", p, 0.0 < p <= 1.0, POWER),
-        ("beta", beta, 0.0 < beta < math.inf, BETA),
-        ("kappa", kappa, 1.0 <= kappa < math.inf, KAPPA),
+    numbers = tuple(known_number(number, "hqo") for number in (p, beta, kappa))
+    for name, value, least, most, fix in (
+        ("p", numbers[0], _ABOVE_ZERO, 1.0, POWER),
+        ("beta", numbers[1], _ABOVE_ZERO, sys.float_info.max, BETA),
+        ("kappa", numbers[2], 1.0, sys.float_info.max, KAPPA),
     ):
-        if not good:
+        if value is not None and not least <= value <= most:
             raise errors.QuantizerError(
-                f"half-quadratic optimization with {name}={value}",
+                f"half-quadratic optimization with {name}={value:g}",
                 where="the range rule hqo",
                 why="0 < p <= 1, 0 < beta and 1 <= kappa make shrinking an error smaller",
                 fix=f"{name}={fix}",
@@ -213,7 +237,12 @@ def hqo(
     where, edit = "the range rule hqo", "solved=qj.ranges.Solved.SCALE"
     expect(solved, Solved, argument="solved", where=where, fix=edit)
     steps = checked_iterations(iterations, "hqo")
-    return _rule(_Constants(solved, float(p), float(beta), float(kappa), steps))
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers):
+        fit = Configured.of(_fit_at, solved=solved, iterations=steps)
+        needs = solved is Solved.ZERO_POINT
+        return FitRule(f"hqo-{solved.value}", fit, needs, parameters=(p, beta, kappa))
+    return _rule(_Constants(solved, known[0], known[1], known[2], steps))
 
 
 HQO_SCALE = hqo(solved=Solved.SCALE)

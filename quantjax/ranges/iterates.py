@@ -192,7 +192,7 @@ def moved(before: Bounds, after: Bounds) -> Bool[Array, ""]:
     return jnp.any(before.low != after.low) | jnp.any(before.high != after.high)
 
 
-def fitted(problem: Problem, start: Best, found: Best, *, power: float) -> QParams:
+def fitted(problem: Problem, start: Best, found: Best, *, power: float | jax.Array) -> QParams:
     """The QParams of what was found for each group; of the start, where together they are worse.
 
     They can be where the scale of a group depends on other groups, as for NVFP4: each group was

@@ -12,7 +12,7 @@ from jax import lax
 
 from quantjax import errors
 from quantjax.formats import divide_by_scale, exponent_of, power_of_two
-from quantjax.ranges.base import Configured, Range, RangeRule, Target
+from quantjax.ranges.base import Configured, Range, RangeRule, Target, known_number
 from quantjax.ranges.kl_best import best_of
 from quantjax.ranges.kl_look import enough, looked_at
 from quantjax.ranges.kl_sums import divergence_terms, prefix_sums, whole_quotient
@@ -187,6 +187,7 @@ def _range(statistics: Statistics, target: Target, *numbers: Any, bins: int) -> 
     ).astype(jnp.float32)
     kept += jnp.where(variant.half_bin, 0.5, 0.0)
     clip = jnp.minimum(largest * divide_by_scale(kept, jnp.float32(bins)), largest)
+    clip = jnp.where(jnp.asarray(variant.stride) >= 1, clip, jnp.nan)  # one that is traced
     return Range(jnp.clip(low, -clip, clip), jnp.clip(high, -clip, clip), statistics.batches > 0)
 
 
@@ -217,9 +218,10 @@ def kl_tensorrt(variant: Variant = PUBLISHED) -> RangeRule:
     Source: Migacz, 8-bit inference with TensorRT, GPU Technology Conference 2017, slide 26.
     """
     check_bins(variant.bins, f"kl_{variant.name}")
-    if variant.stride < 1:
+    stride = known_number(variant.stride, f"kl_{variant.name}")
+    if stride is not None and stride < 1:
         raise errors.QuantizerError(
-            f"a stride of {variant.stride}",
+            f"a stride of {stride:g}",
             where=f"the range rule kl_{variant.name}",
             why="it is every how many bins a clip is tried",
             fix="stride=1",

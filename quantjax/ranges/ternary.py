@@ -10,7 +10,7 @@ from quantjax.affine import QParams, qparams_from_range
 from quantjax.formats import Format, divide_by_scale
 from quantjax.formats.ternary import TernaryFormat
 from quantjax.granularity import expand, reduce_to
-from quantjax.ranges.base import Configured, FitRule
+from quantjax.ranges.base import Configured, FitRule, known_number, valid_where
 
 TWN_FACTOR = 0.7
 
@@ -90,7 +90,7 @@ def _ttq(
     format: Format,
     bits: jax.Array,
     *,
-    threshold: float,
+    threshold: float | jax.Array,
 ) -> QParams:
     if not _ternary(format, "ttq").learned:
         raise errors.FormatError(
@@ -116,7 +116,18 @@ def _ttq(
     return qparams._replace(theta=theta)
 
 
-def ttq(*, threshold: float = 0.05) -> FitRule:
+def _ttq_at(
+    tensor: jax.Array,
+    scale_shape: tuple[int, ...],
+    format: Format,
+    bits: jax.Array,
+    threshold: jax.Array,
+) -> QParams:
+    found = _ttq(tensor, scale_shape, format, bits, threshold=threshold)
+    return valid_where((threshold >= 0.0) & (threshold < 1.0), found)
+
+
+def ttq(*, threshold: float | jax.Array = 0.05) -> FitRule:
     """The starting point of trained ternary quantization, to be followed by gradients of ``theta``.
 
     ``scale = max |w|`` and ``threshold = t``. The levels start at the mean of ``|w| / scale`` over
@@ -125,11 +136,11 @@ def ttq(*, threshold: float = 0.05) -> FitRule:
     all-zero group has scale and levels 1 and threshold 0.
 
     Args:
-      threshold: ``t``, from 0 up to but not including 1. It ends up in ``theta`` as an array, where
-        a sweep can replace it.
+      threshold: ``t``, from 0 up to but not including 1; an array may be traced. It ends up in
+        ``theta``, and the levels start by it.
 
     Raises:
-      QuantizerError: a threshold outside [0, 1).
+      QuantizerError: a threshold outside [0, 1); scales are NaN where it is traced.
       FormatError, on use: a format that is not ``ternary(learned=True)``.
 
     Sharp edges: the paper passes gradients to weights scaled by the level, ``positive``, 1 or
@@ -143,15 +154,18 @@ def ttq(*, threshold: float = 0.05) -> FitRule:
 
     Source: Zhu et al., Trained ternary quantization, 2017, section 3.
     """
-    if not 0.0 <= threshold < 1.0:
+    known = known_number(threshold, "ttq")
+    if known is None:
+        return FitRule("ttq", _ttq_at, parameters=(threshold,))
+    if not 0.0 <= known < 1.0:
         raise errors.QuantizerError(
-            f"a threshold of {threshold} times the maximum",
+            f"a threshold of {known:g} times the maximum",
             why="no weight would be left beyond it, or zero would be no level",
             fix="threshold=0.05",
         )
 
-    name = "ttq" if threshold == 0.05 else f"ttq({threshold:g})"
-    return FitRule(name, Configured.of(_ttq, threshold=threshold))
+    name = "ttq" if known == 0.05 else f"ttq({known:g})"
+    return FitRule(name, Configured.of(_ttq, threshold=known))
 
 
 TTQ = ttq()

@@ -63,16 +63,23 @@ def encode_array(leaf: Any, at: str) -> Json:
             fix="jax.tree.map(lambda x: x.astype(jnp.float32), qstate)",
         )
     flat = array.reshape(-1)
-    values = list(map(_number, flat, flat.view(np.uint32).tolist()))
-    return {"shape": list(array.shape), "values": values}
+    return {"shape": list(array.shape), "values": _numbers(np.ascontiguousarray(flat))}
 
 
-def _number(value: np.float32, bits: int) -> float | str:
-    """The shortest JSON value with these bits: a number, ``"inf"`` or ``"nan:7fc00001"``."""
-    if np.isfinite(value):
-        short = float(str(value))
-        return short if np.float32(short) == value else float(value)
-    return _SPECIAL_NAMES.get(bits, f"nan:{bits:08x}")
+def _numbers(flat: np.ndarray) -> list[float | str]:
+    """The shortest JSON values with these bits: numbers, ``"inf"`` or ``"nan:7fc00001"``.
+
+    All at once, since groups have millions of scales.
+    """
+    finite = np.isfinite(flat)
+    known = np.where(finite, flat, np.float32(0.0))
+    short = known.astype("U32").astype(np.float64)
+    exact = short.astype(np.float32).view(np.uint32) == known.view(np.uint32)
+    values: list[float | str] = np.where(exact, short, known.astype(np.float64)).tolist()
+    for place in np.flatnonzero(~finite).tolist():
+        bits = int(flat[place].view(np.uint32))
+        values[place] = _SPECIAL_NAMES.get(bits, f"nan:{bits:08x}")
+    return values
 
 
 def decode_array(data: Json, at: str) -> jax.Array:
@@ -99,8 +106,22 @@ def decode_array(data: Json, at: str) -> jax.Array:
             where=at,
             fix="give one value an entry, in row-major order",
         )
-    bits = np.array([_bits_of(value, at) for value in values], np.uint32)
-    return jnp.asarray(bits.view(np.float32).reshape(shape))
+    found = _all_numbers(values)
+    if found is None:
+        found = np.array([_bits_of(value, at) for value in values], np.uint32).view(np.float32)
+    return jnp.asarray(found.reshape(shape))
+
+
+def _all_numbers(values: list[Any]) -> np.ndarray | None:
+    """The values as float32 where each is a finite number; else they are looked at one by one."""
+    if not set(map(type, values)) <= {int, float}:
+        return None
+    try:
+        with np.errstate(over="ignore"):
+            found = np.array(values, np.float64).astype(np.float32)
+    except OverflowError:
+        return None
+    return found if np.isfinite(found).all() else None
 
 
 def _bits_of(value: Any, at: str) -> int:

@@ -159,7 +159,12 @@ def render(value: Any, *, indent: int = 0, used: int = 0) -> str:
         ]
         opening, closing = "{}"
     else:
-        parts = [render(item, indent=inner, used=inner) for item in value]
+        are_numbers = set(map(type, value)) <= {int, float}
+        parts = (
+            _flat(value)[1:-1].split(", ")
+            if are_numbers
+            else [render(item, indent=inner, used=inner) for item in value]
+        )
         opening, closing = "[]"
     line = f"{opening}{', '.join(parts)}{closing}"
     if "\n" not in line and used + len(line) < WIDTH:  # one column is left for a comma

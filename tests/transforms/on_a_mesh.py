@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import quantjax as qj
 from tests.devices import DEVICES, run_all
 from tests.models import assert_same_bits
+from tests.transforms.grids_on_devices import cells_are_those_of_one_device
 
 GENERATOR = np.random.default_rng(0)
 X = jnp.asarray(GENERATOR.normal(size=(16, 8)), jnp.float32)
@@ -378,6 +379,7 @@ CASES = {
             cells_may_be_spread_over_devices,
             frozen_weights_are_executed_inside_shard_map,
             shards_start_their_own_statistics_inside_shard_map,
+            cells_are_those_of_one_device,
         )
     },
 }

@@ -21,7 +21,18 @@ _MODULES = {
     "flax.nnx": "quantjax.adapters.nnx, which splits a model into f and params",
     "equinox": "f, params = quantjax.adapters.equinox.functional(module)",
 }
+NUMBERS = (numbers.Real, jax.Array, np.ndarray, np.generic)
+"""What stands for a number that may be traced."""
 _NUMBERS: dict[type, str] = {numbers.Real: "number", numbers.Integral: "whole number"}
+
+
+def first_where(values: np.ndarray, wrong: np.ndarray) -> float:
+    """The first value that is wrong, for an error that names it.
+
+    >>> first_where(np.array([1.0, -2.0, -3.0]), np.array([False, True, True]))
+    -2.0
+    """
+    return float(np.ravel(values)[np.flatnonzero(np.broadcast_to(wrong, np.shape(values)))[0]])
 
 
 def expect(

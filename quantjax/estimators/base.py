@@ -97,6 +97,8 @@ class Estimator(NamedTuple):
       chosen: ``(parameters, key, shape) -> bool array``: the entries that are quantized; the others
         pass as they are. Needs a key.
       needs: what a quantizer has to be for it.
+      valid: ``parameters -> bool array``, where they mean something; elsewhere the scale in use is
+        NaN, and ``qj.check`` says so.
 
     At bypass, width 0, ``start``, ``resolve`` and ``transform`` are called with the widest codes of
     the format, so that they can divide by what a width gives; the last two are not used there.
@@ -112,6 +114,7 @@ class Estimator(NamedTuple):
     asymmetry: Callable[[Point], jax.Array] | None = None
     chosen: Callable[[Parameters, jax.Array, tuple[int, ...]], jax.Array] | None = None
     needs: frozenset[Need] = frozenset()
+    valid: Callable[[Parameters], jax.Array] | None = None
 
     @property
     def is_random(self) -> bool:
@@ -171,6 +174,9 @@ class Estimator(NamedTuple):
         0.0
         """
         own = self.own(qparams.theta)
+        if self.valid is not None:
+            scale = jnp.asarray(qparams.scale, jnp.float32)
+            qparams = qparams._replace(scale=jnp.where(self.valid(own), scale, jnp.nan))
         if self.resolve is None:
             return qparams
         usable = at_a_width(qparams._replace(theta=self.rest(qparams.theta)), format)

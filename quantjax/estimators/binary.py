@@ -29,13 +29,22 @@ def _swish_sign(point: Point) -> jax.Array:
     return beta * (2.0 - v * jnp.tanh(0.5 * v)) * 2.0 * jax.nn.sigmoid(v) * jax.nn.sigmoid(-v)
 
 
+def _has_width(parameters: Parameters) -> jax.Array:
+    return parameters["beta"] > 0.0
+
+
 def _beta(qparams: QParams, format: Format) -> Parameters:
     del format
     return {"beta": jnp.full_like(qparams.scale, 5.0)}
 
 
 SWISH_SIGN = Estimator(
-    "swish-sign", _swish_sign, parameters=("beta",), start=_beta, needs=frozenset({Need.ONE_BIT})
+    "swish-sign",
+    _swish_sign,
+    parameters=("beta",),
+    start=_beta,
+    needs=frozenset({Need.ONE_BIT}),
+    valid=_has_width,
 )
 """``∂q/∂u = β (2 - βu tanh(βu/2)) / (1 + cosh(βu))``, the derivative of
 ``2σ(βu)(1 + βu(1 - σ(βu))) - 1``; it is negative further out.
@@ -67,6 +76,10 @@ def _error_decay(point: Point) -> jax.Array:
     return k * t * (1.0 - jnp.tanh(t * point.scaled) ** 2)
 
 
+def _is_sharp(parameters: Parameters) -> jax.Array:
+    return parameters["sharpness"] > 0.0
+
+
 def _sharpness(qparams: QParams, format: Format) -> Parameters:
     del format
     return {"sharpness": jnp.full_like(qparams.scale, 0.1)}
@@ -78,6 +91,7 @@ ERROR_DECAY = Estimator(
     parameters=("sharpness",),
     start=_sharpness,
     needs=frozenset({Need.ONE_BIT}),
+    valid=_is_sharp,
 )
 """``∂q/∂u = k t (1 - tanh²(t u))``, ``k = max(1/t, 1)``: nearly 1 everywhere at first, then a bump.
 

@@ -39,6 +39,10 @@ def _to_alpha(point: Point, tangents: Parameters) -> jax.Array:
     return jnp.where(within, 0.5 * _distance(point) * moved, 0.0) * tangents["alpha"]
 
 
+def _is_between(parameters: Parameters) -> jax.Array:
+    return (parameters["alpha"] > 0.0) & (parameters["alpha"] < 1.0)
+
+
 def _alpha(qparams: QParams, format: Format) -> Parameters:
     del format
     return {"alpha": jnp.full_like(qparams.scale, 0.2)}
@@ -51,6 +55,7 @@ DSQ = Estimator(
     start=_alpha,
     to_parameters=_to_alpha,
     needs=frozenset({Need.INTEGERS}),
+    valid=_is_between,
 )
 """The backward pass sees a smooth staircase, ``½ (tanh(κ v) / (1 - α) + 1)`` between two levels.
 

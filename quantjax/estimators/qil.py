@@ -33,6 +33,11 @@ def _resolve(qparams: QParams, own: Parameters, format: Format, shape: tuple[int
     return qparams._replace(zero_point=jnp.zeros_like(qparams.zero_point))
 
 
+def _is_interval(own: Parameters) -> jax.Array:
+    ends = jnp.isfinite(own["center"]) & (own["distance"] > 0.0) & jnp.isfinite(own["distance"])
+    return ends & (own["gamma"] > 0.0)
+
+
 QIL = Estimator(
     "qil",
     ones,
@@ -41,6 +46,7 @@ QIL = Estimator(
     resolve=_resolve,
     transform=_transform,
     needs=frozenset({Need.FIXED_RANGE, Need.NO_ZERO_POINT, Need.MORE_THAN_ONE_BIT}),
+    valid=_is_interval,
 )
 """The interval that codes cover is learned: below it a value is pruned to 0, above it clipped to 1.
 

@@ -17,10 +17,17 @@ def _start(qparams: QParams, format: Format) -> Parameters:
 
 
 def _chosen(parameters: Parameters, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.uniform(key, shape, jnp.float32) < parameters["rate"]
+    rate = jnp.where(_is_share(parameters), parameters["rate"], 2.0)  # all of what becomes NaN
+    return jax.random.uniform(key, shape, jnp.float32) < rate
 
 
-QUANT_NOISE = Estimator("quant-noise", ones, parameters=("rate",), start=_start, chosen=_chosen)
+def _is_share(parameters: Parameters) -> jax.Array:
+    return (parameters["rate"] >= 0.0) & (parameters["rate"] <= 1.0)
+
+
+QUANT_NOISE = Estimator(
+    "quant-noise", ones, parameters=("rate",), start=_start, chosen=_chosen, valid=_is_share
+)
 """Each entry is quantized with probability ``theta["rate"]``, the others pass with exact gradients.
 
 The quantized ones pass gradients straight through. The rate is 0.5 to start with, and 1 is plain

@@ -48,7 +48,7 @@ def _resolve(qparams: QParams, own: Parameters, format: Format, shape: tuple[int
     threshold = own["log2_threshold"]
     exponent = ceil_through(threshold) - _bits_of_magnitude(qparams, format)
     scale = _two_to(clip_through(exponent, -126.0, 127.0))
-    return qparams._replace(scale=jnp.where(jnp.isnan(threshold), jnp.nan, scale))
+    return qparams._replace(scale=jnp.where(jnp.isfinite(threshold), scale, jnp.nan))
 
 
 TQT = Estimator(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import SMALLEST_SCALE
+from quantjax.arguments import NUMBERS, expect, first_where
 from quantjax.training.parts import is_qparams, theta_names
 
 Number = float | Float[Array, ""]
@@ -33,8 +34,9 @@ def keep_positive(
       names: entries of ``theta`` that are kept positive likewise, for instance ``("clip",)``.
 
     Raises:
-      TrainingError: a concrete fraction outside (0, 1); on ``init``, a tree without a scale and
-        without any of the names; on ``update``, no ``params``.
+      ArgumentError: no number.
+      TrainingError: a concrete fraction outside (0, 1), where a traced one makes updates NaN; on
+        ``init``, a tree without a scale and without any of the names; on ``update``, no ``params``.
 
     Sharp edges: a scale that is negative or NaN already stays as it is.
 
@@ -44,17 +46,20 @@ def keep_positive(
     >>> float(tx.update(update, tx.init(qparams), qparams)[0].scale)
     -0.75
     """
+    where = "qj.training.keep_positive"
+    expect(fraction, NUMBERS, argument="fraction", where=where, fix="fraction=0.5")
     known = concrete(fraction)
     if known is not None and not np.all((known > 0.0) & (known < 1.0)):
         raise errors.TrainingError(
-            f"a fraction of {float(known):g}",
-            where="qj.training.keep_positive",
+            f"a fraction of {first_where(known, ~((known > 0.0) & (known < 1.0))):g}",
+            where=where,
             why="of a scale, this much is left after the largest step",
             fix="fraction=0.5",
         )
 
     def bound(update: jax.Array, value: jax.Array) -> jax.Array:
         share = jnp.asarray(fraction, value.dtype)
+        share = jnp.where((share > 0.0) & (share < 1.0), share, jnp.nan)  # one that is traced
         floor = jnp.maximum(share * value, jnp.asarray(SMALLEST_SCALE, value.dtype))
         limited = _limited(update, value, floor, jnp.full_like(value, jnp.inf))
         return jnp.where(value > 0.0, limited, update)
@@ -75,8 +80,10 @@ def keep_between(
       names: which entries.
 
     Raises:
-      TrainingError: concrete bounds of which the lower is above the higher; on ``init``, a tree in
-        which no ``theta`` has any of the names; on ``update``, no ``params``.
+      ArgumentError: no number.
+      TrainingError: concrete bounds of which the lower is above the higher, or NaN, where traced
+        ones make updates NaN; on ``init``, a tree in which no ``theta`` has any of the names; on
+        ``update``, no ``params``.
 
     >>> from quantjax.affine import QParams
     >>> qparams = QParams(jnp.float32(1.0), jnp.float32(0.0), jnp.float32(4.0))
@@ -88,12 +95,18 @@ def keep_between(
     >>> float(tx.update(update, tx.init(qparams), qparams)[0].theta["alpha"])
     -0.125
     """
-    known = concrete(low), concrete(high)
-    if known[0] is not None and known[1] is not None and np.any(known[0] > known[1]):
+    where = "qj.training.keep_between"
+    for name, number in (("low", low), ("high", high)):
+        expect(number, NUMBERS, argument=name, where=where, fix=f"{name}=0.5")
+    least, most = concrete(low), concrete(high)
+    if least is not None and most is not None and not np.all(least <= most):
+        pair = np.broadcast_arrays(least, most)
+        first, last = (first_where(side, ~(pair[0] <= pair[1])) for side in pair)
+        turned = f"{last:g}, {first:g}" if first > last else "0.02, 0.5"
         raise errors.TrainingError(
-            f"bounds from {float(known[0]):g} to {float(known[1]):g}",
-            where="qj.training.keep_between",
-            fix=f"keep_between({float(known[1]):g}, {float(known[0]):g}, names=...)",
+            f"bounds from {first:g} to {last:g}",
+            where=where,
+            fix=f"keep_between({turned}, names=...)",
         )
 
     def bound(update: jax.Array, value: jax.Array) -> jax.Array:
@@ -107,6 +120,7 @@ def _limited(update: jax.Array, value: jax.Array, low: jax.Array, high: jax.Arra
     """The update after which ``low <= value + update <= high`` holds in floating point."""
     moved = value + update
     limited = jnp.where(moved < low, low - value, jnp.where(moved > high, high - value, update))
+    limited = jnp.where(low <= high, limited, jnp.nan)  # bounds that are traced, and none
     # The difference was rounded, and the sum may miss the bound by the last place of it.
     reached = value + limited
     inward = jnp.where(reached < low, jnp.inf, -jnp.inf).astype(value.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import QParams, is_bypassed
-from quantjax.arguments import expect
+from quantjax.arguments import NUMBERS, expect, first_where
 from quantjax.granularity import expand
 from quantjax.interpreter import leaves_by_path
 from quantjax.layout import casts, scale_in_parameter
@@ -118,16 +117,23 @@ def freeze_oscillations(
     and 4.3, algorithm 1.
     """
     where = "qj.training.freeze_oscillations"
-    kinds = (numbers.Real, jax.Array, np.ndarray, np.generic)
-    expect(momentum, kinds, argument="momentum", where=where, fix="momentum=0.01")
+    expect(momentum, NUMBERS, argument="momentum", where=where, fix="momentum=0.01")
     if not callable(threshold):
-        expect(threshold, kinds, argument="threshold", where=where, fix="threshold=0.02")
+        expect(threshold, NUMBERS, argument="threshold", where=where, fix="threshold=0.02")
+        limit = concrete(threshold)
+        if limit is not None and np.isnan(limit).any():
+            raise errors.TrainingError(
+                "a threshold that is NaN",
+                where=where,
+                why="a weight whose frequency is above it is frozen, and none would be",
+                fix="threshold=0.02",
+            )
     if select is not None:
         expect(select, Selector, argument="select", where=where, fix="select=qj.path('*kernel')")
     known = concrete(momentum)
     if known is not None and not np.all((known > 0.0) & (known <= 1.0)):
         raise errors.TrainingError(
-            f"a momentum of {float(known):g}",
+            f"a momentum of {first_where(known, ~((known > 0.0) & (known <= 1.0))):g}",
             where=where,
             why="it is the weight of the newest step in moving averages",
             fix="momentum=0.01",

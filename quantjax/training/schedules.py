@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from quantjax import errors
 from quantjax._compat import concrete
+from quantjax.arguments import NUMBERS, expect, first_where
 
 FLOAT_BITS = 32
 """Widths from here on mean float, which is 0 bits everywhere else."""
@@ -34,8 +35,9 @@ def progressive_bits(
         has a schedule for each cell.
 
     Raises:
-      TrainingError: concrete boundaries that do not ascend, widths that are no whole numbers of 0
-        or more; as many widths as boundaries.
+      ArgumentError: text, say.
+      TrainingError: concrete boundaries that do not ascend, where traced ones make NaN; widths that
+        are no whole numbers of 0 or more; as many widths as boundaries.
 
     Sharp edges: steps are compared in float32, which holds whole numbers up to 2^24.
 
@@ -46,9 +48,12 @@ def progressive_bits(
     Source: Zhuang et al., Towards effective low-bitwidth convolutional neural networks, 2018,
     section 3.3, progressive quantization.
     """
+    where = "qj.training.progressive_bits"
+    kinds = (list, tuple, range, jax.Array, np.ndarray)
+    for name, given, usual in (("boundaries", boundaries, "[100]"), ("widths", widths, "[8, 4]")):
+        expect(given, kinds, argument=name, where=where, fix=f"{name}={usual}")
     starts = jnp.asarray(boundaries, jnp.float32)
     stages = jnp.asarray(widths, jnp.float32)
-    where = "qj.training.progressive_bits"
     if starts.ndim != 1 or stages.ndim == 0 or stages.shape[0] != starts.shape[0] + 1:
         raise errors.TrainingError(
             f"widths of shape {stages.shape} for boundaries of shape {starts.shape}",
@@ -57,7 +62,7 @@ def progressive_bits(
             fix="progressive_bits([1000, 2000], [32, 8, 4])",
         )
     known = concrete(starts)
-    if known is not None and np.any(np.diff(known) < 0.0):
+    if known is not None and not np.all(np.diff(known) >= 0.0):
         raise errors.TrainingError(
             f"boundaries {known.tolist()} that do not ascend",
             where=where,
@@ -67,7 +72,8 @@ def progressive_bits(
 
     def bits(step: int | jax.Array) -> jax.Array:
         stage = jnp.sum((jnp.asarray(step, jnp.float32) >= starts).astype(jnp.int32))
-        return _float_is_zero(stages[stage])
+        ascend = jnp.all(starts[1:] >= starts[:-1]) & ~jnp.any(jnp.isnan(starts))
+        return jnp.where(ascend, _float_is_zero(stages[stage]), jnp.nan)
 
     return bits
 
@@ -83,7 +89,9 @@ def delayed_bits(start: int | Int[Array, ""], bits: float | Float[Array, "..."])
       bits: a width, or an array of them; 32 or more becomes 0.
 
     Raises:
-      TrainingError: a concrete width that is no whole number of 0 or more.
+      ArgumentError: no number.
+      TrainingError: a concrete width that is no whole number of 0 or more; a start that is NaN, of
+        which widths are NaN where it is traced.
 
     >>> bits = delayed_bits(500, 4)
     >>> float(bits(499)), float(bits(500))
@@ -92,12 +100,20 @@ def delayed_bits(start: int | Int[Array, ""], bits: float | Float[Array, "..."])
     Source: Jacob et al., Quantization and training of neural networks for efficient
     integer-arithmetic-only inference, 2018, section 3.1 (activations are quantized with a delay).
     """
+    where = "qj.training.delayed_bits"
+    expect(start, NUMBERS, argument="start", where=where, fix="start=500")
+    expect(bits, NUMBERS, argument="bits", where=where, fix="bits=4")
     width = jnp.asarray(bits, jnp.float32)
-    _check_widths(width, "qj.training.delayed_bits")
+    _check_widths(width, where)
+    first = jnp.asarray(start, jnp.float32)
+    known = concrete(first)
+    if known is not None and np.isnan(known).any():
+        raise errors.TrainingError("a start that is NaN", where=where, fix="start=500")
 
     def delayed(step: int | jax.Array) -> jax.Array:
-        begun = jnp.asarray(step, jnp.float32) >= jnp.asarray(start, jnp.float32)
-        return jnp.where(begun, _float_is_zero(width), 0.0)
+        begun = jnp.asarray(step, jnp.float32) >= first
+        bits = jnp.where(begun, _float_is_zero(width), 0.0)
+        return jnp.where(jnp.isnan(first), jnp.nan, bits)
 
     return delayed
 
@@ -118,7 +134,8 @@ def error_decay(
       smallest, largest: positive. All may be traced.
 
     Raises:
-      TrainingError: a concrete number that is not positive.
+      ArgumentError: no number.
+      TrainingError: a concrete number that is not positive; one that is traced gives NaN.
 
     >>> t = error_decay(100)
     >>> [round(float(t(step)), 4) for step in (0, 50, 100, 200)]
@@ -128,17 +145,22 @@ def error_decay(
     networks (IR-Net), 2020, section 3.
     """
     for name, number in (("steps", steps), ("smallest", smallest), ("largest", largest)):
+        where = "qj.training.error_decay"
+        expect(number, NUMBERS, argument=name, where=where, fix=f"{name}=10.0")
         known = concrete(number)
-        if known is not None and not np.all(known > 0):
+        if known is not None and not np.all((known > 0) & np.isfinite(known)):
             raise errors.TrainingError(
-                f"{name} = {float(known):g}",
-                where="qj.training.error_decay",
+                f"{name} = {first_where(known, ~((known > 0) & np.isfinite(known))):g}",
+                where=where,
                 why="the sharpness grows geometrically over the steps",
                 fix="error_decay(10_000, smallest=0.1, largest=10.0)",
             )
 
     def sharpness(step: int | jax.Array) -> jax.Array:
-        first, last, count = (jnp.asarray(n, jnp.float32) for n in (smallest, largest, steps))
+        first, last, count = (
+            jnp.where((n > 0.0) & jnp.isfinite(n), n, jnp.nan)
+            for n in (jnp.asarray(n, jnp.float32) for n in (smallest, largest, steps))
+        )
         done = jnp.clip(jnp.asarray(step, jnp.float32) / count, 0.0, 1.0)
         return first * jnp.exp(done * jnp.log(last / first))
 
@@ -152,9 +174,9 @@ def _float_is_zero(bits: jax.Array) -> jax.Array:
 def _check_widths(widths: jax.Array, where: str) -> None:
     known = concrete(widths)
     if known is not None and not np.all((known >= 0.0) & (known == np.floor(known))):
-        wrong = np.ravel(known)[np.ravel(~((known >= 0.0) & (known == np.floor(known))))][0]
+        wrong = first_where(known, ~((known >= 0.0) & (known == np.floor(known))))
         raise errors.TrainingError(
-            f"a width of {float(wrong):g} bits",
+            f"a width of {wrong:g} bits",
             where=where,
             why="widths are whole numbers; 0, or 32 and more, is float",
             fix="widths such as 32, 8, 4",

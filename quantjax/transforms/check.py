@@ -65,7 +65,7 @@ MOVED_ZERO = (
 
 
 LEARNED = (
-    "a learned parameter is NaN or infinite, or a clip is not positive",
+    "a parameter of the estimator is NaN or infinite, or means nothing, as a clip below zero",
     "a lower learning rate for theta, and quantjax.training.keep_positive(names=...)",
 )
 
@@ -163,7 +163,7 @@ def _problems(
         (np.any(~np.isfinite(zero_point), axis=zero_axes), *ZERO_NOT_FINITE),
         (_no_width(qparams, quantizer) & ~explained, *REASONS[Fault.BITS_OUTSIDE_FORMAT]),
         (np.any(is_symmetric & (zero_point != 0.0), axis=zero_axes) & ~explained, *MOVED_ZERO),
-        (_learned_faults(qparams, batch) & ~explained, *LEARNED),
+        (_learned_faults(qparams, batch, quantizer) & ~explained, *LEARNED),
         (_moved(qparams, batch) & ~explained, *MOVED_WIDTH),
         (np.full(bits.shape, bool(other_dtypes(qparams))), *OTHER_DTYPE),
     ]
@@ -216,8 +216,8 @@ def _moved(qparams: QParams, batch: int) -> np.ndarray:
     return hit
 
 
-def _learned_faults(qparams: QParams, batch: int) -> np.ndarray:
-    """By lane: entries of ``theta`` that no estimator can use."""
+def _learned_faults(qparams: QParams, batch: int, quantizer: Quantizer | None) -> np.ndarray:
+    """By lane: entries of ``theta`` that no estimator can use, or that the quantizer's cannot."""
     hit = np.zeros(np.shape(qparams.bits), bool)
     theta = qparams.theta if isinstance(qparams.theta, Mapping) else {}
     for name, array in theta.items():
@@ -227,6 +227,10 @@ def _learned_faults(qparams: QParams, batch: int) -> np.ndarray:
         bad = ~np.isfinite(values)
         if name == "clip":
             bad |= ~(values > 0)
+        hit = hit | np.any(bad, axis=tuple(range(batch, bad.ndim)))
+    estimator = None if quantizer is None else quantizer.estimator
+    if estimator is not None and estimator.valid and set(estimator.parameters) <= set(theta):
+        bad = ~np.asarray(estimator.valid(estimator.own(theta)))
         hit = hit | np.any(bad, axis=tuple(range(batch, bad.ndim)))
     return hit
 

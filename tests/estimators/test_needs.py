@@ -292,7 +292,7 @@ def test_check_names_a_learned_parameter_that_is_gone():
     for bad in (jnp.nan, -1.0, 0.0):
         broken = qj.training.with_parameter(qstate, "clip", bad)
         (problem,) = qj.check(broken)
-        assert "learned parameter" in problem.what
+        assert "parameter of the estimator" in problem.what
         assert problem.operand == "activation"
 
 

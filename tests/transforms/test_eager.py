@@ -36,7 +36,7 @@ def test_a_first_call_compiles_few_programs(name):
     assert 0 < len(events) <= most
 
 
-@pytest.mark.parametrize(("verb", "each"), [("fake_quantize", 16), ("compare", 18), ("freeze", 6)])
+@pytest.mark.parametrize(("verb", "each"), [("fake_quantize", 16), ("compare", 24), ("freeze", 6)])
 def test_a_site_compiles_few_programs(verb, each):
     """Sites that are alike share theirs, so that this is a bound for any model."""
     plan, _, qstate = ready(CASE, qj.uniform_policy(weight_bits=4, activation_bits=8))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import quantjax as qj
-from quantjax import estimators
+from quantjax import errors, estimators
 from quantjax.affine import QParams
 from tests.models import dense, policy, ready
 
@@ -68,3 +68,18 @@ def test_check_says_so(name):
     for value in bad:
         (problem,) = qj.check(qj.training.with_parameter(qstate, name, value), plan)
         assert "a parameter of the estimator" in problem.what
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_freezing_refuses_what_simulation_makes_nan(name):
+    estimator, bits, good, bad = DOMAINS[name]
+    weights = qj.weight_quantizer(bits=bits, estimator=estimator, granularity=qj.PerTensor())
+    plan, _, qstate = ready(CASE, policy(weights))
+    for value in good:
+        qj.freeze(plan, qj.training.with_parameter(qstate, name, value), CASE.params)
+    for value in bad:
+        broken = qj.training.with_parameter(qstate, name, value)
+        y = qj.fake_quantize(CASE.f, plan)(broken, CASE.params, CASE.x, key=KEY)
+        assert np.isnan(y).all()
+        with pytest.raises(errors.FreezeError, match="scale"):
+            qj.freeze(plan, broken, CASE.params)

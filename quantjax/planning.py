@@ -14,7 +14,7 @@ from quantjax import errors
 from quantjax.arguments import expect
 from quantjax.interpreter import Origin, Role, Site, SiteStatus, leaves_by_path
 from quantjax.policy import Policy, Rule, Scheme
-from quantjax.printing import amount, columns, shape_text, wrapped
+from quantjax.printing import amount, columns, counted, shape_text, wrapped
 from quantjax.qtensor import frozen_error, is_quantized
 from quantjax.site_plan import PlanStatus, SitePlan, plan_site
 from quantjax.table import SiteTable, distinct, frame, site_row, weight_bytes
@@ -29,10 +29,10 @@ class Plan:
 
     policy: Policy
     sites: tuple[SitePlan, ...]
-    weights: Mapping[str, Origin] = dataclasses.field(compare=False, repr=False)
-    others: Mapping[str, str] = dataclasses.field(compare=False, repr=False)
-    shapes: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(repr=False)
-    biases: Mapping[str, Origin] = dataclasses.field(compare=False, repr=False)
+    weights: Mapping[str, Origin] = dataclasses.field(compare=False)
+    others: Mapping[str, str] = dataclasses.field(compare=False)
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    biases: Mapping[str, Origin] = dataclasses.field(compare=False)
 
     def __getitem__(self, name: str) -> SitePlan:
         for site in self.sites:
@@ -69,6 +69,11 @@ class Plan:
                     why=f"planned with {shape_text(planned[path])}; {found}{hint}",
                     fix="plan again: qj.plan(policy, qj.sites(f, params, x))",
                 )
+
+    def __repr__(self) -> str:
+        """Its size alone: fields of a deep network are a megabyte of text."""
+        operands = sum(len(entry.quantized) for entry in self.quantized)
+        return f"Plan({counted(len(self.sites), 'site')}, {counted(operands, 'operand')} quantized)"
 
     def __str__(self) -> str:
         """At most 120 columns; ``bytes`` are those of the weight with its scales."""

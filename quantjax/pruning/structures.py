@@ -109,7 +109,7 @@ class NOfM(Structure):
     """``N`` of every ``M`` neighbours along an axis stay, ``N = (1 - sparsity) · M``.
 
     A sparsity of 0.5 with ``M = 4`` is 2:4, which sparse tensor cores multiply. ``N`` follows from
-    the sparsity, so that it may be traced.
+    the sparsity, so that it may be traced; it is rounded then, where a known one is refused.
 
     Attributes:
       m: ``M``.

@@ -217,3 +217,10 @@ def test_plans_are_copied_as_they_are_and_pickled_without_equations():
     assert copy.deepcopy(qj.sites(case.f, case.params, case.x)) == qj.sites(*case)
     with refused(errors.StorageError, "cannot be pickled", "save_quantization"):
         pickle.dumps(plan)
+
+
+def test_its_representation_is_short():
+    """Notebooks, debuggers and failed assertions print it; ``print`` has the table."""
+    case = dense()
+    plan = qj.plan(qj.uniform_policy(), qj.sites(case.f, case.params, case.x))
+    assert repr(plan) == "Plan(1 site, 2 operands quantized)"

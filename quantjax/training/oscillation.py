@@ -91,8 +91,9 @@ def freeze_oscillations(
 
     Raises:
       TrainingError: nothing to follow; a selected weight that cannot be followed; one parameter in
-        two sites; a concrete momentum outside (0, 1]; on ``init``, a tree without the weights; on
-        ``update``, no ``params`` or no ``qstate``.
+        two sites; a concrete momentum outside (0, 1] or a threshold that is NaN, of which updates
+        are NaN where traced; on ``init``, a tree without the weights; on ``update``, no ``params``
+        or no ``qstate``.
 
     Sharp edges: integers are those of ``params`` under the ``qstate`` given, before the update.
     Where a width changes, and at 0 bits, everything starts anew and nothing is held. Random
@@ -241,4 +242,6 @@ def _step(
     direction = jnp.where(change == 0, direction, change)
     middle = (scale * (level - zero)).astype(value.dtype)
     update = jnp.where(frozen, (middle - value).astype(update.dtype), update)
+    known = (m > 0.0) & (m <= 1.0) & ~jnp.isnan(threshold)  # those that are traced
+    update = jnp.where(known, update, jnp.nan)
     return Followed(level, average, direction, frequency, frozen, qparams.bits), update

@@ -8,7 +8,7 @@ import pytest
 import quantjax as qj
 from quantjax import errors, training
 from quantjax.affine import QParams
-from tests.models import dense, planned
+from tests.models import dense, planned, ready
 
 NAN = float("nan")
 ONE = QParams(jnp.float32(1.0), jnp.float32(0.0), jnp.float32(4.0), {"alpha": jnp.float32(0.25)})
@@ -104,3 +104,19 @@ def test_numbers_of_oscillation(options, wrong):
     plan = planned(case, qj.uniform_policy(weight_granularity=qj.PerChannel()))
     with pytest.raises(errors.TrainingError, match=wrong):
         training.freeze_oscillations(plan, **options)
+
+
+def test_traced_numbers_of_oscillation_make_updates_nan():
+    case = dense()
+    plan, _, qstate = ready(case, qj.uniform_policy(weight_granularity=qj.PerChannel()))
+    still = jax.tree.map(jnp.zeros_like, case.params)
+
+    def update(numbers):
+        tx = training.freeze_oscillations(plan, numbers[0], momentum=numbers[1])
+        return tx.update(still, tx.init(case.params), case.params, qstate=qstate)[0]
+
+    pairs = [(0.1, 0.01), (0.1, 1.0), (NAN, 0.01), (0.1, NAN), (0.1, 0.0), (0.1, 2.0)]
+    (found,) = jax.tree.leaves(jax.jit(jax.vmap(update))(jnp.asarray(pairs)))
+    is_nan = np.isnan(found).reshape(len(pairs), -1)
+    assert not is_nan[:2].any()
+    assert is_nan[2:].all()

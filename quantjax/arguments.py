@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from quantjax import errors
+from quantjax._compat import concrete
 
 _MODULES = {
     "flax.linen": "f = lambda params, x: model.apply(params, x), for f and params",
@@ -26,13 +27,17 @@ NUMBERS = (numbers.Real, jax.Array, np.ndarray, np.generic)
 _NUMBERS: dict[type, str] = {numbers.Real: "number", numbers.Integral: "whole number"}
 
 
-def first_where(values: np.ndarray, wrong: np.ndarray) -> float:
-    """The first value that is wrong, for an error that names it.
+def first_wrong(value: Any, is_good: Callable[[np.ndarray], np.ndarray]) -> float | None:
+    """The first number that is not good, for an error that names it; None, too, where traced.
 
-    >>> first_where(np.array([1.0, -2.0, -3.0]), np.array([False, True, True]))
+    >>> first_wrong(np.array([1.0, -2.0, -3.0]), lambda v: v > 0.0)
     -2.0
     """
-    return float(np.ravel(values)[np.flatnonzero(np.broadcast_to(wrong, np.shape(values)))[0]])
+    known = concrete(value)
+    if known is None:
+        return None
+    wrong = np.flatnonzero(~is_good(known))
+    return float(np.ravel(known)[wrong[0]]) if wrong.size else None
 
 
 def expect(

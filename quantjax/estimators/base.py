@@ -174,17 +174,18 @@ class Estimator(NamedTuple):
         0.0
         """
         own = self.own(qparams.theta)
+        found = qparams
+        if self.resolve is not None:
+            usable = at_a_width(qparams._replace(theta=self.rest(qparams.theta)), format)
+            found = self.resolve(usable, own, format, shape)
+            bits = qparams.bits
+            if found.bits is not usable.bits:
+                bits = where_bypassed(bits, 0.0, found.bits)
+            found = found._replace(bits=bits, theta=qparams.theta)
         if self.valid is not None:
-            scale = jnp.asarray(qparams.scale, jnp.float32)
-            qparams = qparams._replace(scale=jnp.where(self.valid(own), scale, jnp.nan))
-        if self.resolve is None:
-            return qparams
-        usable = at_a_width(qparams._replace(theta=self.rest(qparams.theta)), format)
-        found = self.resolve(usable, own, format, shape)
-        bits = qparams.bits
-        if found.bits is not usable.bits:
-            bits = where_bypassed(bits, 0.0, found.bits)
-        return found._replace(bits=bits, theta=qparams.theta)
+            scale = jnp.asarray(found.scale, jnp.float32)
+            found = found._replace(scale=jnp.where(self.valid(own), scale, jnp.nan))
+        return found
 
 
 def at_a_width(qparams: QParams, format: Format) -> QParams:

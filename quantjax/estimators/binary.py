@@ -29,8 +29,9 @@ def _swish_sign(point: Point) -> jax.Array:
     return beta * (2.0 - v * jnp.tanh(0.5 * v)) * 2.0 * jax.nn.sigmoid(v) * jax.nn.sigmoid(-v)
 
 
-def _has_width(parameters: Parameters) -> jax.Array:
-    return parameters["beta"] > 0.0
+def _is_positive(parameters: Parameters) -> jax.Array:
+    (number,) = parameters.values()
+    return number > 0.0
 
 
 def _beta(qparams: QParams, format: Format) -> Parameters:
@@ -44,7 +45,7 @@ SWISH_SIGN = Estimator(
     parameters=("beta",),
     start=_beta,
     needs=frozenset({Need.ONE_BIT}),
-    valid=_has_width,
+    valid=_is_positive,
 )
 """``∂q/∂u = β (2 - βu tanh(βu/2)) / (1 + cosh(βu))``, the derivative of
 ``2σ(βu)(1 + βu(1 - σ(βu))) - 1``; it is negative further out.
@@ -76,10 +77,6 @@ def _error_decay(point: Point) -> jax.Array:
     return k * t * (1.0 - jnp.tanh(t * point.scaled) ** 2)
 
 
-def _is_sharp(parameters: Parameters) -> jax.Array:
-    return parameters["sharpness"] > 0.0
-
-
 def _sharpness(qparams: QParams, format: Format) -> Parameters:
     del format
     return {"sharpness": jnp.full_like(qparams.scale, 0.1)}
@@ -91,7 +88,7 @@ ERROR_DECAY = Estimator(
     parameters=("sharpness",),
     start=_sharpness,
     needs=frozenset({Need.ONE_BIT}),
-    valid=_is_sharp,
+    valid=_is_positive,
 )
 """``∂q/∂u = k t (1 - tanh²(t u))``, ``k = max(1/t, 1)``: nearly 1 everywhere at first, then a bump.
 

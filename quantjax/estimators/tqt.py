@@ -48,7 +48,11 @@ def _resolve(qparams: QParams, own: Parameters, format: Format, shape: tuple[int
     threshold = own["log2_threshold"]
     exponent = ceil_through(threshold) - _bits_of_magnitude(qparams, format)
     scale = _two_to(clip_through(exponent, -126.0, 127.0))
-    return qparams._replace(scale=jnp.where(jnp.isfinite(threshold), scale, jnp.nan))
+    return qparams._replace(scale=scale)
+
+
+def _is_finite(own: Parameters) -> jax.Array:
+    return jnp.isfinite(own["log2_threshold"])
 
 
 TQT = Estimator(
@@ -58,6 +62,7 @@ TQT = Estimator(
     start=_start,
     resolve=_resolve,
     needs=frozenset({Need.FIXED_RANGE, Need.INTEGERS}),
+    valid=_is_finite,
 )
 """The logarithm of the threshold is learned, and the scale is the power of two above it.
 

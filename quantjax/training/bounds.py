@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 from quantjax import errors
 from quantjax._compat import concrete
 from quantjax.affine import SMALLEST_SCALE
-from quantjax.arguments import NUMBERS, expect, first_where
+from quantjax.arguments import NUMBERS, expect, first_wrong
 from quantjax.training.parts import is_qparams, theta_names
 
 Number = float | Float[Array, ""]
@@ -48,10 +48,10 @@ def keep_positive(
     """
     where = "qj.training.keep_positive"
     expect(fraction, NUMBERS, argument="fraction", where=where, fix="fraction=0.5")
-    known = concrete(fraction)
-    if known is not None and not np.all((known > 0.0) & (known < 1.0)):
+    wrong = first_wrong(fraction, lambda n: (n > 0.0) & (n < 1.0))
+    if wrong is not None:
         raise errors.TrainingError(
-            f"a fraction of {first_where(known, ~((known > 0.0) & (known < 1.0))):g}",
+            f"a fraction of {wrong:g}",
             where=where,
             why="of a scale, this much is left after the largest step",
             fix="fraction=0.5",
@@ -100,8 +100,8 @@ def keep_between(
         expect(number, NUMBERS, argument=name, where=where, fix=f"{name}=0.5")
     least, most = concrete(low), concrete(high)
     if least is not None and most is not None and not np.all(least <= most):
-        pair = np.broadcast_arrays(least, most)
-        first, last = (first_where(side, ~(pair[0] <= pair[1])) for side in pair)
+        pairs = np.stack(np.broadcast_arrays(least, most)).reshape(2, -1)
+        first, last = pairs[:, ~(pairs[0] <= pairs[1])][:, 0].tolist()
         turned = f"{last:g}, {first:g}" if first > last else "0.02, 0.5"
         raise errors.TrainingError(
             f"bounds from {first:g} to {last:g}",

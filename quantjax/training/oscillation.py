@@ -12,9 +12,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from quantjax import errors
-from quantjax._compat import concrete
 from quantjax.affine import QParams, is_bypassed
-from quantjax.arguments import NUMBERS, expect, first_where
+from quantjax.arguments import NUMBERS, expect, first_wrong
 from quantjax.granularity import expand
 from quantjax.interpreter import leaves_by_path
 from quantjax.layout import casts, scale_in_parameter
@@ -121,8 +120,7 @@ def freeze_oscillations(
     expect(momentum, NUMBERS, argument="momentum", where=where, fix="momentum=0.01")
     if not callable(threshold):
         expect(threshold, NUMBERS, argument="threshold", where=where, fix="threshold=0.02")
-        limit = concrete(threshold)
-        if limit is not None and np.isnan(limit).any():
+        if first_wrong(threshold, lambda n: ~np.isnan(n)) is not None:
             raise errors.TrainingError(
                 "a threshold that is NaN",
                 where=where,
@@ -131,10 +129,10 @@ def freeze_oscillations(
             )
     if select is not None:
         expect(select, Selector, argument="select", where=where, fix="select=qj.path('*kernel')")
-    known = concrete(momentum)
-    if known is not None and not np.all((known > 0.0) & (known <= 1.0)):
+    wrong = first_wrong(momentum, lambda n: (n > 0.0) & (n <= 1.0))
+    if wrong is not None:
         raise errors.TrainingError(
-            f"a momentum of {first_where(known, ~((known > 0.0) & (known <= 1.0))):g}",
+            f"a momentum of {wrong:g}",
             where=where,
             why="it is the weight of the newest step in moving averages",
             fix="momentum=0.01",

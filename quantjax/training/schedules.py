@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from quantjax import errors
 from quantjax._compat import concrete
-from quantjax.arguments import NUMBERS, expect, first_where
+from quantjax.arguments import NUMBERS, expect, first_wrong
 
 FLOAT_BITS = 32
 """Widths from here on mean float, which is 0 bits everywhere else."""
@@ -106,8 +106,7 @@ def delayed_bits(start: int | Int[Array, ""], bits: float | Float[Array, "..."])
     width = jnp.asarray(bits, jnp.float32)
     _check_widths(width, where)
     first = jnp.asarray(start, jnp.float32)
-    known = concrete(first)
-    if known is not None and np.isnan(known).any():
+    if first_wrong(first, lambda n: ~np.isnan(n)) is not None:
         raise errors.TrainingError("a start that is NaN", where=where, fix="start=500")
 
     def delayed(step: int | jax.Array) -> jax.Array:
@@ -147,10 +146,10 @@ def error_decay(
     for name, number in (("steps", steps), ("smallest", smallest), ("largest", largest)):
         where = "qj.training.error_decay"
         expect(number, NUMBERS, argument=name, where=where, fix=f"{name}=10.0")
-        known = concrete(number)
-        if known is not None and not np.all((known > 0) & np.isfinite(known)):
+        wrong = first_wrong(number, lambda n: (n > 0) & np.isfinite(n))
+        if wrong is not None:
             raise errors.TrainingError(
-                f"{name} = {first_where(known, ~((known > 0) & np.isfinite(known))):g}",
+                f"{name} = {wrong:g}",
                 where=where,
                 why="the sharpness grows geometrically over the steps",
                 fix="error_decay(10_000, smallest=0.1, largest=10.0)",
@@ -172,9 +171,8 @@ def _float_is_zero(bits: jax.Array) -> jax.Array:
 
 
 def _check_widths(widths: jax.Array, where: str) -> None:
-    known = concrete(widths)
-    if known is not None and not np.all((known >= 0.0) & (known == np.floor(known))):
-        wrong = first_where(known, ~((known >= 0.0) & (known == np.floor(known))))
+    wrong = first_wrong(widths, lambda n: (n >= 0.0) & (n == np.floor(n)))
+    if wrong is not None:
         raise errors.TrainingError(
             f"a width of {wrong:g} bits",
             where=where,

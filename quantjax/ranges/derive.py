@@ -13,7 +13,7 @@ from jax import lax
 
 from quantjax.ranges.base import Range, RangeRule, Target
 from quantjax.ranges.stack import IndexedRule, checked_rule, range_of
-from quantjax.statistics import Histogram, Sample, Statistics
+from quantjax.statistics import Held, Histogram, Statistics
 
 ENTRIES_AT_ONCE = 1 << 20  # of all groups together; a search has some forty arrays of them
 
@@ -104,7 +104,7 @@ def _key(statistics: Statistics, target: Target) -> Any:
     size = 0
     if isinstance(distribution, Histogram):
         size = distribution.bins
-    elif isinstance(distribution, Sample):
+    elif isinstance(distribution, Held):
         # Filled up to the longest of them, which is at most four times as long.
         size = (_entries(statistics) - 1).bit_length() // 2
     theta = jax.tree.structure(target.theta)
@@ -115,14 +115,17 @@ def _entries(statistics: Statistics) -> int:
     distribution = statistics.distribution
     if isinstance(distribution, Histogram):
         return distribution.bins
-    return distribution.values.shape[-1] if isinstance(distribution, Sample) else 1
+    return distribution.values.shape[-1] if isinstance(distribution, Held) else 1
 
 
 @functools.partial(jax.jit, static_argnames="length", inline=True)
 def _in_groups(parts: Sequence[tuple[Statistics, Any, Any]], *, length: int) -> Any:
     """Statistics, widths and theta of all operands, with one leading axis of all their groups."""
     every = [_groups(*part) for part in parts]
-    every = [(_padded(statistics, length), bits, theta) for statistics, bits, theta in every]
+    held = [statistics.distribution for statistics, _, _ in every]
+    kinds = {one.values.dtype for one in held if isinstance(one, Held)}
+    dtype = kinds.pop() if len(kinds) == 1 else jnp.dtype(jnp.float32)
+    every = [(_padded(statistics, length, dtype), *rest) for statistics, *rest in every]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *every)
 
 
@@ -160,14 +163,16 @@ def _groups(statistics: Statistics, bits: Any, theta: Any) -> tuple[Statistics, 
     return jax.tree.map(flat, statistics), bits, theta
 
 
-def _padded(statistics: Statistics, length: int) -> Statistics:
-    sample = statistics.distribution
-    if not isinstance(sample, Sample) or sample.values.shape[-1] == length:
+def _padded(statistics: Statistics, length: int, dtype: jnp.dtype) -> Statistics:
+    """Values of a tensor, if they are held, filled up with what does not count."""
+    held = statistics.distribution
+    if not isinstance(held, Held):
         return statistics
-    missing = [(0, 0), (0, length - sample.values.shape[-1])]
-    return statistics._replace(
-        distribution=Sample(jnp.pad(sample.values, missing), jnp.pad(sample.weights, missing))
-    )
+    values, missing = held.values.astype(dtype), length - held.values.shape[-1]
+    if missing:
+        values, counted = (jnp.pad(a, [(0, 0), (0, missing)]) for a in (values, held.counted))
+        held = held._replace(counted=counted)
+    return statistics._replace(distribution=held._replace(values=values))
 
 
 def _at_once(rule: RangeRule | IndexedRule, statistics: Statistics, target: Target) -> Range:

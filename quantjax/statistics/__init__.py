@@ -18,7 +18,7 @@ from quantjax.statistics.extremes import Extremes
 from quantjax.statistics.histogram import BINS, Histogram
 from quantjax.statistics.moments import Moments
 from quantjax.statistics.moving import TORCH_AVERAGING_CONSTANT, MovingExtremes
-from quantjax.statistics.sample import Sample
+from quantjax.statistics.sample import Held, Sample
 
 __all__ = [
     "BINS",
@@ -26,6 +26,7 @@ __all__ = [
     "AxisName",
     "Count",
     "Extremes",
+    "Held",
     "Histogram",
     "Moments",
     "MovingExtremes",

@@ -24,7 +24,7 @@ from quantjax.statistics.extremes import Extremes
 from quantjax.statistics.histogram import BINS, Histogram
 from quantjax.statistics.moments import Moments
 from quantjax.statistics.moving import TORCH_AVERAGING_CONSTANT, MovingExtremes
-from quantjax.statistics.sample import Sample
+from quantjax.statistics.sample import Held, Sample
 
 
 class Statistics(NamedTuple):
@@ -45,7 +45,7 @@ class Statistics(NamedTuple):
     extremes: Extremes
     moving: MovingExtremes
     moments: Moments
-    distribution: Histogram | Sample | None = None
+    distribution: Histogram | Held | None = None
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ class Statistics(NamedTuple):
                 fix="qj.init(plan) without histogram_bins=None; RangeRule(..., "
                 "reads_distribution=True)",
             )
-        return sample.of_histogram(found) if isinstance(found, Histogram) else found
+        return sample.of_histogram(found) if isinstance(found, Histogram) else found.sample
 
 
 def init(
@@ -192,7 +192,7 @@ def _number(x: jax.Array, scale_shape: tuple[int, ...], where: jax.Array | None)
 
 def _kept(statistics: Statistics) -> Histogram | None:
     """The histogram, if there is one."""
-    if isinstance(statistics.distribution, Sample):
+    if isinstance(statistics.distribution, Held):
         raise errors.StatisticsError(
             "these statistics hold the values of one tensor, and cannot take in another",
             why="their size would grow with what is seen",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from quantjax.granularity import groups_last
 from quantjax.statistics import count
@@ -27,15 +27,33 @@ class Sample(NamedTuple):
     weights: Float[Array, "... n"]
 
 
-def of_tensor(x: Float[Array, "..."], scale_shape: tuple[int, ...]) -> Sample:
-    """The tensor itself, group by group; what is not finite has weight 0.
+class Held(NamedTuple):
+    """A tensor as it is kept until a rule looks at it: in as few bytes as it came in.
+
+    Attributes:
+      values: ``[*scale, n]``, float32, or the 16-bit format that the tensor has.
+      counted: ``[*scale, n]``; False where there is no value, or one that is not finite.
+    """
+
+    values: Float[Array, "... n"]
+    counted: Bool[Array, "... n"]
+
+    @property
+    def sample(self) -> Sample:
+        """In float32, each value once."""
+        return Sample(self.values.astype(jnp.float32), self.counted.astype(jnp.float32))
+
+
+def of_tensor(x: Float[Array, "..."], scale_shape: tuple[int, ...]) -> Held:
+    """The tensor itself, group by group; what is not finite does not count.
 
     >>> of_tensor(jnp.array([[1.0, 2.0], [3.0, 4.0]]), (1, 2)).values.tolist()
     [[[1.0, 3.0], [2.0, 4.0]]]
     """
-    values, some = groups_last(x.astype(jnp.float32), scale_shape)
+    half = x.dtype in (jnp.bfloat16, jnp.float16)
+    values, some = groups_last(x if half else x.astype(jnp.float32), scale_shape)
     counted = some & jnp.isfinite(values)
-    return Sample(jnp.where(counted, values, 0.0), counted.astype(jnp.float32))
+    return Held(jnp.where(counted, values, jnp.zeros_like(values)), counted)
 
 
 def of_histogram(histogram: Histogram, points: int = POINTS) -> Sample:

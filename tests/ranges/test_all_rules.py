@@ -106,12 +106,13 @@ def test_all_rules_and_widths_are_one_program():
 
 @ANY_RULE
 def test_many_operands_together_are_each_alone(rule):
-    """Groups, widths and samples of several lengths in one program."""
+    """Groups, widths and samples of several lengths and formats in one program."""
     x = drawn("gaussian", 4).reshape(-1, 4)
     groups = cases.updated(statistics.init((1, 4)), jnp.asarray(x))
     one = observed(drawn("relu", 5))
     jobs = [(groups, ASYMMETRIC), (one, ASYMMETRIC._replace(bits=jnp.float32(3)))]
-    jobs += [(at_hand(drawn("laplacian", 6, n)), ASYMMETRIC) for n in (100, 300)]
+    kept = ((100, np.float32), (300, np.float32), (200, jnp.bfloat16))
+    jobs += [(at_hand(drawn("laplacian", 6, n).astype(dtype)), ASYMMETRIC) for n, dtype in kept]
     if rule is ranges.MOVING_AVERAGE:
         jobs = jobs[:2]
     found = derive_many(rule, jobs)

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as npst
 from numpy.testing import assert_allclose, assert_array_equal
 
 from quantjax import errors, statistics
-from quantjax.statistics import Sample, Statistics, as_integer
+from quantjax.statistics import Held, Statistics, as_integer
 from tests.models import assert_same_bits
 from tests.oracles import histograms as oracle
 from tests.oracles.groups import by_group
@@ -241,7 +241,7 @@ def test_a_histogram_and_none_are_refused():
 def test_values_of_one_tensor_take_in_no_other():
     x = jnp.ones(SHAPE)
     held = statistics.of_tensor(x, (1, 7), with_values=True)
-    assert isinstance(held.distribution, Sample)
+    assert isinstance(held.distribution, Held)
     for attempt in (
         lambda: statistics.update(held, x),
         lambda: statistics.merge_unordered(held, held),

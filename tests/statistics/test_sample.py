@@ -18,7 +18,7 @@ pytestmark = pytest.mark.thinned(2)
 SHAPE = (4, 7)
 GROUPS = [(1, 1), (4, 1), (2, 3), (1, 4), (4, 7)]  # 3 and 4 along 7 have a shorter last group
 finite = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
-of_tensor = jax.jit(sample.of_tensor, static_argnums=1)
+of_tensor = jax.jit(lambda x, groups: sample.of_tensor(x, groups).sample, static_argnums=1)
 of_histogram = jax.jit(sample.of_histogram)
 
 
@@ -63,9 +63,21 @@ def test_what_is_not_finite_has_weight_zero_and_a_finite_value(groups, x, bad):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_floats_are_their_float32_values(dtype):
     x = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), dtype)
-    got, want = sample.of_tensor(x, (2, 3)), sample.of_tensor(x.astype(jnp.float32), (2, 3))
+    got, want = of_tensor(x, (2, 3)), of_tensor(x.astype(jnp.float32), (2, 3))
     assert got.values.dtype == jnp.float32
     jax.tree.map(assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_a_tensor_is_held_in_the_bytes_it_has_and_one_more_each(dtype):
+    held = sample.of_tensor(jnp.ones(SHAPE, dtype), (2, 1))
+    assert sum(leaf.nbytes for leaf in held) == jnp.ones(SHAPE, dtype).nbytes + np.prod(SHAPE)
+
+
+def test_of_doubles_float32_is_held():
+    with jax.enable_x64(True):
+        held = sample.of_tensor(jnp.full(SHAPE, 0.1), (1, 1))
+    assert held.values.dtype == jnp.float32
 
 
 # Of a histogram.
@@ -156,6 +168,6 @@ def test_the_largest_numbers_have_finite_values():
 def test_statistics_offer_whichever_they_hold():
     x = jnp.asarray(np.random.default_rng(3).normal(size=SHAPE), jnp.float32)
     held = statistics.of_tensor(x, (2, 3), with_values=True)
-    jax.tree.map(assert_array_equal, held.sample, sample.of_tensor(x, (2, 3)))
+    jax.tree.map(assert_array_equal, held.sample, of_tensor(x, (2, 3)))
     counted = statistics.update(statistics.init((2, 3), histogram_bins=64), x)
     jax.tree.map(assert_array_equal, counted.sample, of_histogram(counted.distribution))

@@ -319,8 +319,10 @@ def _enter_while(
     found: _Findings,
 ) -> list[Origin]:
     cond_consts, body_consts, init = container.split(operands)
-    inside = around.within(scope, "while").looped(Loop(here, None))
     condition, body = container.programs
+    by_row = condition.out_avals[0].ndim > 0  # under jax.vmap
+    note = "rows that have ended are observed until the last one does" if by_row else ""
+    inside = around.within(scope, "while", note=note).looped(Loop(here, None))
 
     def run(carry: list[Origin]) -> list[Origin]:
         return _walk(body, [*body_consts, *carry], (*here, 1), inside, found)

@@ -106,8 +106,9 @@ def observe(
 
     Raises:
       PlanMismatchError: other sites, or weights of other shapes, than those planned.
-      DataError: NaN, infinity or nothing at all in concrete inputs, or in what they lead to. Under
-        a trace the QParams become NaN, and ``qj.check`` says why.
+      DataError: NaN, infinity or nothing at all in concrete inputs, or in what they lead to; -inf,
+        of a mask that is added to logits, may be in inputs alone. Under a trace the QParams become
+        NaN, and ``qj.check`` says why.
     """
     check_arguments(f, plan, verb="observe")
     programs = ProgramCache(f)
@@ -281,21 +282,22 @@ def check_inputs(inputs: Any, where: Any) -> None:
             where=f"where= of shape {shape_text(mask.shape)}",
             fix="skip this batch",
         )
-    for index, leaf in enumerate(jax.tree.leaves(inputs)):
-        if not jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating):
-            continue
-        values = concrete(leaf)
-        if values is None:
-            continue
-        where_text = f"input leaf {index} of shape {shape_text(values.shape)}"
-        if values.size == 0:
-            raise errors.DataError(
-                "an empty calibration batch", where=where_text, fix="observe one sample or more"
-            )
+    floats = {
+        f"input leaf {index} of shape {shape_text(values.shape)}": values
+        for index, leaf in enumerate(jax.tree.leaves(inputs))
+        if jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating)
+        if (values := concrete(leaf)) is not None
+    }
+    if floats and not any(values.size for values in floats.values()):  # one may be an empty cache
+        raise errors.DataError(
+            "an empty calibration batch", where=next(iter(floats)), fix="observe one sample or more"
+        )
+    for where_text, values in floats.items():
         kept = values
         if mask is not None and values.shape[: mask.ndim] == mask.shape:
             kept = values[mask.astype(bool)]
-        bad = ~np.isfinite(kept.astype(np.float32))
+        kept = kept.astype(np.float32)
+        bad = ~np.isfinite(kept) & ~np.isneginf(kept)  # which is in masks that are added to logits
         if bad.any():
             raise errors.DataError(
                 f"{int(bad.sum())} values of the calibration batch are NaN or infinite",
@@ -318,6 +320,7 @@ def check_statistics(state: State) -> None:
                 raise errors.DataError(
                     "an observed activation is NaN or infinite",
                     where=f"site {name}, {key}",
-                    why="the inputs are finite, so the model itself produced it",
-                    fix="run the float model under jax.config.update('jax_debug_nans', True)",
+                    why="no input is NaN: one of -inf made it, or the model itself",
+                    fix="drop samples with -inf, or mask them with where=; of others find the "
+                    "operation with jax.config.update('jax_debug_nans', True)",
                 )

@@ -17,6 +17,7 @@ from tests.refused import refused
 
 FIRST, SECOND = "params/Dense_0/kernel", "params/Dense_1/kernel"
 MLP = mlp()
+FULL = qj.Scheme(weights=qj.weight_quantizer(), activations=qj.activation_quantizer())
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,8 @@ def test_a_calibration_batch_with_values_that_are_not_finite(mlp_ready, bad):
     plan, state, _ = mlp_ready
     observe = qj.observe(MLP.f, plan)
     x = MLP.x.at[2, 1].set(bad)
-    with refused(errors.DataError, "1 values", "6x8", "where="):
+    words = [FIRST, "activation"] if bad == -jnp.inf else ["1 values", "6x8"]
+    with refused(errors.DataError, *words, "where="):
         observe(state, MLP.params, x)
     keep = jnp.arange(6) != 2
     y, after = observe(state, MLP.params, x, where=keep)  # the edit that the message names
@@ -74,7 +76,7 @@ def test_a_calibration_batch_with_values_that_are_not_finite(mlp_ready, bad):
 def test_a_value_that_the_model_itself_makes_infinite():
     case = Case(lambda p, x: jnp.log(x) @ p["w"], {"w": normal(0, 3, 2)}, jnp.zeros((4, 3)))
     plan = planned(case, qj.uniform_policy())
-    with refused(errors.DataError, "site w, activation", "the inputs are finite"):
+    with refused(errors.DataError, "site w, activation", "the model itself"):
         qj.observe(case.f, plan)(qj.init(plan), case.params, case.x)
 
 
@@ -88,6 +90,20 @@ def test_a_weight_that_is_not_finite(mlp_ready):
     )
     with refused(errors.DataError, SECOND, "weight", "NaN"):
         qj.calibrate(plan, state, broken)
+
+
+def test_a_mask_of_minus_infinity_and_an_empty_cache_are_inputs_like_others():
+    def attend(p, x, mask, cache):
+        keys = jnp.concatenate([cache, x @ p["k"]])
+        return jax.nn.softmax(x @ keys.T + mask) @ keys
+
+    x, mask = normal(1, 4, 4), jnp.where(jnp.tril(jnp.ones((4, 4))) > 0, 0.0, -jnp.inf)
+    args = {"k": normal(2, 4, 4)}, x, mask, jnp.zeros((0, 4))
+    plan = qj.plan(qj.Policy([qj.rule(qj.everything(), FULL)]), qj.sites(attend, *args))
+    _, eager = qj.observe(attend, plan)(qj.init(plan), *args)
+    _, jitted = jax.jit(qj.observe(attend, plan))(qj.init(plan), *args)
+    for one, other in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_an_empty_calibration_batch(mlp_ready):

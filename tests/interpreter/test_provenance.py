@@ -55,7 +55,7 @@ WEIGHTS = {
     ),
     "many_outputs": (lambda p: jnp.linalg.qr(p["w"])[0], OriginKind.FUNCTION),
     "constant": (lambda p: TABLE, OriginKind.CONSTANT),
-    "made": (lambda p: jnp.ones((6, 4)), OriginKind.CONSTANT),
+    "made": (lambda p: 2.0 * TABLE + jnp.ones((6, 4)), OriginKind.CONSTANT),
 }
 
 

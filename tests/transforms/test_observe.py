@@ -164,3 +164,27 @@ def test_under_checkify_nothing_is_out_of_bounds(jitted):
         assert error.get() is None
     counts = state["w"]["activation"].distribution.counts
     assert int(statistics.as_integer(counts).sum()) == 2 * case.x.size
+
+
+def test_rows_of_a_mapped_while_that_have_ended_are_said_to_be_observed():
+    """What the note says is so: the ended row's result, which its own run never multiplies."""
+
+    def one(p, x, n):
+        step = lambda c: (c[0] + 1, c[1] @ p["w"])  # noqa: E731
+        return jax.lax.while_loop(lambda c: c[0] < n, step, (0, x))[1]
+
+    params, x, n = {"w": 3.0 * jnp.eye(4)}, jnp.ones((2, 4)), jnp.array([3, 1])
+    mapped = jax.vmap(one, (None, 0, 0))
+    (site,) = qj.sites(mapped, params, x, n)
+    assert site.reason == "rows that have ended are observed until the last one does"
+    (alone,) = qj.sites(one, params, x[0], n[0])
+    assert site.name == alone.name
+    assert not alone.reason
+    x = x * jnp.array([[0.01], [1.0]])
+    plan = qj.plan(qj.uniform_policy(), qj.sites(mapped, params, x, n))
+    _, state = qj.observe(mapped, plan)(qj.init(plan), params, x, n)
+    assert float(state["w"]["activation"].extremes.high[0, 0]) == 3.0
+    plan = qj.plan(qj.uniform_policy(), qj.sites(one, params, x[0], n[0]))
+    observe = jax.vmap(qj.observe(one, plan), (None, None, 0, 0))
+    _, states = observe(qj.init(plan), params, x, n)
+    assert float(states["w"]["activation"].extremes.high.max()) == 1.0

@@ -190,6 +190,7 @@ def _from_range(
     q_min, q_max = format.level_range(bits, theta)
     unit = format.unit(bits, theta)
     rule = format.scale_rule
+    finite = jnp.isfinite(low) & jnp.isfinite(high)  # (inf, -inf) is nothing seen of a group
     if symmetric:
         largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
         span = Span(largest, divide_by_scale(largest, steps), q_max, unit)
@@ -211,7 +212,7 @@ def _from_range(
         QParams(scale, zero_point, bits, theta),
         calibrated=calibrated,
         # A scale may depend on the ranges of other groups, too.
-        finite=jnp.isfinite(low) & jnp.isfinite(high) & ~jnp.isnan(scale),
+        finite=finite & ~jnp.isnan(scale),
         valid=format.valid_bits(bits, theta),
     )
 

@@ -17,6 +17,10 @@ class AccumulatorBias:
     ``b' = round(b / (s_lhs s_rhs)) · s_lhs s_rhs``: what an integer program adds to its
     accumulators. Nothing is calibrated; where an operand is at width 0, the bias stays as it is.
 
+    Sharp edges: a code saturates at the ends of int32, which those of a channel with a scale of
+    next to nothing reach; :func:`quantjax.compare` shows what is lost. Of a channel of zeros the
+    scale is 1, and its bias is a multiple of the activation's.
+
     >>> str(AccumulatorBias())
     'int32/sums'
 

@@ -63,7 +63,7 @@ def fake_quant(
       An array of the shape and dtype of ``x``. NaN stays NaN; infinities saturate.
 
     Raises:
-      ArgumentError: a width that is no number.
+      ArgumentError: a width that is no number, QParams for a scale.
       BitsError: a concrete width that the format does not hold. Traced: the result is NaN.
       GranularityError: shapes that do not fit.
       QuantizerError: a concrete scale that is not positive and finite, a zero point that is not
@@ -101,6 +101,13 @@ def fake_quant(
         expect(value, kind, argument=name, where="qj.fake_quant", fix=f"one as in {example}")
     expect_declared(format, where="qj.fake_quant")
     container = format or integer(max_bits=16, signed=signed, narrow=narrow)
+    if isinstance(scale, QParams):
+        raise errors.ArgumentError(
+            "scale is QParams, and an array is needed",
+            where="qj.fake_quant",
+            why="a scale, a zero point and a width are arguments each",
+            fix="qj.fake_quant(x, qparams.scale, qparams.zero_point, bits=qparams.bits, ...)",
+        )
     x = jnp.asarray(x)
     check_floating(x, "qj.fake_quant")
     if bits is None:

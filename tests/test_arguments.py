@@ -66,6 +66,10 @@ def refused(call: Callable[[], object], *words: str) -> None:
         (lambda: qj.weight_quantizer(rounding="floor"), ("rounding is a str",)),
         (lambda: qj.weight_quantizer(estimator="lsq"), ("estimator is a str",)),
         (lambda: qj.fake_quant(X, 1.0, rounding="floor"), ("rounding is a str",)),
+        (
+            lambda: qj.fake_quant(X, qj.QParams(*map(jnp.float32, (1, 0, 8)))),
+            ("scale is QParams", "qj.fake_quant(x, qparams.scale"),
+        ),
         (lambda: qj.fake_quant(X, 1.0, rounding=jnp.round), ("rounding is a",)),
         (lambda: qj.fake_quant(X, 1.0, format="e4m3"), ("format is a str",)),
         (lambda: qj.fake_quant(X, 1.0, estimator=lambda at: 1), ("estimator is a function",)),

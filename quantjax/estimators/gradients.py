@@ -30,7 +30,7 @@ ceil_through = _through(jnp.ceil)
 """Rounded up, derivative 1."""
 
 
-def clip_through(x: jax.Array, low: float, high: float) -> jax.Array:
+def clip_through(x: jax.Array, low: float | jax.Array, high: float | jax.Array) -> jax.Array:
     """Clipped, derivative 1: what has left the bounds finds back."""
     return x + jax.lax.stop_gradient(jnp.clip(x, low, high) - x)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from quantjax.affine import QParams
 from quantjax.estimators.base import Estimator, Need, Parameters, Point, highest
-from quantjax.estimators.gradients import scale_gradient
+from quantjax.estimators.gradients import clip_through, scale_gradient
 from quantjax.formats import Format
 
 
@@ -44,9 +44,10 @@ def _both_of_features(
 ) -> QParams:
     del own
     factor = _factor(qparams, format, shape, has_batch=True)
+    low, high = format.level_range(qparams.bits, qparams.theta)
     return qparams._replace(
         scale=scale_gradient(qparams.scale, factor),
-        zero_point=scale_gradient(qparams.zero_point, factor),
+        zero_point=clip_through(scale_gradient(qparams.zero_point, factor), low, high),
     )
 
 
@@ -90,7 +91,9 @@ LSQ_PLUS = Estimator("lsq-plus", between_levels, resolve=_both_of_features, need
 outermost levels or on them.
 
 The paper's offset is ``β = -s · z``. Here the zero point is what is learned, and the forward pass
-rounds it, so that integer products stay possible; ``g`` is LSQ's.
+rounds it and keeps it among the codes, as PyTorch's learnable fake quantization does, so that
+integer products stay possible: zero has a code. Its gradient passes there, too, and finds back.
+``g`` is LSQ's.
 
 Source: Bhalgat et al., LSQ+: improving low-bit quantization through learnable offsets and better
 initialization, 2020, section 3.1.

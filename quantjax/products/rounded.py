@@ -16,6 +16,8 @@ from quantjax.formats import divide_by_scale
 from quantjax.lean import narrowed
 from quantjax.simulation import apply
 
+MOST_IN_INT32 = 2.0**31 - 2.0**7  # the last float32 below 2^31
+
 
 def rounded(
     x: Float[Array, "..."],
@@ -58,15 +60,16 @@ def _held_jvp(
 def bias_at_sums(
     bias: Float[Array, "..."], scale: Float[Array, "..."], bypass: jax.Array
 ) -> Float[Array, "..."]:
-    """The bias in multiples of the scale of the sums; gradients pass straight through.
+    """The bias in multiples of the scale of the sums, as many as int32 holds.
 
-    Where each row of the sums has a scale of its own, so has the bias: codes for each row.
+    Gradients pass straight through the rounding, and end where codes do. Where each row of the
+    sums has a scale of its own, so has the bias: codes for each row.
 
     Args:
       bypass: where an operand has no codes, and the bias is left as it is.
     """
     shape = jnp.broadcast_shapes(bias.shape, scale.shape)
     wide, scale = (jnp.broadcast_to(a, shape) for a in (bias.astype(jnp.float32), scale))
-    codes = round_through(divide_by_scale(wide, scale))
+    codes = jnp.clip(round_through(divide_by_scale(wide, scale)), -MOST_IN_INT32, MOST_IN_INT32)
     float_bias = jnp.broadcast_to(bias, shape)
     return jnp.where(bypass, float_bias, narrowed(rounded_product(codes, scale), bias.dtype))

@@ -71,7 +71,7 @@ def prune_mask(
     ranking a traced one counts to float32's last place alone. A bias of rank 2 under
     another name, as the ``b`` of layers stacked by Haiku, is a kernel unless ``select`` leaves it
     out. Ranks are found by sorting, 0.2 s for a million weights on a CPU. Layers stacked in one
-    leaf compete with each other.
+    leaf compete with each other. Scores below the smallest normal number are equal on a CPU.
 
     >>> mask = prune_mask({"w": jnp.array([[1.0, -4.0], [2.0, 3.0]]), "b": jnp.zeros(2)}, 0.5)
     >>> mask["w"].tolist(), bool(mask["b"])

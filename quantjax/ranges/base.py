@@ -20,6 +20,7 @@ from quantjax.arithmetic import Arithmetic
 from quantjax.formats import Format, Theta
 from quantjax.simulation import apply, is_clipped
 from quantjax.statistics import Statistics
+from quantjax.statistics.extremes import seen
 
 
 class Range(NamedTuple):
@@ -83,6 +84,16 @@ def holds_for(shape: tuple[int, ...], groups: tuple[int, ...]) -> bool:
     """
     sizes = zip(shape, groups[len(groups) - len(shape) :], strict=False)
     return len(shape) <= len(groups) and all(n in (1, full) for n, full in sizes)
+
+
+def where_seen(statistics: Statistics, low: jax.Array, high: jax.Array) -> Range:
+    """A range of the groups of which something was seen; NaN for those that no value reached.
+
+    For rules that would make a range out of nothing, where they take zero to be in it.
+    """
+    some = seen(statistics.extremes)
+    low, high = (jnp.where(some, bound, jnp.nan) for bound in (low, high))
+    return Range(low, high, statistics.batches > 0)
 
 
 def within_seen(statistics: Statistics, center: jax.Array, reach: jax.Array) -> Range:

@@ -121,8 +121,8 @@ def least_squares(*, iterations: int = ITERATIONS) -> FitRule:
       FormatError, on use: a codebook whose levels are to be learned.
 
     Sharp edges: the minimum is local. At 2 to 4 bits and 128 entries a group, the best of a hundred
-    starts is up to 3 % below it; :func:`quantjax.ranges.admm.admm` finds most of that. Levels
-    whose squares leave float32 keep the start.
+    starts is up to 3 % below it, which :func:`quantjax.ranges.admm.admm` finds most of; with a few
+    entries a group it may be a fraction. Levels whose squares leave float32 keep the start.
 
     >>> from quantjax.formats import integer
     >>> w, bits = jnp.array([0.0, -6.0, -5.0, 9.0, -9.0, 6.0]), jnp.float32(2)

@@ -12,7 +12,7 @@ from quantjax.statistics.extremes import Extremes, seen
 def _range(statistics: Statistics, target: Target) -> Range:
     del target
     low, high, _ = statistics.moving
-    return Range(low, high, jnp.all(seen(Extremes(low, high))))
+    return Range(low, high, jnp.any(seen(Extremes(low, high))))
 
 
 MOVING_AVERAGE = RangeRule("moving_average", _range)

@@ -62,8 +62,8 @@ def _range(statistics: Statistics, target: Target, share: jax.Array) -> Range:
     some = number > 0.0
     low = jnp.where(some & (share < 1.0), jnp.clip(low, least, most), least)
     high = jnp.where(some & (share < 1.0), jnp.clip(high, least, most), most)
-    valid = (share >= 0.0) & (share <= 1.0)
-    return Range(jnp.where(valid, low, jnp.nan), jnp.where(valid, high, jnp.nan), some)
+    valid, calibrated = (share >= 0.0) & (share <= 1.0), statistics.batches > 0
+    return Range(jnp.where(valid, low, jnp.nan), jnp.where(valid, high, jnp.nan), calibrated)
 
 
 def percentile(share: float | jax.Array = 0.999) -> RangeRule:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.lean import rounded_product
-from quantjax.ranges.base import Range, RangeRule, Target
+from quantjax.ranges.base import Range, RangeRule, Target, where_seen
 from quantjax.statistics import Statistics
 
 COEFFICIENTS = {
@@ -45,7 +45,7 @@ def _range(statistics: Statistics, target: Target) -> Range:
     if target.symmetric:
         return Range(-reach, reach, statistics.batches > 0)
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    return Range(jnp.maximum(-reach, low), jnp.minimum(reach, high), statistics.batches > 0)
+    return where_seen(statistics, jnp.maximum(-reach, low), jnp.minimum(reach, high))
 
 
 SAWB = RangeRule("sawb", _range)

@@ -12,7 +12,7 @@ from jax import lax
 
 from quantjax._compat import varying_like
 from quantjax.formats import REAL, divide_by_scale, exponent_of, power_of_two
-from quantjax.ranges.base import Range, Target
+from quantjax.ranges.base import Range, Target, where_seen
 from quantjax.statistics import Statistics
 
 COARSE = 40  # from the whole range down to a thousandth of it
@@ -147,7 +147,7 @@ def search(
     reaches = [1.0 / _RATIO] * len(ends) + [_RATIO ** (-2.0 / FINE)] * len(ends)
     around = jnp.asarray(reaches, jnp.float32), _Ends.of(ends * 2)
     best = _moved(lambda b, move: tried(b, *_around(b, move, (low, high))), best, around)
-    return Range(best.low, best.high, statistics.batches > 0)
+    return where_seen(statistics, best.low, best.high)
 
 
 def _moved(step: Callable[[_Best, Any], _Best], best: _Best, moves: Any) -> _Best:

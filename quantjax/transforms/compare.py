@@ -24,6 +24,7 @@ from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.table import frame
 from quantjax.transforms.after import added, additions_of, of_one_group
 from quantjax.transforms.calibrate import QState
+from quantjax.transforms.energy import Energy, added_up, decibels, energy, in_own_unit
 from quantjax.transforms.fake_quantize import quantized_product, site_values
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
@@ -49,7 +50,7 @@ class SiteReport(NamedTuple):
 
     Attributes:
       sqnr, cosine: of the site's output, quantized model against float model: errors of earlier
-        sites are in it.
+        sites are in it. An output of zeros has the cosine 1 with zeros, 0 with all else.
       operands: each quantized operand on its own.
     """
 
@@ -140,8 +141,8 @@ def _number(value: Any, spec: str) -> str:
 class _OperandSums(NamedTuple):
     """Sums over the entries of one operand; NaN where the site did not run."""
 
-    signal: jax.Array
-    noise: jax.Array
+    signal: Energy
+    noise: Energy
     clipped: jax.Array
     size: jax.Array
 
@@ -238,10 +239,11 @@ def _site_report(
     ran = ~jnp.isnan(reference)
     reference = jnp.where(ran, reference, 0).astype(jnp.float32)
     quantized = jnp.where(ran, quantized, 0).astype(jnp.float32)
-    norms = jnp.sqrt(jnp.sum(reference**2)) * jnp.sqrt(jnp.sum(quantized**2))
-    some = jnp.where(norms == 0, 1.0, norms)  # NaN is no zero, and stays
-    cosine = jnp.where(norms == 0, 1.0, jnp.sum(reference * quantized) / some)
-    sqnr = _sqnr(jnp.sum(reference**2), jnp.sum((reference - quantized) ** 2))
+    sqnr = decibels(energy(reference), energy(reference - quantized))
+    pair = in_own_unit(reference)[0], in_own_unit(quantized)[0]
+    norms = jnp.sqrt(jnp.sum(pair[0] ** 2)) * jnp.sqrt(jnp.sum(pair[1] ** 2))
+    cosine = jnp.sum(pair[0] * pair[1]) / jnp.where(norms == 0, 1.0, norms)  # NaN is no zero
+    cosine = jnp.where(jnp.all((pair[0] == 0.0) & (pair[1] == 0.0)), 1.0, cosine)
     never = ~jnp.any(ran)
     sqnr, cosine = (jnp.where(never, jnp.nan, number) for number in (sqnr, cosine))
     return SiteReport(sqnr, cosine, {key: _operand_report(s) for key, s in operands.items()})
@@ -249,15 +251,13 @@ def _site_report(
 
 def _operand_report(sums: _OperandSums) -> OperandReport:
     ran = ~jnp.isnan(sums.size)  # what is NaN beside it is NaN in the quantized tensor
-    signal, noise, clipped, size = (jnp.sum(jnp.where(ran, each, 0.0)) for each in sums)
+    sums = jax.tree.map(lambda each: jnp.where(ran, each, 0.0), sums)
+    clipped, size = jnp.sum(sums.clipped), jnp.sum(sums.size)
+    sqnr = decibels(added_up(sums.signal), added_up(sums.noise))
     return OperandReport(
-        jnp.where(size > 0, _sqnr(signal, noise), jnp.nan),
+        jnp.where(size > 0, sqnr, jnp.nan),
         jnp.where(size > 0, clipped / jnp.maximum(size, 1.0), jnp.nan),
     )
-
-
-def _sqnr(signal: jax.Array, noise: jax.Array) -> jax.Array:
-    return jnp.where(noise == 0, jnp.inf, 10.0 * jnp.log10(signal / noise))
 
 
 def _after_sums(
@@ -293,8 +293,8 @@ def _sums(arithmetic: Arithmetic, x: jax.Array, qparams: QParams, key: Key | Non
     quantized = apply_fake_quant(x, qparams, arithmetic, key)
     clipped = jnp.sum(is_clipped(x, qparams, arithmetic, key).astype(jnp.float32))
     return _OperandSums(
-        jnp.sum(x**2),
-        jnp.sum((x - quantized) ** 2),
+        energy(x),
+        energy(x - quantized),
         jnp.where(is_bypassed(qparams.bits), 0.0, clipped),
         jnp.float32(x.size),
     )

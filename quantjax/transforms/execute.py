@@ -367,13 +367,11 @@ def _check_widths(plan: Plan, qstate: QState) -> None:
             scales = concrete(qparams.scale)
             if zeros is None or scales is None or np.isnan(scales).any():
                 continue
-            _check_zero_points(operand, np.round(zeros), where, entry)
+            _check_zero_points(operand, qparams, where, entry)
 
 
-def _check_zero_points(
-    operand: OperandPlan, zeros: np.ndarray, where: str, entry: SitePlan
-) -> None:
-    quantizer = operand.quantizer
+def _check_zero_points(operand: OperandPlan, qparams: QParams, where: str, entry: SitePlan) -> None:
+    quantizer, zeros = operand.quantizer, np.round(np.asarray(qparams.zero_point))
     assert quantizer is not None
     if quantizer.symmetric and zeros.any():
         raise errors.FreezeError(
@@ -383,10 +381,17 @@ def _check_zero_points(
         )
     shift = shift_of(quantizer.format)
     integer = entry.form is not None and entry.form.execution in INTEGER_FORMS
-    if integer and not ((zeros - shift >= -128) & (zeros - shift <= 127)).all():
+    if not integer or _fit_int8(zeros - shift):
+        return
+    in_use = over_steps(lambda q: quantizer.arithmetic.resolved(q, ()), entry.site.steps)(qparams)
+    if not _fit_int8(np.round(np.asarray(in_use.zero_point)) - shift):
         raise errors.FreezeError(
             f"a zero point outside {shift - 128}..{shift + 127}",
             where=where,
             why="int8 does not hold it",
-            fix="calibrate, which keeps zero points among the codes",
+            fix="calibrate, which keeps zero points among the codes, as LSQ_PLUS does in training",
         )
+
+
+def _fit_int8(zeros: np.ndarray) -> bool:
+    return bool(np.all((zeros >= -128) & (zeros <= 127)))

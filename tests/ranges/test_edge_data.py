@@ -180,6 +180,21 @@ def test_what_was_never_seen_is_a_fault(rule):
         assert (np.asarray(qparams.zero_point) == Fault.NEVER_CALIBRATED).all()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES if "constant" not in r.name], ids=lambda r: r.name
+)
+def test_a_channel_that_no_value_reached_is_a_fault_of_its_own(rule, symmetric):
+    x = jnp.asarray(drawn("gaussian", 6).reshape(-1, 4))
+    where = jnp.ones(x.shape, bool).at[:, 1].set(False)
+    partly = cases.updated(statistics.init(GROUPS), x, where=where)
+    found, qparams = derived(rule, partly, symmetric=symmetric)
+    assert_array_equal(np.isnan(qparams.scale), [[False, True, False, False]])
+    assert qparams.zero_point[0, 1] == Fault.NOT_FINITE
+    whole, _ = derived(rule, channels(x), symmetric=symmetric)
+    assert_array_equal(np.delete(found.high, 1), np.delete(whole.high, 1))
+
+
 @ANY_RULE
 @pytest.mark.parametrize("bits", [0, 1, 2, 8])
 def test_every_width_of_the_container(rule, bits):

@@ -107,6 +107,23 @@ def test_a_bias_in_units_of_the_sums():
     assert_same_bits(simulate(DENSE, plan, qstate), simulate(case, reference, other))
 
 
+def test_a_bias_has_no_more_units_than_int32_holds():
+    """Of a channel that is nearly dead: an integer program has no larger number to add."""
+    params = {"w": DENSE.params["w"].at[:, 2].mul(1e-9), "b": jnp.ones(5)}
+    case = DENSE._replace(f=lambda p, x: x @ p["w"] + p["b"][None], params=params)
+    scheme = qj.Scheme(weights=SIGNED, activations=ACTIVATIONS, biases=qj.AccumulatorBias())
+    plan, _, qstate = ready(case, scheme)
+    out = simulate(case, plan, qstate)
+    frozen = qj.freeze(plan, qstate, params)
+    executed = jax.jit(qj.execute(case.f, plan))(qstate, frozen, case.x)
+    assert_same_bits(out, executed)
+    scale = qstate["w"]["weight"].scale[0] * qstate["w"]["activation"].scale.reshape(())
+    most = (2.0**31 - 2.0**7) * np.float64(scale[2])
+    assert most < 0.5
+    product = np.abs(np.asarray(case.x) @ np.asarray(params["w"])[:, 2]).max()
+    np.testing.assert_allclose(out[:, 2], most, atol=2 * product, rtol=1e-6)
+
+
 def test_a_bias_in_units_of_the_sums_of_each_row():
     """Rows have scales of their own, and so many codes of the bias."""
     live = qj.activation_quantizer(granularity=qj.PerToken(), range=qj.RangeMode.LIVE)

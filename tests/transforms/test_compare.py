@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import quantjax as qj
+from quantjax.transforms.energy import added_up, decibels, energy
 from tests.models import assert_same_bits, dense, mlp, normal, policy, ready
 
 
@@ -155,3 +156,42 @@ def test_zeros_have_no_direction_and_no_noise():
     found = qj.compare(case.f, plan)(qj.calibrate(plan, {}, nothing), nothing, case.x)["w"]
     assert float(found.cosine) == 1.0
     assert np.isposinf(float(found.sqnr))
+
+
+def test_what_became_all_zeros_has_not_the_direction_of_what_it_was():
+    case = dense()
+    plan = qj.plan(qj.uniform_policy(activation_bits=None), qj.sites(case.f, case.params, case.x))
+    weight = qj.calibrate(plan, {}, case.params)["w"]["weight"]
+    dead = {"w": {"weight": weight._replace(scale=weight.scale * 1e6)}}
+    found = qj.compare(case.f, plan)(dead, case.params, case.x)["w"]
+    assert float(found.cosine) == 0.0
+    assert float(found.sqnr) == 0.0
+
+
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-60, 2.0**60, 2.0**100])
+def test_the_size_of_numbers_does_not_count(size):
+    """Nor do squares that float32 does not hold; the scale is a power of two, so all else is."""
+    case = dense()
+    table = qj.sites(case.f, case.params, case.x)
+    plan = qj.plan(qj.uniform_policy(weight_bits=3, activation_bits=None), table)
+
+    def of(params):
+        return qj.compare(case.f, plan)(qj.calibrate(plan, {}, params), params, case.x)["w"]
+
+    found = of(jax.tree.map(lambda leaf: leaf * size, case.params))
+    want = of(case.params)
+    assert float(want.sqnr) < 40.0
+    for got, of_one in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, of_one, rtol=1e-6)
+
+
+def test_steps_of_other_sizes_are_added_up_as_numpy_does():
+    x = np.float32(np.random.default_rng(0).normal(size=(5, 7)))
+    x *= np.float32([[1e-30], [1e-25], [0.0], [3e-26], [1e-38]])
+    parts = jax.vmap(energy)(jnp.asarray(x))
+    total, exponent = added_up(parts)
+    want = np.log2(np.sum(np.square(np.float64(x))))
+    np.testing.assert_allclose(np.log2(np.float64(total)) + 2 * float(exponent), want, rtol=1e-6)
+    nothing = added_up(jax.vmap(energy)(jnp.zeros((2, 3))))
+    assert float(nothing.total) == 0.0
+    assert np.isposinf(float(decibels(energy(jnp.asarray(x)), nothing)))

@@ -88,7 +88,8 @@ def encode_tree(tree: Any, leaf: SaveLeaf, *, at: str) -> Json:
             f"a {type(tree).__name__} would not come back as it is",
             where=at,
             why="trees are written as dictionaries (keys: text or whole numbers), lists and tuples",
-            fix="convert it first; flax.core.unfreeze for a FrozenDict, _asdict() for a NamedTuple",
+            fix="convert it first: flax.core.unfreeze for a FrozenDict, _asdict() for a "
+            "NamedTuple; orbax keeps the state of an optimizer",
         )
     return leaf(tree, at)
 

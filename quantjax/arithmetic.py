@@ -51,7 +51,8 @@ class Arithmetic(NamedTuple):
         if self.estimator.resolve is None:
             return found
         faulty = jnp.isnan(qparams.scale)  # of which the zero point is the fault
+        keeps = faulty | self.has_no_zero_point  # where 0 need not be a code
         return found._replace(
             scale=jnp.where(faulty, jnp.nan, found.scale),
-            zero_point=jnp.where(faulty, qparams.zero_point, found.zero_point),
+            zero_point=jnp.where(keeps, qparams.zero_point, found.zero_point),
         )

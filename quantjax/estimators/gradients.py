@@ -30,9 +30,16 @@ ceil_through = _through(jnp.ceil)
 """Rounded up, derivative 1."""
 
 
+@jax.custom_jvp
 def clip_through(x: jax.Array, low: float | jax.Array, high: float | jax.Array) -> jax.Array:
     """Clipped, derivative 1: what has left the bounds finds back."""
-    return x + jax.lax.stop_gradient(jnp.clip(x, low, high) - x)
+    return jnp.clip(x, low, high)
+
+
+@clip_through.defjvp
+def _clip_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    clipped = clip_through(*primals)
+    return clipped, jnp.broadcast_to(tangents[0], clipped.shape)
 
 
 @jax.custom_jvp

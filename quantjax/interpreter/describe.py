@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core as jex_core
 
-from quantjax._compat import programs_in
 from quantjax.interpreter import provenance
 from quantjax.interpreter.moves import Axes, Moves, axes_back, axes_forth
 from quantjax.interpreter.product import Product, product_of, unsupported
@@ -77,12 +75,12 @@ def describe(
     avals = (product.lhs, product.rhs)[: product.factors]
     reason = around.opaque or unsupported(product)
     if len(weights) == 2:
-        reason = reason or "both operands come from parameters: computed in float, once"
+        reason = reason or "both operands are known without the inputs: computed in float, once"
     reason = reason or _not_real([aval.dtype for aval in avals])
     if not weights and any(0 in aval.shape for aval in avals):
         reason = reason or "an empty product"  # parallel scans multiply empty halves
     weight = weights[0] if len(weights) == 1 else None
-    if weight is not None and _is_made_of_nothing(origins[weight]):
+    if weight is not None and origins[weight].made and origins[weight].value is None:
         reason = reason or "the function makes one operand itself, to resize or sum: in float"
         weight = None
     origin = origins[weight] if weight is not None else None
@@ -105,30 +103,6 @@ def describe(
         output=_output(product, weight),
     )
     return site, origin
-
-
-def _is_made_of_nothing(origin: Origin) -> bool:
-    """Whether single numbers and counting are all that it is computed from: it was not learned.
-
-    Not so what is drawn at random, such as a projection.
-    """
-    waiting, seen = [origin], {id(origin)}
-    while waiting:
-        node = waiting.pop()
-        if node.eqn is None and not node.operands:
-            if node.value is None or np.ndim(node.value) > 0:
-                return False
-        elif node.eqn is not None and _draws(node.eqn):
-            return False
-        waiting += [operand for operand in node.operands if id(operand) not in seen]
-        seen |= {id(operand) for operand in node.operands}
-    return origin.eqn is not None
-
-
-def _draws(eqn: jex_core.JaxprEqn) -> bool:
-    if eqn.primitive.name.startswith(("random_", "threefry")):
-        return True
-    return any(_draws(inner) for program in programs_in(eqn.params) for inner in program.eqns)
 
 
 def _not_real(dtypes: Sequence[Any]) -> str:

@@ -363,7 +363,8 @@ def _settle(
             if before.kind is OriginKind.DATA and after is not provenance.COTANGENT:
                 continue
             known = before.signature == f"carry{here}.{index}"
-            if known and after.kind <= before.kind and {*after.paths} <= {*before.paths}:
+            no_more = after.kind <= before.kind and {*after.paths} <= {*before.paths}
+            if known and no_more and after.made >= before.made:
                 continue
             carry[index] = provenance.changing(before, after, f"carry{here}.{index}")
             settled = False

@@ -21,6 +21,7 @@ from jax.extend import core as jex_core
 
 from quantjax import errors
 from quantjax._compat import bind_equation
+from quantjax.interpreter.draws import brings_numbers
 
 NEUTRAL_MOVES = frozenset(
     {
@@ -76,6 +77,7 @@ class Origin:
       eqn, operands, output: the equation it comes from and which of its outputs it is.
       value: the constant itself; None for all others and for a constant that is a tracer.
       derivable: whether the value can be recomputed from the parameters.
+      made: whether single numbers and counting are all that it comes from, and no draw.
       loops: the scans around it of which each step has a value of its own, outermost first.
     """
 
@@ -87,6 +89,7 @@ class Origin:
     output: int = 0
     value: Any = None
     derivable: bool = True
+    made: bool = False
     loops: tuple[Loop, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> Origin:
@@ -171,7 +174,9 @@ def constant(value: Any) -> Origin:
     with jax.ensure_compile_time_eval():  # a key's data are known, even inside a trace
         array = np.asarray(jax.random.key_data(value) if is_key else value)
     digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
-    return Origin(OriginKind.CONSTANT, signature=f"{array.dtype}{array.shape}{digest}", value=value)
+    signature = f"{array.dtype}{array.shape}{digest}"
+    few = array.ndim == 0 or array.shape in [(1,), (2,), (3,), (4,)]  # one for each axis of images
+    return Origin(OriginKind.CONSTANT, signature=signature, value=value, made=few and not is_key)
 
 
 def leaf(path: str) -> Origin:
@@ -251,6 +256,7 @@ def step(source: Origin, loop: Loop) -> Origin:
         signature,
         operands=(source,),
         derivable=source.derivable,
+        made=source.made,
         loops=(*source.loops, loop),
     )
 
@@ -262,7 +268,7 @@ def changing(first: Origin, later: Origin, name: str) -> Origin:
         return data((first, later))
     kind = OriginKind.FUNCTION if kind is OriginKind.LEAF else kind
     paths = tuple(sorted({*first.paths, *later.paths}))
-    return Origin(kind, paths, name, derivable=False)
+    return Origin(kind, paths, name, derivable=False, made=first.made and later.made)
 
 
 def results(eqn: jex_core.JaxprEqn, operands: Sequence[Origin]) -> list[Origin]:
@@ -292,6 +298,7 @@ def results(eqn: jex_core.JaxprEqn, operands: Sequence[Origin]) -> list[Origin]:
     if len(recipe) > 256:
         recipe = f"{eqn.primitive.name}[{hashlib.sha256(recipe.encode()).hexdigest()[:24]}]"
     derivable = all(operand.derivable for operand in operands)
+    made = all(operand.made for operand in operands) and not brings_numbers(eqn)
     loops = {loop for operand in operands for loop in operand.loops}
     ordered = tuple(sorted(loops, key=lambda loop: len(loop.location)))
     return [
@@ -303,6 +310,7 @@ def results(eqn: jex_core.JaxprEqn, operands: Sequence[Origin]) -> list[Origin]:
             tuple(operands),
             index,
             derivable=derivable,
+            made=made,
             loops=ordered,
         )
         for index in range(len(eqn.outvars))

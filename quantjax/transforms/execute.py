@@ -259,7 +259,7 @@ def _encoded(arithmetic: Arithmetic, x: jax.Array, qparams: QParams, key: Key | 
     zero_point = jnp.round(jnp.asarray(qparams.zero_point, jnp.float32))
     centered = centered_codes(x, qparams, arithmetic, key)
     centered = jnp.where(jnp.isnan(centered), 0.0, centered)
-    scale = jnp.where(has_codes(qparams), qparams.scale, jnp.nan)
+    scale = jnp.where(has_codes(qparams), arithmetic.usable_scale(qparams), jnp.nan)
     return Codes(centered + expand(zero_point, x.shape), zero_point, scale)
 
 
@@ -371,7 +371,7 @@ def _check_widths(plan: Plan, qstate: QState) -> None:
 
 
 def _check_zero_points(operand: OperandPlan, qparams: QParams, where: str, entry: SitePlan) -> None:
-    quantizer, zeros = operand.quantizer, np.round(np.asarray(qparams.zero_point))
+    quantizer, zeros = operand.quantizer, np.asarray(qparams.zero_point)
     assert quantizer is not None
     if quantizer.symmetric and zeros.any():
         raise errors.FreezeError(
@@ -381,10 +381,10 @@ def _check_zero_points(operand: OperandPlan, qparams: QParams, where: str, entry
         )
     shift = shift_of(quantizer.format)
     integer = entry.form is not None and entry.form.execution in INTEGER_FORMS
-    if not integer or _fit_int8(zeros - shift):
+    if not integer or _fit_int8(zeros, shift):
         return
     in_use = over_steps(lambda q: quantizer.arithmetic.resolved(q, ()), entry.site.steps)(qparams)
-    if not _fit_int8(np.round(np.asarray(in_use.zero_point)) - shift):
+    if not _fit_int8(np.asarray(in_use.zero_point), shift):
         raise errors.FreezeError(
             f"a zero point outside {shift - 128}..{shift + 127}",
             where=where,
@@ -393,5 +393,5 @@ def _check_zero_points(operand: OperandPlan, qparams: QParams, where: str, entry
         )
 
 
-def _fit_int8(zeros: np.ndarray) -> bool:
-    return bool(np.all((zeros >= -128) & (zeros <= 127)))
+def _fit_int8(zeros: np.ndarray, shift: int) -> bool:
+    return bool(np.all(np.abs(np.round(zeros) - shift + 0.5) < 128))

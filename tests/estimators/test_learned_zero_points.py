@@ -34,7 +34,7 @@ def both(codes: str):
     return jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
 
 
-@pytest.mark.parametrize("far", [0.6, 3.3, 1000.0])
+@pytest.mark.parametrize("far", [0.6, 3.3, 1000.0, 1e9])
 @pytest.mark.parametrize("codes", CODES)
 def test_beyond_the_codes_it_is_at_their_end_and_its_gradient_passes(codes, far):
     _, low, high = CODES[codes]
@@ -110,3 +110,30 @@ def test_where_nothing_keeps_it_execution_says_what_does():
     frozen = qj.freeze(plan, out, case.params)
     with refused(errors.FreezeError, "a zero point outside 0..255", "LSQ_PLUS"):
         qj.execute(case.f, plan)(out, frozen, case.x)
+
+
+@pytest.mark.parametrize("zero", [0.0, 0.4, 9.0])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_symmetric_quantizer_has_none_in_simulation_and_execution(narrow, zero):
+    """Narrow unsigned codes begin at 1: zero is no code of theirs, and needs none."""
+    case = relu_layer()
+    activations = qj.activation_quantizer(
+        bits=4,
+        symmetric=True,
+        format=qj.integer(signed=False, narrow=narrow),
+        estimator=LSQ_PLUS,
+    )
+    scheme = qj.Scheme(weights=qj.weight_quantizer(), activations=activations)
+    plan = qj.plan(
+        qj.Policy([qj.rule(qj.path("b"), scheme)]), qj.sites(case.f, case.params, case.x)
+    )
+    _, state = qj.observe(case.f, plan)(qj.init(plan), case.params, case.x)
+    qstate = qj.calibrate(plan, state, case.params)
+    assert qj.check(qstate, plan) == []
+    frozen = qj.freeze(plan, qstate, case.params)
+    qstate["b"]["activation"] = qstate["b"]["activation"]._replace(
+        zero_point=jnp.full((1, 1), zero)
+    )
+    simulated = jax.jit(qj.fake_quantize(case.f, plan))(qstate, case.params, case.x)
+    assert_same_bits(jax.jit(qj.execute(case.f, plan))(qstate, frozen, case.x), simulated)
+    assert np.isnan(simulated).all() == (zero != 0.0)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import quantjax as qj
 from quantjax.interpreter import SiteStatus
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.thinned(3)
 IMAGE = normal(0, 1, 4, 4, 2)
 ROWS = IMAGE.reshape(16, 2)
 TABLE = normal(1, 2, 3)
+SHORT = normal(2, 2)
 
 
 def resized(method):
@@ -22,7 +24,7 @@ def resized(method):
 
 
 def patches(p, x):
-    return jax.lax.conv_general_dilated_patches(
+    return lax.conv_general_dilated_patches(
         x, (3, 3), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
@@ -31,7 +33,7 @@ def in_a_loop(p, x):
     def body(carry, _):
         return jnp.tril(jnp.ones((4, 4))) @ carry, None
 
-    return jax.lax.scan(body, x[0, :, :, 0], length=3)[0]
+    return lax.scan(body, x[0, :, :, 0], length=3)[0]
 
 
 MADE = {
@@ -43,6 +45,26 @@ MADE = {
     "running sum": (in_a_loop, IMAGE),
     "vmapped": (jax.vmap(lambda p, x: x @ jnp.eye(2, 3), (None, 0)), IMAGE),
     "remat": (jax.checkpoint(lambda p, x: x @ jnp.eye(2, 3)), ROWS),
+    "by a counter": (
+        lambda p, x: lax.fori_loop(0, 3, lambda i, c: c @ (jnp.eye(2) * i), x),
+        ROWS,
+    ),
+    "one for each step": (
+        lambda p, x: lax.scan(lambda c, m: (c @ m, None), x, jnp.ones((3, 2, 2)) / 3.0)[0],
+        ROWS,
+    ),
+    "carried": (
+        lambda p, x: lax.scan(
+            lambda c, _: ((c[0] @ c[1], c[1] * 0.5), None), (x, jnp.eye(2)), length=3
+        )[0][0],
+        ROWS,
+    ),
+    "scales in a vector": (
+        lambda p, x: jax.image.scale_and_translate(
+            x, (1, 8, 8, 2), (1, 2), jnp.array([2.0, 2.0]), jnp.zeros(2), "linear"
+        ),
+        IMAGE,
+    ),
     "gradient": (jax.grad(lambda p, x: jnp.sum(resized("linear")(p, x) ** 2), 1), IMAGE),
 }
 WEIGHTS = {
@@ -51,6 +73,20 @@ WEIGHTS = {
     "drawn": (lambda p, x: x @ jax.random.normal(jax.random.key(0), (2, 3)), ROWS),
     "drawn by an old key": (
         lambda p, x: x @ jax.random.uniform(jax.random.PRNGKey(0), (2, 3)),
+        ROWS,
+    ),
+    "drawn by lax": (lambda p, x: x @ lax.rng_uniform(0.0, 1.0, (2, 3)), ROWS),
+    "from a callback": (
+        lambda p, x: (
+            x @ jax.pure_callback(lambda: TABLE, jax.ShapeDtypeStruct((2, 3), jnp.float32))
+        ),
+        ROWS,
+    ),
+    "a short vector": (lambda p, x: x @ SHORT, ROWS),
+    "carried, and changed by an array": (
+        lambda p, x: lax.scan(
+            lambda c, _: ((c[0] @ c[1], c[1] + TABLE[:, :2]), None), (x, jnp.eye(2)), length=2
+        )[0][0],
         ROWS,
     ),
     "of a parameter": (lambda p, x: x @ (p["s"] * jnp.eye(2, 3)), ROWS),

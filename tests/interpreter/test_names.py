@@ -201,7 +201,7 @@ def test_a_product_of_two_parameters_stays_in_float():
     table = qj.sites(f, W, X[0])
     inner, outer = table
     assert inner.status is SiteStatus.OPAQUE
-    assert "both operands come from parameters" in inner.reason
+    assert "both operands are known without the inputs" in inner.reason
     assert outer.name == "f(v,w)"
     assert outer.status is SiteStatus.REWRITABLE
 

@@ -13,6 +13,7 @@ import numpy as np
 from quantjax import errors
 from quantjax.arguments import expect
 from quantjax.interpreter import Origin, Role, Site, SiteStatus, leaves_by_path
+from quantjax.interpreter.provenance import is_backward
 from quantjax.policy import Policy, Rule, Scheme
 from quantjax.printing import amount, columns, counted, shape_text, wrapped
 from quantjax.qtensor import frozen_error, is_quantized
@@ -114,9 +115,21 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of all weights of the table, as codes and scales where they are; shared ones once."""
+        """Of all weights of the table, as codes and scales where they are; shared ones once.
+
+        In float where another use of the model needs it so: ``qj.freeze`` refuses those.
+        """
         chosen = {site.name for site in self._distinct()}
-        return sum(entry.bytes for entry in self.sites if entry.site.name in chosen)
+        floats: set[str] = set()
+        for entry in self.sites:
+            later = entry.site.name not in chosen and not is_backward(entry.site.scope)
+            if later and not entry.stores_codes:
+                floats.update(_paths(entry))
+        first = (entry for entry in self.sites if entry.site.name in chosen)
+        return sum(
+            entry.bytes if floats.isdisjoint(_paths(entry)) else weight_bytes(entry.site)
+            for entry in first
+        )
 
     def _distinct(self) -> list[Site]:
         return distinct((entry.site for entry in self.sites), self.shapes)
@@ -279,3 +292,7 @@ def _check_has_gradients(rule: Rule, matched: list[Site]) -> None:
             fix="table = qj.sites(jax.grad(loss), params, ...), and "
             "qj.fake_quantize(jax.grad(loss), plan); or qj.rule(..., optional=True)",
         )
+
+
+def _paths(entry: SitePlan) -> tuple[str, ...]:
+    return () if entry.site.weight is None else entry.site.weight.paths

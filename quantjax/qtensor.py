@@ -184,9 +184,10 @@ def floats_expected(params: Any, *, where: str) -> Iterator[None]:
             raise frozen_error(errors.ArgumentError, f"{where}, {path}") from error
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
             if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+                path = jax.tree_util.keystr(keys, simple=True, separator="/")
                 raise errors.ArgumentError(
                     f"params holds a {type(leaf).__name__}, and arrays are needed",
-                    where=f"{where}, {jax.tree_util.keystr(keys, simple=True, separator='/')}",
+                    where=f"{where}, {path}" if path else where,
                     fix="a tree of arrays; of a module of Equinox, f and params of "
                     "quantjax.adapters.equinox.functional(module)",
                 ) from error

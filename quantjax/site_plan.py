@@ -91,6 +91,11 @@ class SitePlan:
                 )
         return weight_bytes(self.site)
 
+    @property
+    def stores_codes(self) -> bool:
+        """Whether the weight has a quantizer, at any width."""
+        return any(o.is_weight and o.quantizer is not None for o in self.operands)
+
     def planned(self, role: Role) -> OperandPlan | None:
         """The output or the bias, where it has a quantizer."""
         return next((o for o in self.after if o.operand.role is role), None)

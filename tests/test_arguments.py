@@ -93,6 +93,10 @@ def test_parts_of_a_plan(call: Callable[[], object], words: tuple[str, ...]) -> 
     refused(call, *words)
 
 
+def seen(plan: qj.Plan) -> Any:
+    return qj.observe(f, plan)(qj.init(plan), PARAMS, X)[1]
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -104,6 +108,16 @@ def test_parts_of_a_plan(call: Callable[[], object], words: tuple[str, ...]) -> 
         (lambda plan: qj.compare(f, plan.policy), ("plan is a Policy",)),
         (lambda plan: qj.freeze(f, {}, PARAMS), ("plan is a function",)),
         (lambda plan: qj.calibrate(f, {}, PARAMS), ("plan is a function",)),
+        (lambda plan: qj.observe(f, plan)(None, PARAMS, X), ("state is None", "qj.init(plan)")),
+        (
+            lambda plan: qj.observe(f, plan)(dict.fromkeys(qj.init(plan)), PARAMS, X),
+            ("an entry of the state is None", "qj.init(plan)"),
+        ),
+        (lambda plan: qj.merge_states(qj.init(plan), None), ("a state is None", "qj.init(plan)")),
+        (
+            lambda plan: qj.merge_states(*[qj.calibrate(plan, seen(plan), PARAMS)] * 2),
+            ("an entry of a state is a QParams",),
+        ),
     ],
 )
 def test_verbs(plan: qj.Plan, call: Callable[[qj.Plan], object], words: tuple[str, ...]) -> None:

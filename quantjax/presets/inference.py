@@ -82,7 +82,8 @@ def fp8() -> Policy:
 def mxfp4() -> Policy:
     """MXFP4 on both sides: E2M1 in blocks of 32 along the sum, scales that are powers of two.
 
-    Activations take the scales of each tensor as it comes; rows of tables are blocks of weights.
+    Activations take the scales of each tensor as it comes; rows of tables are blocks of weights. A
+    block of a convolution is 32 channels at all places of the window.
 
     >>> print(mxfp4())
     weighted: w=e2m1-mx-floor/group32 a=e2m1-mx-floor/group32/live
@@ -94,6 +95,8 @@ def mxfp4() -> Policy:
 
 def nvfp4() -> Policy:
     """NVFP4 on both sides: E2M1 in blocks of 16 along the sum, scales in E4M3.
+
+    A block of a convolution is 16 channels at all places of the window.
 
     >>> print(nvfp4())
     weighted: w=e2m1-nvfp4/group16 a=e2m1-nvfp4/group16/live

@@ -103,7 +103,7 @@ def prune_mask(
             f"a sparsity of {float(known):g}",
             where="qj.prune_mask",
             why="it is the share of weights that go",
-            fix=f"sparsity={float(known) / 100:g}" if 1 < known <= 100 else "sparsity=0.5",
+            fix=f"sparsity={float(known) / 100:g}" if 2 <= known <= 100 else "sparsity=0.5",
         )
     structure.check(sparsity)
     if scope is Scope.GLOBAL and not structure.has_scope:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
@@ -169,13 +171,15 @@ class RuleStack:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int | jax.Array) -> IndexedRule:
-        known = concrete(index)
-        if not jnp.issubdtype(jnp.result_type(index), jnp.integer) or jnp.ndim(index):
+        is_array = isinstance(index, numbers.Integral | jax.Array | np.ndarray)
+        is_whole = is_array and jnp.issubdtype(jnp.result_type(index), jnp.integer)
+        if not is_whole or jnp.ndim(index):
             raise errors.PolicyError(
                 "an index of a rule is one whole number",
                 where=f"stack of {', '.join(rule.name for rule in self.rules)}",
                 fix="jnp.arange(n) for an axis of a sweep, and jax.vmap or jax.lax.map over it",
             )
+        known = concrete(index)
         if known is not None and not 0 <= int(known) < len(self.rules):
             raise errors.PolicyError(
                 f"rule {int(known)} does not exist",

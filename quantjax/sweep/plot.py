@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantjax import errors
 from quantjax.sweep.grid import FLOAT_CELL, Cell
 from quantjax.sweep.store import Row
 from quantjax.sweep.summary import Summary, summarize
 
+LETTERS_PER_INCH = 11.0  # of a title, at the size that it has
 
-def plot_accuracy(rows: Sequence[Row], path: Path, *, title: str) -> None:
+
+def plot_accuracy(rows: Sequence[Row], path: Path | str, *, title: str) -> None:
     """Draw mean accuracy against weight bits, one line for each activation width, one panel a rule.
 
     Error bars are one standard deviation over seeds; the dashed line is the float model. Operands
@@ -22,6 +26,9 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, title: str) -> None:
       rows: results of one study.
       path: where to write; the ending names the format.
       title: above the panels.
+
+    Raises:
+      SweepError: rows without a cell of the grid.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,6 +36,12 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, title: str) -> None:
 
     cells = {summary.cell: summary for summary in summarize(rows)}
     grid = [cell for cell in cells if cell != FLOAT_CELL]
+    if not grid:
+        raise errors.SweepError(
+            f"{len(cells)} rows of the float model, and none of a cell to draw",
+            where="plot_accuracy",
+            fix="plot_accuracy(run_sweep(study, grid, folder).rows, path, title=study.name)",
+        )
     rules = list(dict.fromkeys(cell.rule for cell in grid))
     weights = sorted({cell.weight_bits for cell in grid}, key=_finest_last)
     activations = sorted({cell.activation_bits for cell in grid}, key=_finest_last)
@@ -63,7 +76,9 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, title: str) -> None:
     figure.legend(
         handles, labels, loc="outside right center", title="activations", frameon=False, fontsize=9
     )
-    figure.suptitle(title, fontsize=11)
+    width = int(LETTERS_PER_INCH * figure.get_size_inches()[0])
+    figure.suptitle("\n".join(textwrap.wrap(title, width)), fontsize=11)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -151,6 +151,15 @@ def run_sweep(
                     done += len(counts)
                     advance(len(counts))
     if broken:
+        of_floats = {_at(seed, FLOAT_CELL) for seed in grid.seeds} & set(broken)
+        if of_floats:
+            raise errors.SweepError(
+                "the logits of the float model are not finite",
+                where=f"{study.name}, {'; '.join(sorted(of_floats)[:6])}",
+                why="what training returned, an input or the model itself is; a class that is "
+                "masked by -inf is one that argmax never chooses, and needs a finite number",
+                fix="study.apply(params, inputs) under jax.config.update('jax_debug_nans', True)",
+            )
         raise errors.SweepError(
             f"the logits of {len(broken)} cells are not finite",
             where=f"{study.name}, {'; '.join(sorted(broken)[:6])}",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import numbers
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
@@ -110,7 +111,7 @@ def compile_cells(
 
     Raises:
       SweepError: an empty grid, axes of unequal length, or one cell alone over the budget.
-      ArgumentError: an execution that is none.
+      ArgumentError: an execution that is none, an axis of text, a number that is none.
 
     >>> import jax.numpy as jnp
     >>> grid = {"bits": np.arange(5, dtype=np.float32)}
@@ -121,8 +122,9 @@ def compile_cells(
     [0.0, 2.0, 4.0, 6.0, 8.0]
     """
     expect_execution(execution, where="compile_cells")
+    _check_given(values, memory_budget_bytes, cells_per_call)
     count = _count(values)
-    calls = math.ceil(count / max(1, min(cells_per_call, count)))
+    calls = math.ceil(count / min(cells_per_call, count))
     size = math.ceil(count / calls)
     candidates = list(Execution) if execution is None else [execution]
     trials: list[tuple[Trial, Any]] = []
@@ -143,6 +145,26 @@ def compile_cells(
         trials = _timed(trials, values, shared)
     chosen, compiled = min(trials, key=lambda trial: trial[0].seconds_per_cell)
     return CellProgram(chosen, tuple(trial for trial, _ in trials), compiled)
+
+
+def _check_given(values: object, memory_budget_bytes: object, cells_per_call: Any) -> None:
+    where, grid = "compile_cells", '{"bits": np.arange(2.0, 9.0)}'
+    expect(values, Mapping, argument="values", where=where, fix=grid)
+    assert isinstance(values, Mapping)
+    for name, array in values.items():
+        if not isinstance(array, jax.Array) and np.asarray(array).dtype.kind in "OUS":
+            raise errors.ArgumentError(
+                f"the axis {name} holds no numbers",
+                where=where,
+                why="each of its entries is an argument of a compiled program",
+                fix="of rules and other names their places, np.arange(n), as qj.ranges.stack takes",
+            )
+    fix = "memory_budget_bytes=1 << 30"
+    expect(memory_budget_bytes, numbers.Real, argument="memory_budget_bytes", where=where, fix=fix)
+    fix = f"cells_per_call={CELLS_PER_CALL}"
+    expect(cells_per_call, numbers.Integral, argument="cells_per_call", where=where, fix=fix)
+    if cells_per_call < 1:
+        raise errors.ArgumentError(f"{cells_per_call} cells per call", where=where, fix=fix)
 
 
 def _fit(

@@ -275,8 +275,9 @@ def _check_uses(plan: Plan, uses: Mapping[str, list[StoredWeight]]) -> None:
                 f"the parameter {path} is used in float as well",
                 where=f"{weights[0].where}; also used by {elsewhere[path]}",
                 why="a frozen tree holds it once, and the simulation has it in two forms",
-                fix=f"keep the site in float: qj.rule(qj.path('{weights[0].entry.site.name}'), "
-                "qj.Scheme()), ahead of the other rules",
+                fix="plan all its uses alike (qj.every_use(...)), hand it over twice in params, or "
+                f"keep it in float: qj.rule(qj.path('{weights[0].entry.site.name}'), qj.Scheme()), "
+                "ahead of the other rules",
             )
 
 
@@ -296,6 +297,14 @@ def _check_agreement(weights: list[StoredWeight], stated: list[QParams], dtype: 
                 fix=f"one cast ahead of both uses: w = w.astype(jnp.{names[0] or names[1]})",
             )
         alike = _same_quantizer(first, weight)
+        if not same_arrays(stated[0].bits, qparams.bits):
+            raise errors.FreezeError(
+                f"{once} has the width {_shown(stated[0].bits)} in one use, {_shown(qparams.bits)} "
+                "in another",
+                where=where,
+                why="a frozen tree holds a tied weight once",
+                fix="one width for both sites, or the weight twice in params",
+            )
         if not (alike and same_qparams(stated[0], qparams)):
             sites, key = (first.entry.site.name, weight.entry.site.name), weight.operand.key
             shared = f"qstate['{sites[1]}']['{key}'] = qstate['{sites[0]}']['{key}']"
@@ -308,6 +317,11 @@ def _check_agreement(weights: list[StoredWeight], stated: list[QParams], dtype: 
                 if alike
                 else "plan both sites with one quantizer, per tensor or along the same axis",
             )
+
+
+def _shown(bits: jax.Array) -> str:
+    known = concrete(bits)
+    return "traced" if known is None else ", ".join(f"{width:g}" for width in np.unique(known))
 
 
 def _same_quantizer(first: StoredWeight, other: StoredWeight) -> bool:

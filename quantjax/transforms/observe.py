@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -159,7 +159,11 @@ def statistics_of(entry: SitePlan, operand: OperandPlan, state: State) -> Statis
     """The statistics of one operand; raises ``CalibrationError`` where they are another plan's."""
     name = entry.site.name
     expected = (*entry.site.steps, *(operand.scale_shape or ()))
-    stats = state.get(name, {}).get(operand.key)
+    fix = "state = qj.init(plan); y, state = qj.observe(f, plan)(state, params, x)"
+    expect(state, Mapping, argument="state", where=f"site {name}", fix=fix)
+    operands = state.get(name, {})
+    expect(operands, Mapping, argument="an entry of the state", where=f"site {name}", fix=fix)
+    stats = operands.get(operand.key)
     if stats is None:
         raise errors.CalibrationError(
             "the state has no statistics for a planned operand",
@@ -171,7 +175,7 @@ def statistics_of(entry: SitePlan, operand: OperandPlan, state: State) -> Statis
         Statistics,
         argument="an entry of the state",
         where=f"site {name}, {operand.key}",
-        fix="state = qj.init(plan); y, state = qj.observe(f, plan)(state, params, x)",
+        fix=fix,
     )
     if stats.scale_shape != expected:
         raise errors.CalibrationError(

@@ -181,6 +181,8 @@ def width_of(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tupl
         where=where,
         fix=example,
     )
+    if isinstance(value, list | tuple):
+        value = np.asarray(value)
     if any(np.shape(array) not in ((), steps) for array in (value, *jax.tree.leaves(theta))):
         needed = f"one of {steps}, a width for each layer, or a scalar" if steps else "a scalar"
         raise errors.BitsError(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from quantjax import errors, statistics
+from quantjax.arguments import expect
+from quantjax.statistics import Statistics
 from quantjax.transforms.observe import State
 
 
@@ -15,6 +19,7 @@ def merge_states(left: State, right: State) -> State:
       left, right: of one plan; more than two are merged in any order.
 
     Raises:
+      ArgumentError: a qstate, or nothing, in place of a state.
       CalibrationError: states of different plans.
       StatisticsError: other granularities, or histograms of other sizes.
 
@@ -24,6 +29,8 @@ def merge_states(left: State, right: State) -> State:
     >>> int(merge_states(state, state)["w"]["activation"].batches)
     2
     """
+    for state in (left, right):
+        _check_state(state)
     sites = [{name: list(operands) for name, operands in state.items()} for state in (left, right)]
     if sites[0] != sites[1]:
         odd = sorted(set(left) ^ set(right)) or ["other operands"]
@@ -39,3 +46,13 @@ def merge_states(left: State, right: State) -> State:
         }
         for name, operands in left.items()
     }
+
+
+def _check_state(state: object) -> None:
+    where, fix = "qj.merge_states", "y, state = qj.observe(f, plan)(qj.init(plan), params, x)"
+    expect(state, Mapping, argument="a state", where=where, fix=fix)
+    assert isinstance(state, Mapping)
+    for operands in state.values():
+        expect(operands, Mapping, argument="an entry of a state", where=where, fix=fix)
+        for seen in operands.values():
+            expect(seen, Statistics, argument="an entry of a state", where=where, fix=fix)

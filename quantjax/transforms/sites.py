@@ -9,7 +9,7 @@ import numpy as np
 
 from quantjax import errors
 from quantjax.arguments import expect, expect_function
-from quantjax.interpreter import Program, Site, leaves_by_path, trace
+from quantjax.interpreter import Program, Site, SiteStatus, leaves_by_path, trace
 from quantjax.interpreter.trace import Function
 from quantjax.planning import Plan, first_difference, site_text
 from quantjax.printing import shape_text
@@ -135,7 +135,8 @@ def _mismatch(planned: Site | None, found: Site | None, fix: str) -> errors.Plan
     return errors.PlanMismatchError(
         "the site is not the one that was planned",
         where=where,
-        why=f"planned with {site_text(planned)}, found {site_text(found)}",
+        why=f"planned with {site_text(planned)}, found {site_text(found)}"
+        + "".join(f"; {s.reason}" for s in (planned, found) if s.status is SiteStatus.OPAQUE),
         fix=fix,
     )
 

@@ -114,3 +114,9 @@ def test_a_rule_of_the_users_own_is_ten_lines(seen):
     np.testing.assert_array_equal(both[1].range(seen, TARGET).low, 0.5 * seen.extremes.low)
     assert both.names == ("min_max", "half")
     assert stack([MIN_MAX, half]) == both
+
+
+@pytest.mark.parametrize("index", ["mse", 0.5, [0, 1]])
+def test_a_stack_has_places_and_no_names(index):
+    with pytest.raises(errors.PolicyError, match="one whole number"):
+        stack(RULES)[index]

@@ -296,6 +296,18 @@ def test_cells_that_are_not_finite_do_not_take_the_others_with_them(tmp_path):
     assert run_sweep(tiny_study(), rest, tmp_path).computed == 0
 
 
+def test_a_float_model_that_is_not_finite_is_what_is_said(tmp_path):
+    """The advice was to print what qj.check finds, which is nothing."""
+    study = tiny_study()
+    masked = dataclasses.replace(
+        study, apply=lambda p, x: study.apply(p, x).at[:, 1].set(-jnp.inf), identity="masked"
+    )
+    grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=RULES, seeds=(0,))
+    with pytest.raises(errors.SweepError, match="float model are not finite") as caught:
+        run_sweep(masked, grid, tmp_path)
+    assert "W0 A0, float" in str(caught.value)
+
+
 def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path):
     grid = Grid(weight_bits=(8,), activation_bits=(8,), rules=RULES[:1], seeds=(0,))
     run_sweep(tiny_study(), grid, tmp_path)

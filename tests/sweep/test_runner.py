@@ -156,3 +156,18 @@ def test_shared_arrays_are_arguments_not_constants(matrix):
         program.run(grid(3))
     doubled = program.run(grid(3), matrix * 2)
     np.testing.assert_array_equal(doubled["sum"], 30.0 * np.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "words"),
+    [
+        (np.arange(3.0), {}, "values is a ndarray"),
+        ({"rule": np.array(["mse", "kl"])}, {}, "the axis rule holds no numbers"),
+        ({"bits": np.arange(3.0)}, {"memory_budget_bytes": None}, "memory_budget_bytes is None"),
+        ({"bits": np.arange(3.0)}, {"cells_per_call": 0}, "0 cells per call"),
+        ({"bits": np.arange(3.0)}, {"cells_per_call": 2.5}, "cells_per_call is a float"),
+    ],
+)
+def test_what_is_no_grid_and_no_number_is_refused(values, options, words):
+    with pytest.raises(errors.ArgumentError, match=words):
+        compile_cells(lambda v: v, values, **{"memory_budget_bytes": 1 << 30, **options})

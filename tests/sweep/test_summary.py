@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from quantjax import errors
 from quantjax.sweep import FLOAT_CELL, Cell, Row, summarize, table
 from quantjax.sweep.plot import plot_accuracy
 
@@ -88,3 +89,30 @@ def test_what_stays_float_stands_behind_the_widest(tmp_path, monkeypatch):
     assert panel.get_xticks()[-1] == max(panel.get_xticks())
     labels = [label for label in panel.get_legend_handles_labels()[1] if label != "float"]
     assert labels[-1] == "A float"
+
+
+@pytest.mark.parametrize("rules", [1, 2])
+def test_a_long_title_is_not_cut(tmp_path, monkeypatch, rules):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    real = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), real(figure, *a, **k))
+    )
+    title = "fashion_mnist_resnet20_cosine_lr: accuracy against bits, mean ± standard deviation of "
+    title += "10 seeds"
+    some = [row for row in rows((0, 1)) if rules == 2 or row.cell.rule in ("float", "min_max")]
+    plot_accuracy(some, str(tmp_path / "plot.png"), title=title)
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert figure._suptitle.get_text().split() == title.split()
+
+
+@pytest.mark.parametrize("some", [[], [Row("f", "s", 0, 0, 0, "float", 0.5, 0, 0)]])
+def test_rows_without_a_cell_are_no_plot(tmp_path, some):
+    with pytest.raises(errors.SweepError, match="none of a cell to draw"):
+        plot_accuracy(some, tmp_path / "plot.png", title="")

@@ -10,6 +10,7 @@ import pytest
 import quantjax as qj
 from quantjax import errors
 from quantjax.affine import qparams_from_range
+from quantjax.training import with_bits
 from tests.models import assert_same_bits, cnn, dense, mlp, normal, planned, policy, ready
 from tests.refused import refused
 
@@ -223,3 +224,21 @@ def test_a_layer_that_never_takes_a_branch_needs_no_calibration():
     np.testing.assert_allclose(y, f(params, x), atol=0.1)
     executed = jax.jit(qj.execute(f, plan))(qstate, qj.freeze(plan, qstate, params), x)
     np.testing.assert_allclose(executed, y, rtol=1e-6)  # multiply-adds of the compiler
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.asarray, jnp.asarray])
+def test_widths_of_layers_come_in_any_sequence(make):
+    params = {"w": normal(0, 3, 6, 6)}
+
+    def f(p, x):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0]
+
+    plan = qj.plan(qj.uniform_policy(), qj.sites(f, params, normal(1, 2, 6)))
+    _, state = qj.observe(f, plan)(qj.init(plan), params, normal(1, 2, 6))
+    widths = make([2, 4, 8])
+    for given in (widths, {"w": widths}):
+        found = qj.calibrate(plan, state, params, weight_bits=given, activation_bits=given)["w"]
+        for operand in ("weight", "activation"):
+            np.testing.assert_array_equal(found[operand].bits, [2, 4, 8])
+        after = with_bits(plan, {"w": found}, weight_bits=widths[::-1])
+        np.testing.assert_array_equal(after["w"]["weight"].bits, [8, 4, 2])

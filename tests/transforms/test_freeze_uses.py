@@ -160,8 +160,28 @@ def test_tied_weights_that_disagree_are_refused(name):
     params = {"w": W.at[0, 0].set(8.0)}  # bfloat16 holds it: a cast alone does not move the range
     plan = qj.plan(rules, qj.sites(f, params, X))
     qstate = qj.calibrate(plan, {}, params, weight_bits=bits)
-    with refused(errors.FreezeError, "two sets of QParams", "site w (", "site w#1 ("):
+    width = "has the width 4 in one use, 8 in another"
+    what = width if name.startswith("widths") else "two sets of QParams"
+    with refused(errors.FreezeError, what, "site w (", "site w#1 ("):
         qj.freeze(plan, qstate, params)
+
+
+def test_the_advice_for_a_weight_in_float_as_well_is_a_way_out():
+    """Its own rule for the first use alone said what the plan's error then sent back."""
+    params, weights = {"w": W}, qj.Scheme(weights=PER_TENSOR)
+    table = qj.sites(there_and_back, params, X)
+    plan = qj.plan(qj.Policy([qj.rule(qj.first(), weights)]), table)
+    assert plan.bytes == W.size * 4  # what cannot be stored as codes is not counted so
+    with refused(errors.FreezeError, "used in float as well", "qj.every_use(...)"):
+        qj.freeze(plan, qj.calibrate(plan, {}, params), params)
+    plan = qj.plan(qj.Policy([qj.rule(qj.every_use(qj.first()), weights)]), table)
+    assert plan.bytes == W.size + 4
+    qstate = qj.calibrate(plan, {}, params)
+    frozen = qj.freeze(plan, qstate, params)
+    assert_same_bits(
+        jax.jit(qj.execute(there_and_back, plan))(qstate, frozen, X),
+        jax.jit(qj.fake_quantize(there_and_back, plan))(qstate, params, X),
+    )
 
 
 def late(p: Any, i: jax.Array) -> jax.Array:

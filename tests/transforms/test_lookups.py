@@ -217,7 +217,7 @@ def test_uses_of_a_tied_table_that_disagree_are_refused():
     plan = qj.plan(qj.Policy([eight, four]), qj.sites(tied, TABLE, IDS))
     qstate = qj.calibrate(plan, {}, TABLE)
     assert jnp.isfinite(qj.fake_quantize(tied, plan)(qstate, TABLE, IDS)).all()
-    with pytest.raises(qj.errors.FreezeError, match="two sets of QParams"):
+    with pytest.raises(qj.errors.FreezeError, match="has the width 8 in one use, 4 in another"):
         qj.freeze(plan, qstate, TABLE)
     one = qj.plan(qj.Policy([four]), qj.sites(tied, TABLE, IDS))
     with pytest.raises(qj.errors.FreezeError, match="used in float as well"):

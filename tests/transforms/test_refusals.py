@@ -29,6 +29,17 @@ def test_an_activation_of_another_rank_names_the_site():
         qj.fake_quantize(case.f, prepared.plan)(prepared.qstate, case.params, case.x[None])
 
 
+def test_integer_inputs_of_a_model_planned_on_floats_say_that_they_are():
+    case = dense()
+    prepared = ready(case, qj.uniform_policy())
+    quantized, x = qj.fake_quantize(case.f, prepared.plan), case.x.astype(jnp.int32)
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(errors.PlanMismatchError, match="cast the int32 operand to a float"),
+    ):
+        quantized(prepared.qstate, case.params, x)
+
+
 @pytest.mark.parametrize("bits", [2, {"w": 2}])
 def test_widths_of_what_is_not_quantized_are_refused(bits):
     case = dense()

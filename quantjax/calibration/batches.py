@@ -77,7 +77,10 @@ def checked(batch: Arguments, where: str) -> Arguments:
             continue
         is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
         narrow = np.asarray(leaf, np.complex64 if is_complex else np.float32)
-        bad = int(np.sum(~np.isfinite(narrow)))
+        broken = ~np.isfinite(narrow)
+        if not is_complex:  # -inf is in masks that are added to logits; none that is out of range
+            broken &= ~np.isneginf(np.asarray(given, np.float64))
+        bad = int(np.sum(broken))
         if bad:
             raise errors.DataError(
                 f"{bad} values of a batch are NaN or infinite",

@@ -7,7 +7,7 @@ import pytest
 
 import quantjax as qj
 from quantjax import errors
-from quantjax.calibration import Model, batched, collect
+from quantjax.calibration import Model, batched, calibration_report, collect
 from tests.calibration import tiny
 from tests.models import assert_same_bits, cnn
 
@@ -106,7 +106,7 @@ def test_data_is_not_read_ahead():
         (lambda: [tiny.array, (tiny.array, tiny.array)], "it has float32 72x6, float32 72x6"),
         (lambda: [tiny.array, tiny.array.astype(np.int32)], "it has int32 72x6"),
         (lambda: [np.int64([1, 2**33, 5])], "1 integers of a batch do not fit int32"),
-        (lambda: [np.float32(np.inf) * tiny.array], "432 values of a batch"),
+        (lambda: [np.float32(np.inf) * np.abs(tiny.array)], "432 values of a batch"),
         (lambda: [np.complex64([1.0, np.nan, 1j * np.inf])], "2 values of a batch"),
     ],
 )
@@ -181,3 +181,17 @@ def test_our_own_errors_pass_as_they_are():
 def test_an_interrupt_is_no_fault_of_the_model():
     with pytest.raises(KeyboardInterrupt):
         collect(fails(KeyboardInterrupt()), batched(tiny.batches()), POLICY)
+
+
+def test_a_mask_of_minus_infinity_is_an_input_like_others():
+    def attend(params, x, mask):
+        return jax.nn.softmax(x @ params["w"] + mask) @ params["v"]
+
+    model = Model(attend, {"w": jnp.ones((6, 5)), "v": jnp.ones((5, 3))})
+    mask = np.where(np.tri(24, 5) > 0, 0.0, -np.inf).astype(np.float32)
+    collected = collect(model, batched([(x, mask) for x in tiny.batches()]), POLICY)
+    assert collected.batches == 3
+    assert np.isfinite(collected.state["v"]["activation"].extremes.high).all()
+    wrong = collect(tiny.model(), batched([np.float32(-np.inf) * np.abs(tiny.array)]), POLICY)
+    with pytest.raises(errors.DataError, match="an observed activation is NaN or infinite"):
+        calibration_report(wrong.plan, wrong.state, tiny.params(), rules=[qj.ranges.MIN_MAX])

@@ -130,7 +130,8 @@ def counterexamples(format: Format, bits: int, trial: Trial | None = None) -> di
     if not 2 <= levels.size <= 1 << bits:
         raise errors.FormatError(
             f"{label} has {levels.size} levels at {bits} bits",
-            why="a level is what a code decodes to and what rounds to itself",
+            why="a level is what a code decodes to and what rounds to itself"
+            + _seen_of(codes, decoded, snapped, is_crowded=levels.size > 1 << bits),
             fix="see that snap returns what decode does, and valid_bits only widths there are",
         )
     low, high = (float(end) for end in format.level_range(width, theta))
@@ -161,6 +162,20 @@ def counterexamples(format: Format, bits: int, trial: Trial | None = None) -> di
     for law, text in _of_values(format, width, trial, levels):
         found.setdefault(law, text)
     return {law: text for law, text in found.items() if law in trial.laws}
+
+
+def _seen_of(
+    codes: np.ndarray, decoded: np.ndarray, snapped: np.ndarray, *, is_crowded: bool
+) -> str:
+    """What tells most of why levels are too many or too few."""
+    if is_crowded:
+        return "; a width that has fewer codes has fewer of them"
+    moved, lost = np.isfinite(decoded) & (snapped != decoded), np.isnan(decoded)
+    if moved.any():
+        at = int(np.argmax(moved))
+        value = f"{codes[at]} decodes to {decoded[at]:g}, which rounds to {snapped[at]:g}"
+        return f"; {value} (levels have to ascend)"
+    return f"; {codes[np.argmax(lost)]} decodes to NaN" if lost.any() else ""
 
 
 def _reals(levels: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import numbers
 from collections.abc import Callable
@@ -275,6 +276,17 @@ def test_a_module_of_equinox_is_no_function_of_its_parameters() -> None:
 
     refused(lambda: qj.sites(Own(PARAMS["w"]), {}, X), "an Own", "quantjax.adapters.equinox")
     assert len(qj.sites(eqx.filter_jit(f), PARAMS, X)) == 1
+
+
+def test_params_that_are_one_object_have_no_path_to_name() -> None:
+    @dataclasses.dataclass
+    class Own:
+        w: jax.Array
+
+    with pytest.raises(errors.ArgumentError) as caught:
+        qj.sites(lambda p, x: x @ p.w, Own(PARAMS["w"]), X)
+    assert "params holds a Own" in str(caught.value)
+    assert "where: qj.sites\n" in str(caught.value)
 
 
 def test_any_callable_is_a_function() -> None:

@@ -152,7 +152,9 @@ def _check_given(values: object, memory_budget_bytes: object, cells_per_call: An
     expect(values, Mapping, argument="values", where=where, fix=grid)
     assert isinstance(values, Mapping)
     for name, array in values.items():
-        if not isinstance(array, jax.Array) and np.asarray(array).dtype.kind in "OUS":
+        if isinstance(array, jax.Array) or not np.ndim(array):
+            continue
+        if np.asarray(array).dtype.kind in "OUS":
             raise errors.ArgumentError(
                 f"the axis {name} holds no numbers",
                 where=where,

@@ -52,8 +52,7 @@ class Plan:
         planned = dict(self.shapes)
         frozen = leaves_by_path(params, is_leaf=is_quantized)
         for entry in self.quantized:
-            weight = entry.site.weight
-            for path in weight.paths if weight is not None else ():
+            for path in entry.site.weight_paths:
                 if shapes.get(path) == planned[path]:
                     continue
                 if is_quantized(frozen.get(path)):
@@ -124,10 +123,10 @@ class Plan:
         for entry in self.sites:
             later = entry.site.name not in chosen and not is_backward(entry.site.scope)
             if later and not entry.stores_codes:
-                floats.update(_paths(entry))
+                floats.update(entry.site.weight_paths)
         first = (entry for entry in self.sites if entry.site.name in chosen)
         return sum(
-            entry.bytes if floats.isdisjoint(_paths(entry)) else weight_bytes(entry.site)
+            entry.bytes if floats.isdisjoint(entry.site.weight_paths) else weight_bytes(entry.site)
             for entry in first
         )
 
@@ -292,7 +291,3 @@ def _check_has_gradients(rule: Rule, matched: list[Site]) -> None:
             fix="table = qj.sites(jax.grad(loss), params, ...), and "
             "qj.fake_quantize(jax.grad(loss), plan); or qj.rule(..., optional=True)",
         )
-
-
-def _paths(entry: SitePlan) -> tuple[str, ...]:
-    return () if entry.site.weight is None else entry.site.weight.paths

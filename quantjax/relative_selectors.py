@@ -121,8 +121,8 @@ class EveryUse(_Relative):
         """In program order."""
         among = self.among.resolved(sites)
         matched = {site.name for site in sites if among.matches(site)}
-        shared = {path for site in sites if site.name in matched for path in _paths(site)}
-        return [s for s in sites if s.name in matched or not shared.isdisjoint(_paths(s))]
+        shared = {path for site in sites if site.name in matched for path in site.weight_paths}
+        return [s for s in sites if s.name in matched or not shared.isdisjoint(s.weight_paths)]
 
     def __str__(self) -> str:
         return f"every use of {self.among}"
@@ -196,10 +196,6 @@ def every_use(selector: Selector) -> Selector:
     'every use of first 1 of weighted'
     """
     return EveryUse(selector)
-
-
-def _paths(site: Site) -> tuple[str, ...]:
-    return () if site.weight is None else site.weight.paths
 
 
 def _positive(count: int) -> int:

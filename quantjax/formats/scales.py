@@ -66,6 +66,19 @@ def power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
     return lax.bitcast_convert_type((clipped + 127) << 23, jnp.float32)
 
 
+def unit_of(largest: Float[Array, "..."]) -> Int[Array, "..."]:
+    """The exponent of a unit in which a magnitude is about one; 0 for what is 0 or not finite.
+
+    Squares in such units neither vanish nor overflow; ``power_of_two(-unit_of(...))`` is a normal
+    number.
+
+    >>> unit_of(jnp.array([3e-30, 0.0, 5.0])).tolist()
+    [-99, 0, 2]
+    """
+    known = (largest > 0.0) & jnp.isfinite(largest)
+    return jnp.where(known, jnp.minimum(exponent_of(largest), LARGEST_EXPONENT - 1), 0)
+
+
 def _is_power(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32) & 0x7FFFFF == 0
 

@@ -108,6 +108,11 @@ class Site:
         return 0 if weight is None else math.prod(self.steps) * math.prod(weight.shape)
 
     @property
+    def weight_paths(self) -> tuple[str, ...]:
+        """The parameters that the weight is made of; none without one."""
+        return () if self.weight is None else self.weight.paths
+
+    @property
     def results(self) -> dict[Role, Operand | None]:
         """Output and bias, by role."""
         return {Role.OUTPUT: self.output, Role.BIAS: self.bias}

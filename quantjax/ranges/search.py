@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from quantjax._compat import varying_like
-from quantjax.formats import REAL, divide_by_scale, exponent_of, power_of_two
+from quantjax.formats import REAL, divide_by_scale, power_of_two
+from quantjax.formats.scales import unit_of
 from quantjax.ranges.base import Range, Target, where_seen
 from quantjax.statistics import Statistics
 
@@ -195,5 +196,4 @@ def per_unit(statistics: Statistics) -> jax.Array:
     """
     low, high = statistics.extremes
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    known = (largest > 0.0) & jnp.isfinite(largest)
-    return jnp.where(known, power_of_two(-exponent_of(largest)), 1.0)
+    return power_of_two(-unit_of(largest))

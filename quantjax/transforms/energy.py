@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from quantjax.formats import exponent_of, power_of_two
-from quantjax.formats.scales import LARGEST_EXPONENT
+from quantjax.formats import power_of_two
+from quantjax.formats.scales import unit_of
 
 
 class Energy(NamedTuple):
@@ -29,9 +29,7 @@ def in_own_unit(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Arra
     >>> in_own_unit(jnp.array([3e-30, 1e-30]))[1].item()
     -99.0
     """
-    largest = jnp.max(jnp.abs(x), initial=0.0)
-    known = (largest > 0.0) & jnp.isfinite(largest)
-    exponent = jnp.where(known, jnp.minimum(exponent_of(largest), LARGEST_EXPONENT - 1), 0)
+    exponent = unit_of(jnp.max(jnp.abs(x), initial=0.0))
     return x * power_of_two(-exponent), exponent.astype(jnp.float32)
 
 
@@ -49,7 +47,7 @@ def added_up(parts: Energy) -> Energy:
     """The energies along all axes as one."""
     most = jnp.max(jnp.where(parts.total > 0.0, parts.exponent, -jnp.inf), initial=-jnp.inf)
     most = jnp.where(jnp.isfinite(most), most, 0.0)
-    shares = jnp.exp2(2.0 * jnp.minimum(parts.exponent - most, 0.0))
+    shares = power_of_two((2.0 * jnp.minimum(parts.exponent - most, 0.0)).astype(jnp.int32))
     return Energy(jnp.sum(parts.total * shares), most)
 
 

@@ -265,9 +265,8 @@ def _check_uses(plan: Plan, uses: Mapping[str, list[StoredWeight]]) -> None:
     elsewhere = dict(plan.others)
     stored = {weight.entry.site.name for weights in uses.values() for weight in weights}
     for entry in plan.sites:
-        weight = entry.site.weight
-        if entry.site.name not in stored and weight is not None:
-            for path in weight.paths:
+        if entry.site.name not in stored:
+            for path in entry.site.weight_paths:
                 elsewhere.setdefault(path, f"site {entry.site.name}")
     for path, weights in uses.items():
         if path in elsewhere:

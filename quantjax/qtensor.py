@@ -117,6 +117,15 @@ class QTensor:
         """``scale · (level - round(zero_point))``, in float32, cast to ``dtype``."""
         return cast(jax.Array, automatic(_dequantized, self, specs=self._specs))
 
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        # Without it NumPy makes an array of one object, which nothing that follows understands.
+        raise errors.ArgumentError(
+            "a tensor held as codes is no array by itself",
+            where=repr(self),
+            why="both its codes and the reals they stand for are arrays",
+            fix="tensor.dequantize(), or tensor.codes",
+        )
+
     def _specs(self, whole: jax.Array) -> Any:
         return spec_of(self.stored, whole.shape)
 

@@ -151,6 +151,13 @@ def test_repr():
     assert "QTensor" in repr(jax.tree.map(lambda leaf: None, stored()))
 
 
+@pytest.mark.parametrize("make", [np.asarray, np.array, np.mean, jnp.asarray])
+def test_codes_are_no_array_by_themselves(make):
+    with pytest.raises(errors.ArgumentError, match=r"tensor\.dequantize\(\), or tensor\.codes") as e:
+        make(stored())
+    assert "QTensor(int4[6x8], scale[1x8], float32)" in str(e.value)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_decoding_gives_the_original_type(dtype):
     tensor = encode(X.astype(dtype), qparams(), integer())

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from quantjax._compat import varying_like
@@ -17,11 +18,11 @@ from quantjax.ranges.base import Range, Target, where_seen
 from quantjax.statistics import Statistics
 
 COARSE = 40  # from the whole range down to a thousandth of it
-TOGETHER = 8  # of these, before a look whether one of the others may be better
 _SMALLEST = 2.0**-10
 _RATIO = _SMALLEST ** (1.0 / (COARSE - 1))
 PLACES = 16
 FINE = 12
+TOGETHER = 6  # ranges, before a look whether one of the others may be better
 TRIED_AT_ONCE = 1 << 22  # entries, of one group under several ranges
 
 
@@ -63,12 +64,31 @@ class _Best(NamedTuple):
     high: jax.Array
 
 
-class _Shrinking(NamedTuple):
-    """The best so far, how many factors were tried, and whether a smaller one may be better."""
+class _Round(NamedTuple):
+    """Ranges that are tried together; rounds of one move start from the same range.
+
+    Attributes:
+      factors: ``[TOGETHER]``, by which the ends that move are multiplied, the widest first.
+      of_limits: whether those of the whole range are, and not those of the start.
+      low, high: which ends move.
+      opens: whether a move begins.
+      shrinks: whether the last range only says whether narrower ones may be better.
+    """
+
+    factors: Any
+    of_limits: Any
+    low: Any
+    high: Any
+    opens: Any
+    shrinks: Any
+
+
+class _Search(NamedTuple):
+    """The best so far, the range that the move started from, and how many rounds are done."""
 
     best: _Best
+    start: _Pair
     done: jax.Array
-    goes_on: jax.Array
 
 
 def search(
@@ -103,90 +123,87 @@ def search(
     if target.symmetric:
         high = jnp.maximum(-low, high)
         low = -high
+    leaves_early = is_sum and (target.symmetric or target.format.scale_rule == REAL)
+    rounds, coarse = _schedule(symmetric=target.symmetric, leaves_early=leaves_early)
 
-    def outcome(low: jax.Array, high: jax.Array) -> Outcome:
+    def cost(low: jax.Array, high: jax.Array, of_clipped: jax.Array) -> jax.Array:
+        """What a range costs, or what it costs at least if it were narrower."""
         quantized, clipped = target.quantize(values, low, high)
-        return Outcome(values, quantized, quantized - values, clipped, weights)
+        error = quantized - values
+        if leaves_early:
+            beyond = jnp.abs(error)
+            if not target.symmetric:
+                beyond = jnp.maximum(beyond - target.qparams(low, high).scale, 0.0)
+            error = jnp.where(of_clipped, jnp.where(clipped, beyond, 0.0), error)
+        return loss(Outcome(values, quantized, error, clipped, weights))
 
-    def tried(best: _Best, low: jax.Array, high: jax.Array) -> _Best:
-        """The better of the best so far and the best of some more, the first of equals."""
-        some = max(TRIED_AT_ONCE // values.size, 1)
-        one = lambda ends: loss(outcome(*ends))  # noqa: E731
-        losses = lax.map(one, (low, high), batch_size=min(some, low.size))
-        losses = jnp.where(jnp.isnan(losses) | ((low == 0.0) & (high == 0.0)), jnp.inf, losses)
+    def some_more(state: _Search) -> _Search:
+        """One round. All of them are one loop: a quantizer is slow to compile a second time."""
+        this: _Round = jax.tree.map(lambda rows: jnp.asarray(rows)[state.done], rounds)
+        best = state.best
+        start = tuple(jnp.where(this.opens, *ends) for ends in zip(best[1:], state.start, strict=True))
+        # A barrier: fused into whatever reads them, they are found again in half a dozen kernels.
+        lows, highs = lax.optimization_barrier(_moved(this, start, (low, high)))
+        of_clipped = this.shrinks & (jnp.arange(TOGETHER) == TOGETHER - 1)
+        at_once = min(max(TRIED_AT_ONCE // values.size, 1), TOGETHER)
+        costs = lax.map(lambda each: cost(*each), (lows, highs, of_clipped), batch_size=at_once)
+        none = jnp.isnan(costs) | ((lows == 0.0) & (highs == 0.0)) | of_clipped
+        losses = jnp.where(none, jnp.inf, costs)
         # The first of them, by a call that keeps the loop around it on all cores: XLA makes one
         # kernel, which has one, of any loop with small operands and without such calls.
         good = losses <= jnp.min(losses) * (1.0 + margin)
         first = lax.top_k(good.astype(jnp.float32), 1)[1][0]
-        found = _Best(losses[first], low[first], high[first])
+        found = _Best(losses[first], lows[first], highs[first])
         better = found.loss < best.loss * (1.0 - margin)
-        return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
+        best = jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
+        is_over = this.shrinks & (costs[-1] >= best.loss)
+        return _Search(best, start, jnp.where(is_over, coarse, state.done + 1))
 
-    def shrunk(state: _Shrinking, some: int) -> _Shrinking:
-        numbers = (state.done + jnp.arange(some, dtype=jnp.int32)).astype(jnp.float32)
-        factors = jnp.exp2(numbers * jnp.log2(jnp.float32(_RATIO)))
-        best = tried(state.best, factors * low, factors * high)
-        narrowest = factors[-1] * low, factors[-1] * high
-        least = outcome(*narrowest)
-        beyond = jnp.abs(least.error)
-        if not target.symmetric:
-            beyond = jnp.maximum(beyond - target.qparams(*narrowest).scale, 0.0)
-        least = least._replace(error=jnp.where(least.clipped, beyond, 0.0))
-        return _Shrinking(best, state.done + some, ~(loss(least) >= best.loss))
-
-    start = _Shrinking(_Best(jnp.float32(jnp.inf), low, high), jnp.int32(0), jnp.asarray(True))
-    start = varying_like(start, (statistics, target.bits, target.theta))
-    if is_sum and (target.symmetric or target.format.scale_rule == REAL):
-        more = lambda state: state.goes_on & (state.done < COARSE)  # noqa: E731
-        best = lax.while_loop(more, functools.partial(shrunk, some=TOGETHER), start).best
-    else:
-        best = shrunk(start, COARSE).best
-    if not target.symmetric:
-        along = _Ends.of([_Ends(low=True), _Ends(high=True), _Ends(low=True)])
-        best = _moved(lambda b, ends: tried(b, *_along(b, ends, (low, high))), best, along)
-    ends = [_Ends(low=True, high=True)] if target.symmetric else [_Ends(high=True), _Ends(low=True)]
-    reaches = [1.0 / _RATIO] * len(ends) + [_RATIO ** (-2.0 / FINE)] * len(ends)
-    around = jnp.asarray(reaches, jnp.float32), _Ends.of(ends * 2)
-    best = _moved(lambda b, move: tried(b, *_around(b, move, (low, high))), best, around)
+    begin = _Search(_Best(jnp.float32(jnp.inf), low, high), (low, high), jnp.int32(0))
+    begin = varying_like(begin, (statistics, target.bits, target.theta))
+    number = rounds.opens.shape[0]
+    best = lax.while_loop(lambda state: state.done < number, some_more, begin).best
     return where_seen(statistics, best.low, best.high)
 
 
-def _moved(step: Callable[[_Best, Any], _Best], best: _Best, moves: Any) -> _Best:
-    """The best after each of the moves, which lie along a leading axis.
-
-    In a loop, not one by one: a quantizer under a dozen ranges is slow to compile.
-    """
-    return lax.scan(lambda best, move: (step(best, move), None), best, moves)[0]
-
-
-class _Ends(NamedTuple):
-    """Which ends of a range move."""
-
-    low: bool | jax.Array = False
-    high: bool | jax.Array = False
-
-    @staticmethod
-    def of(moves: Sequence[_Ends]) -> _Ends:
-        """One move after another, along a leading axis."""
-        return jax.tree.map(lambda *ends: jnp.asarray(ends), *moves)
+def _moved(this: _Round, start: _Pair, limits: _Pair) -> _Pair:
+    """The ranges of a round, none of them beyond what was seen."""
+    ends = []
+    for moves, mine, limit, narrower in zip(
+        (this.low, this.high), start, limits, (jnp.maximum, jnp.minimum), strict=True
+    ):
+        moved = narrower(this.factors * jnp.where(this.of_limits, limit, mine), limit)
+        ends.append(jnp.where(moves, moved, mine))
+    return ends[0], ends[1]
 
 
-def _along(start: _Best, moving: _Ends, limits: _Pair) -> _Pair:
-    """One end at equal distances from zero to what was seen, the other as in the best."""
-    least, most = limits
-    share = jnp.arange(PLACES - 1, -1, -1, dtype=jnp.float32) * (1.0 / PLACES)  # the widest first
-    low = jnp.where(moving.low, share * least, start.low)
-    return low, jnp.where(moving.high, share * most, start.high)
+def _schedule(*, symmetric: bool, leaves_early: bool) -> tuple[_Round, int]:
+    """All rounds, along a leading axis, and how many of them shrink the whole range."""
+    shares = np.arange(PLACES - 1, -1, -1) / PLACES
+    shrinking = _RATIO ** np.arange(COARSE)
+    rows = _rounds(shrinking, of_limits=True, low=True, high=True, shrinks=leaves_early)
+    coarse = len(rows)
+    if not symmetric:
+        for low in (True, False, True):
+            rows += _rounds(shares, of_limits=True, low=low, high=not low)
+    places = (2.0 * np.arange(FINE - 1, -1, -1) + 1.0) / FINE - 1.0
+    for reach in (1.0 / _RATIO, _RATIO ** (-2.0 / FINE)):
+        for low, high in [(True, True)] if symmetric else [(False, True), (True, False)]:
+            rows += _rounds(reach**places, of_limits=False, low=low, high=high)
+    return _Round(*map(np.stack, zip(*rows, strict=True))), coarse
 
 
-def _around(start: _Best, move: tuple[jax.Array, _Ends], limits: _Pair) -> _Pair:
-    """Ends ``1/reach`` to ``reach`` times those of the best, never beyond what was seen."""
-    (reach, moving), (least, most) = move, limits
-    places = 2.0 * jnp.arange(FINE - 1, -1, -1, dtype=jnp.float32) + 1.0  # the widest first
-    share = divide_by_scale(places, jnp.float32(FINE)) - 1.0
-    factor = jnp.exp2(share * jnp.log2(reach))
-    low = jnp.maximum(jnp.where(moving.low, factor, 1.0) * start.low, least)
-    return low, jnp.minimum(jnp.where(moving.high, factor, 1.0) * start.high, most)
+def _rounds(
+    factors: np.ndarray, *, of_limits: bool, low: bool, high: bool, shrinks: bool = False
+) -> list[_Round]:
+    """Those of one move; the last range of the move is tried again where a round has room."""
+    each = TOGETHER - 1 if shrinks else TOGETHER
+    found = []
+    for first in range(0, factors.size, each):
+        some = np.float32(factors[first : first + each])
+        some = np.pad(some, (0, TOGETHER - some.size), mode="edge")
+        found.append(_Round(some, of_limits, low, high, first == 0, shrinks))
+    return found
 
 
 def per_unit(statistics: Statistics) -> jax.Array:

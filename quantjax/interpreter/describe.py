@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.extend import core as jex_core
@@ -130,31 +130,46 @@ def _output(product: Product, weight: int | None) -> Operand:
     )
 
 
+class Result(NamedTuple):
+    """A variable that holds the result of a site.
+
+    Attributes:
+      place: of the site, in what is found.
+      batch: axes of the product's result that its operands have in common.
+      moves: what the result went through since.
+    """
+
+    place: int
+    batch: tuple[int, ...] = ()
+    moves: Moves = ()
+
+
 def bias_of(
-    site: Site, weight: Origin | None, added: Origin, shape: Sequence[int], moves: Moves
+    site: Site, weight: Origin | None, added: Origin, shape: Sequence[int], result: Result
 ) -> Operand | None:
     """The bias that is added to a site's result, if it is one.
 
     One parameter, moved, cast and broadcast, with an entry for each output channel and along those
-    channels, as far as that can be seen.
+    channels, as far as that can be seen; of a batched product, all of it or each entry's own.
 
     Args:
       shape: that of what is added.
-      moves: what the result went through ahead of it.
     """
-    operand = site.weight
-    if operand is None or weight is None or site.op.is_lookup:
+    operand, output = site.weight, site.output
+    if operand is None or output is None or weight is None or site.op.is_lookup:
         return None
     same_layers = added.loops == weight.loops and added.derivable
     source = unbroadcast(added)
     if source is None or not same_layers:
         return None
     own = tuple(shape) if source is added else _shape(source, added)
-    channels = math.prod(operand.shape[axis] for axis in operand.free)
-    if own is None or math.prod(own) != channels:
+    every = math.prod(operand.shape[axis] for axis in operand.free)
+    of_one = every // max(math.prod(output.shape[axis] for axis in result.batch), 1)
+    if own is None or math.prod(own) not in (every, of_one):
         return None
-    axes = axes_back(moves, _varies(source, added, own))
-    if axes is not None and site.output is not None and not axes <= set(site.output.contracted):
+    axes = axes_back(result.moves, _varies(source, added, own))
+    channels = {*output.contracted, *(result.batch if math.prod(own) == every else ())}
+    if axes is not None and not axes <= channels:
         return None
     return Operand(
         key=Role.BIAS.value,

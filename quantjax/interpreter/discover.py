@@ -12,7 +12,7 @@ from jax.extend import core as jex_core
 from quantjax._compat import name_stack
 from quantjax.interpreter import provenance
 from quantjax.interpreter.containers import Container, ContainerKind, container_of
-from quantjax.interpreter.describe import Around, bias_of, describe, site_of
+from quantjax.interpreter.describe import Around, Result, bias_of, describe, site_of
 from quantjax.interpreter.moves import Moves, is_move
 from quantjax.interpreter.product import product_of
 from quantjax.interpreter.provenance import Loop, Origin, OriginKind
@@ -48,13 +48,6 @@ class _Bias(NamedTuple):
     side: int
     origin: Origin
     moves: Moves
-
-
-class _Result(NamedTuple):
-    """A variable that holds the result of a site, by its place in what is found, maybe moved."""
-
-    place: int
-    moves: Moves = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +131,7 @@ def _walk(
         return origins[atom]
 
     uses = collections.Counter(a for a in _atoms(jaxpr) if not isinstance(a, jex_core.Literal))
-    results: dict[Any, _Result] = {}
+    results: dict[Any, Result] = {}
     for index, eqn in enumerate(jaxpr.eqns):
         here = (*location, index)
         operands = [read(atom) for atom in eqn.invars]
@@ -155,7 +148,7 @@ def _walk(
         container = None if product is not None else container_of(eqn)
         if product is not None:
             site, weight = describe(product, operands, scope, around)
-            results[eqn.outvars[0]] = _Result(len(found.sites))
+            results[eqn.outvars[0]] = Result(len(found.sites), product.out_batch)
             found.sites.append(_Found(site, here, weight, around.loops))
         if container is None:
             outputs = provenance.results(eqn, operands)
@@ -180,7 +173,7 @@ def _note_bias(
     eqn: jex_core.JaxprEqn,
     operands: Sequence[Origin],
     here: Location,
-    results: Sequence[_Result | None],
+    results: Sequence[Result | None],
 ) -> None:
     """Give a site the bias that is added to its result, if the equation does that.
 
@@ -192,7 +185,7 @@ def _note_bias(
             continue
         item, added = found.sites[result.place], operands[1 - side]
         aval: Any = eqn.invars[1 - side].aval
-        bias = bias_of(item.site, item.weight, added, aval.shape, result.moves)
+        bias = bias_of(item.site, item.weight, added, aval.shape, result)
         if bias is not None:
             site = dataclasses.replace(item.site, bias=bias)
             noted = _Bias(here, 1 - side, added, result.moves)

@@ -32,9 +32,7 @@ def is_move(eqn: jex_core.JaxprEqn) -> bool:
     if name == "broadcast_in_dim":
         before, after = (_shape(atom.aval) for atom in (eqn.invars[0], eqn.outvars[0]))
         return bool(math.prod(before) == math.prod(after))
-    return name in {"transpose", "squeeze"} or (
-        name == "reshape" and eqn.params["dimensions"] is None
-    )
+    return name in {"transpose", "squeeze", "reshape"}
 
 
 def moved_forth(moves: Moves, x: jax.Array) -> jax.Array:
@@ -47,11 +45,17 @@ def moved_forth(moves: Moves, x: jax.Array) -> jax.Array:
 def moved_back(moves: Sequence[jex_core.JaxprEqn], x: jax.Array) -> jax.Array:
     """From the layout of the addition to the product's."""
     for eqn in reversed(moves):
-        if eqn.primitive.name == "transpose":
-            x = lax.transpose(x, tuple(map(int, np.argsort(eqn.params["permutation"]))))
-        else:
-            x = lax.reshape(x, _shape(eqn.invars[0].aval))
+        turned, shape = _turned(eqn), _shape(eqn.invars[0].aval)
+        x = lax.reshape(x, shape if turned is None else tuple(shape[axis] for axis in turned))
+        if turned is not None:
+            x = lax.transpose(x, tuple(map(int, np.argsort(turned))))
     return x
+
+
+def _turned(eqn: jex_core.JaxprEqn) -> tuple[int, ...] | None:
+    """The order of axes that the equation begins with; a ``reshape`` may have one as well."""
+    order = eqn.params.get("permutation") or eqn.params.get("dimensions")
+    return order if eqn.primitive.name in {"transpose", "reshape"} else None
 
 
 Axes = frozenset[int] | None
@@ -62,11 +66,13 @@ def axes_forth(eqn: jex_core.JaxprEqn, axes: Axes) -> Axes:
     """Axes of the result, given those of the first operand."""
     if axes is None:
         return None
-    name = eqn.primitive.name
-    if name == "transpose":
-        return frozenset(i for i, axis in enumerate(eqn.params["permutation"]) if axis in axes)
-    if name == "broadcast_in_dim":
+    if eqn.primitive.name == "broadcast_in_dim":
         return frozenset(eqn.params["broadcast_dimensions"][axis] for axis in axes)
+    turned = _turned(eqn)
+    if turned is not None:
+        axes = frozenset(place for place, axis in enumerate(turned) if axis in axes)
+    if eqn.primitive.name == "transpose":
+        return axes
     places = _places(eqn)
     return None if places is None else frozenset(places[axis] for axis in axes)
 
@@ -76,20 +82,25 @@ def axes_back(moves: Moves, axes: Axes) -> Axes:
     for eqn in reversed(moves):
         if axes is None:
             return None
-        if eqn.primitive.name == "transpose":
-            axes = frozenset(eqn.params["permutation"][axis] for axis in axes)
-            continue
-        places = _places(eqn)
-        if places is None:
-            return None
-        back = {after: before for before, after in places.items()}
-        axes = frozenset(back[axis] for axis in axes)
+        turned = _turned(eqn)
+        if eqn.primitive.name != "transpose":
+            places = _places(eqn)
+            if places is None:
+                return None
+            back = {after: before for before, after in places.items()}
+            axes = frozenset(back[axis] for axis in axes)
+        if turned is not None:
+            axes = frozenset(turned[axis] for axis in axes)
     return axes
 
 
 def _places(eqn: jex_core.JaxprEqn) -> dict[int, int] | None:
-    """Where each axis of more than one entry goes; None where axes are cut or joined."""
+    """Where each axis of more than one entry goes; None where axes are cut or joined.
+
+    Of a ``reshape`` that turns its operand first, axes of what was turned.
+    """
     before, after = (_shape(atom.aval) for atom in (eqn.invars[0], eqn.outvars[0]))
+    before = tuple(before[axis] for axis in _turned(eqn) or range(len(before)))
     kept, found = ([a for a, size in enumerate(shape) if size != 1] for shape in (before, after))
     if [before[axis] for axis in kept] != [after[axis] for axis in found]:
         return None

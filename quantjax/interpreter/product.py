@@ -186,6 +186,14 @@ class Product:
             return tuple(range(left, self.out.ndim) if weight else range(first, left))
         return tuple(range(self.out.ndim))[-1:]
 
+    @property
+    def out_batch(self) -> tuple[int, ...]:
+        """Axes of the result along which a product of each entry is taken alone, as of experts."""
+        if self.op is not Op.DOT:
+            return ()
+        _, (batch, _) = self.params["dimension_numbers"]
+        return tuple(range(len(batch)))
+
     def taps(self) -> int:
         """Positions of a convolution's window; 1 for all others."""
         if self.op is not Op.CONV:

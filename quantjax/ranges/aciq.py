@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from quantjax.formats import divide_by_scale
 from quantjax.lean import rounded_product
-from quantjax.ranges.base import Range, RangeRule, Target, within_seen
+from quantjax.ranges.base import Range, RangeRule, Target, square_root, within_seen
 from quantjax.statistics import Statistics
 
 _HALVINGS = 60
@@ -100,7 +100,7 @@ def _gaussian(statistics: Statistics, target: Target) -> Range:
     moments = statistics.moments
     spread = moments.square if target.symmetric else moments.variance
     half = math.sqrt(2.0 / math.pi)
-    return _range_of(gaussian_clip, half)(statistics, target, jnp.sqrt(spread))
+    return _range_of(gaussian_clip, half)(statistics, target, square_root(spread))
 
 
 def _laplacian(statistics: Statistics, target: Target) -> Range:

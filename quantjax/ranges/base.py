@@ -96,6 +96,21 @@ def where_seen(statistics: Statistics, low: jax.Array, high: jax.Array) -> Range
     return Range(low, high, statistics.batches > 0)
 
 
+def square_root(x: jax.Array) -> jax.Array:
+    """``√x`` of what is not negative, with the derivative 0 and not infinity at 0.
+
+    What a rule does not use is multiplied by 0 all the same, and a channel of zeros had NaN for a
+    gradient.
+
+    >>> jax.grad(square_root)(0.0).item(), square_root(jnp.float32(9.0)).item()
+    (0.0, 3.0)
+    """
+    some = x > 0.0
+    root = jnp.sqrt(jnp.where(some, x, 1.0))
+    # Not 0 for what is no number, which says of a group that it has no moments.
+    return jnp.where(some, root, jnp.where(x == 0.0, 0.0, jnp.nan))
+
+
 def within_seen(statistics: Statistics, center: jax.Array, reach: jax.Array) -> Range:
     """``[center - reach, center + reach]``, and no more than what was seen; all of that where the
     moments of very small or large values have vanished or overflown.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.lean import rounded_product
-from quantjax.ranges.base import Range, RangeRule, Target, where_seen
+from quantjax.ranges.base import Range, RangeRule, Target, square_root, where_seen
 from quantjax.statistics import Statistics
 
 COEFFICIENTS = {
@@ -38,7 +38,7 @@ def _range(statistics: Statistics, target: Target) -> Range:
     c1, c2 = coefficients(target.bits)
     low, high = statistics.extremes
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    reach = rounded_product(jnp.sqrt(statistics.moments.square), c1)
+    reach = rounded_product(square_root(statistics.moments.square), c1)
     reach += rounded_product(statistics.moments.magnitude, c2)
     fitted = (reach > 0.0) & jnp.isfinite(reach) & (target.bits >= 2.0) & (target.bits <= 8.0)
     reach = jnp.where(fitted, reach, largest)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from quantjax._compat import varying_like
-from quantjax.formats import REAL, divide_by_scale, power_of_two
+from quantjax.formats import REAL, power_of_two
 from quantjax.formats.scales import unit_of
 from quantjax.ranges.base import Range, Target, where_seen
 from quantjax.statistics import Statistics
@@ -141,7 +140,7 @@ def search(
         """One round. All of them are one loop: a quantizer is slow to compile a second time."""
         this: _Round = jax.tree.map(lambda rows: jnp.asarray(rows)[state.done], rounds)
         best = state.best
-        start = tuple(jnp.where(this.opens, *ends) for ends in zip(best[1:], state.start, strict=True))
+        start = jax.tree.map(lambda a, b: jnp.where(this.opens, a, b), tuple(best[1:]), state.start)
         # A barrier: fused into whatever reads them, they are found again in half a dozen kernels.
         lows, highs = lax.optimization_barrier(_moved(this, start, (low, high)))
         of_clipped = this.shrinks & (jnp.arange(TOGETHER) == TOGETHER - 1)
@@ -200,9 +199,9 @@ def _rounds(
     each = TOGETHER - 1 if shrinks else TOGETHER
     found = []
     for first in range(0, factors.size, each):
-        some = np.float32(factors[first : first + each])
+        some = factors[first : first + each]
         some = np.pad(some, (0, TOGETHER - some.size), mode="edge")
-        found.append(_Round(some, of_limits, low, high, first == 0, shrinks))
+        found.append(_Round(some.astype(np.float32), of_limits, low, high, first == 0, shrinks))
     return found
 
 

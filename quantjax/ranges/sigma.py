@@ -6,13 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from quantjax import errors
-from quantjax.ranges.base import Range, RangeRule, Target, known_number, rule_of, within_seen
+from quantjax.ranges.base import (
+    Range,
+    RangeRule,
+    Target,
+    known_number,
+    rule_of,
+    square_root,
+    within_seen,
+)
 from quantjax.statistics import Statistics
 
 
 def _range(statistics: Statistics, target: Target, factor: jax.Array) -> Range:
     del target
-    reach = jnp.asarray(factor, jnp.float32) * jnp.sqrt(statistics.moments.variance)
+    reach = jnp.asarray(factor, jnp.float32) * square_root(statistics.moments.variance)
     low, high, calibrated = within_seen(statistics, statistics.moments.mean, reach)
     factor = jnp.asarray(factor, jnp.float32)
     valid = (factor > 0.0) & jnp.isfinite(factor)
@@ -28,8 +36,9 @@ def sigma(factor: float | jax.Array = 3.0) -> RangeRule:
     Raises:
       QuantizerError: a factor that is not positive. A traced one gives NaN.
 
-    Sharp edges: where the variance vanishes or overflows (values below 1e-19 or above 1e19) the
-    range is what was seen. After a ReLU the distribution is half of one, and zero lies within the
+    Sharp edges: where the variance vanishes or the sum of squares overflows (values below 1e-19, or
+    above 1e19 over the root of their number) the range is what was seen; next to that, below 1e-18,
+    squares lose digits. After a ReLU the distribution is half of one, and zero lies within the
     range all the same; the upper bound is then lower than a Gaussian's would be.
 
     >>> from quantjax import integer, statistics

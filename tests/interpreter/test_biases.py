@@ -69,6 +69,59 @@ def test_none(name):
     assert biases(NONE[name], {**P, "four": normal(14, 4), "square": normal(15, 4, 4)}, X) == {}
 
 
+EACH = {"w": normal(16, 2, 6, 5), "b": normal(17, 2, 5), "shared": normal(18, 5)}
+BATCH = normal(19, 2, 3, 6)
+CONVOLVED = {"w": normal(20, 2, 3, 3, 6), "b": normal(21, 2, 6), "shared": normal(22, 6)}
+
+
+def _convolved(groups: int) -> Any:
+    numbers = ("NHC", "HIO", "NHC")
+
+    def one(w: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
+        kernel = w[:, : 6 // groups]
+        y = lax.conv_general_dilated(
+            x, kernel, (1,), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+        return y + b[None, None]
+
+    return one
+
+
+def _products(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.einsum("ebi,eio->ebo", x, p["w"])
+
+
+BATCHED = {
+    "experts": lambda p, x: _products(p, x) + p["b"][:, None],
+    "turned": lambda p, x: jnp.einsum("ebi,eio->boe", x, p["w"]) + p["b"].T[None],
+    "one bias for all": lambda p, x: _products(p, x) + p["shared"][None, None],
+    "members": lambda p, x: jax.vmap(lambda w, b: x[0] @ w + b[None])(p["w"], p["b"]),
+    "members, a row": lambda p, x: jax.vmap(lambda w, b, x: x @ w + b)(p["w"], p["b"], x[:, 0]),
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_found_where_the_weight_is_batched(name):
+    want = "shared" if "all" in name else "b"
+    assert biases(BATCHED[name], EACH, BATCH) == {"w": want}
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("mapped", [None, 0], ids=["one input", "an input each"])
+def test_found_where_kernels_are_mapped(groups, mapped):
+    params = {**CONVOLVED, "w": CONVOLVED["w"].repeat(2, 2)}
+    each = jax.vmap(_convolved(groups), (0, 0, mapped))
+    f = lambda p, x: each(p["w"], p["b"], x if mapped == 0 else x[0])  # noqa: E731
+    assert biases(f, params, normal(23, 2, 3, 4, 6)) == {"w": "b"}
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 5), (2, 1, 1), (2, 2, 1), (2, 2, 5)])
+def test_what_is_no_bias_of_a_batched_product(shape):
+    """Positions, as many as there are experts; a number for each expert; for each row."""
+    params = {**EACH, "b": normal(24, *shape)}
+    assert biases(lambda p, x: _products(p, x[:, :2]) + p["b"], params, BATCH) == {}
+
+
 def test_an_embedding_of_positions_is_no_bias():
     params = {"w": normal(5, 6, 8), "positions": normal(6, 4, 8)}
     assert biases(lambda p, x: x @ p["w"] + p["positions"], params, X) == {}

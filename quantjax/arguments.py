@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -154,15 +155,19 @@ def expect_function(f: object, *, where: str, fix: str) -> None:
 
 
 def why_unwritable(folder: Path, *, files: Sequence[str], folders: Sequence[str]) -> str:
-    """Why the folder, which is made, or what is to lie in it could not be written; or "".
+    """Why the folder, or what is to lie in it, could not be made or written; or "".
+
+    What does not exist yet does not exist afterwards: something else may be refused later.
 
     Args:
       files, folders: their names; those that do not exist yet can be made.
 
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     why_unwritable(Path(folder) / "new", files=["results.csv"], folders=[])
-    ''
+    ...     new = Path(folder) / "new"
+    ...     why_unwritable(new, files=["results.csv"], folders=[]), new.exists()
+    ('', False)
     """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for place in (folder, *(folder / name for name in folders)):
@@ -175,6 +180,10 @@ def why_unwritable(folder: Path, *, files: Sequence[str], folders: Sequence[str]
                     pass
     except OSError as error:
         return str(error)
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):  # it was not made, or is no longer empty
+                place.rmdir()
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,7 +45,10 @@ def plot_ranges(operand: OperandRanges, path: Path) -> None:
       path: where to write; the ending names the format.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure(operand).savefig(path, dpi=DPI)
+    with warnings.catch_warnings():
+        # Of a name in letters that the font lacks: they are boxes, and ranges.csv has them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure(operand).savefig(path, dpi=DPI)
 
 
 def figure(operand: OperandRanges) -> Figure:

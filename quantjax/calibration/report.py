@@ -27,6 +27,7 @@ from quantjax.transforms.check import check
 from quantjax.transforms.observe import State
 from quantjax.transforms.operands import (
     Bits,
+    by_role,
     check_used,
     covering,
     statistics_for,
@@ -79,12 +80,8 @@ def calibration_report(
     any error at 8 bits have 75 dB here, and of a saturated ``tanh`` a bin is inside or outside.
     """
     chosen = check_rules(RULES.values() if rules is None else rules)
-    widths = {
-        Role.WEIGHT: weight_bits,
-        Role.ACTIVATION: activation_bits,
-        Role.GRADIENT: gradient_bits,
-        Role.OUTPUT: output_bits,
-    }
+    widths = by_role(weight_bits, activation_bits, gradient_bits, output_bits, None)
+    del widths[Role.BIAS]  # which has no range to choose
     seen = list(_seen(plan, state, params, widths))
     if not seen:
         raise errors.CalibrationError(

@@ -77,14 +77,16 @@ def _check_chosen(chosen: Iterable[StoredWeight], select: Selector | None) -> No
 def places_in(paths: list[str], leaves: Mapping[str, Any]) -> dict[str, str]:
     """Where the planned parameters are in a tree that is the planned one, a part of it, or more."""
     first = paths[0]
-    heads = [first[: i + 1] for i, letter in enumerate(first) if letter == "/"]
-    for head in ("", *heads):
-        if all(path.startswith(head) and path[len(head) :] in leaves for path in paths):
-            return {path: path[len(head) :] for path in paths}
-    for leaf in leaves:
-        head = leaf.removesuffix(first)
-        if head.endswith("/") and all(head + path in leaves for path in paths):
-            return {path: head + path for path in paths}
+    heads = ["", *(first[: i + 1] for i, letter in enumerate(first) if letter == "/")]
+    for head in heads:
+        if not all(path.startswith(head) for path in paths):
+            continue
+        within = [path[len(head) :] for path in paths]
+        around = [leaf.removesuffix(within[0]) for leaf in leaves if leaf.endswith(within[0])]
+        for outer in sorted(around, key=len):  # as little around it as there is
+            whole = not outer or outer.endswith("/")
+            if whole and all(outer + path in leaves for path in within):
+                return {path: outer + part for path, part in zip(paths, within, strict=True)}
     raise errors.TrainingError(
         f"the parameter {first}, or one of {len(paths) - 1} others, is not in the tree",
         where="qj.training.freeze_oscillations",

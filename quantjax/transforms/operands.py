@@ -27,6 +27,8 @@ from quantjax.statistics import Statistics
 from quantjax.transforms.observe import State, statistics_of
 from quantjax.transforms.steps import over_steps
 
+NOISE = 1e-3  # what arithmetic may add to a whole number of bits
+
 Bits = Float[Array, ""] | int | float | FloatBits | Mapping[str, Any]
 
 
@@ -106,7 +108,33 @@ def by_role(
 ) -> dict[Role, Bits | None]:
     """The widths that a verb is asked for."""
     roles = (Role.WEIGHT, Role.ACTIVATION, Role.GRADIENT, Role.OUTPUT, Role.BIAS)
-    return dict(zip(roles, (weight, activation, gradient, output, bias), strict=True))
+    asked = map(_settled, (weight, activation, gradient, output, bias))
+    return dict(zip(roles, asked, strict=True))
+
+
+def _settled(bits: Any) -> Any:
+    """Widths next to a whole number as that number: ``jnp.linspace(1, 16, 16)`` has 7.0000005.
+
+    >>> _settled({"w": 3.5, "v": np.float32(7.0000005)}), _settled([4, 1.9999998])
+    ({'w': 3.5, 'v': array(7.)}, [4, array(2.)])
+    """
+    if isinstance(bits, Mapping):
+        return {name: _settled(width) for name, width in bits.items()}
+    if isinstance(bits, FloatBits):
+        return FloatBits(*map(_settled, bits))
+    if isinstance(bits, list | tuple):
+        return [_settled(width) for width in bits]
+    dtype = getattr(bits, "dtype", np.dtype(np.float64) if isinstance(bits, float) else None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return bits
+    known = concrete(bits)
+    if known is None:
+        whole = jnp.round(bits)
+        return jnp.where(jnp.abs(bits - whole) < NOISE, whole, bits)
+    known = known.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinity is refused later
+        moved = (known != np.round(known)) & (np.abs(known - np.round(known)) < NOISE)
+    return np.where(moved, np.round(known), known) if moved.any() else bits
 
 
 def check_used(plan: Plan, asked: Mapping[Role, Bits | None]) -> None:

@@ -121,6 +121,12 @@ def test_long_names_and_small_numbers_are_legible():
     assert_legible(dataclasses.replace(operand, site="params/" + 9 * "encoder_layer/" + "kernel"))
 
 
+def test_letters_that_the_font_lacks_are_no_warning(tmp_path):
+    operand = dataclasses.replace(made(0.25, 0.5), site="params/名前/kernel")
+    plot_ranges(operand, tmp_path / "a.png")  # warnings are errors here
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("bend", [0.05, 1e-3, 1e-7, 1e-12])
 def test_ticks_of_a_bent_axis_are_legible(bend):
     assert_legible(made(bend, 0.5, bend=bend))

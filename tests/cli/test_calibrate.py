@@ -201,7 +201,7 @@ def test_products_that_stay_in_float_are_named(tmp_path, capsys):
     ],
 )
 def test_mistakes_end_with_a_message_and_status_2(tmp_path, capsys, model, data, message):
-    assert run(tmp_path, model=model, data=data)[0] == 2
+    assert run(tmp_path / "new" / "folder", model=model, data=data)[0] == 2
     captured = capsys.readouterr().err
     assert captured.startswith("error: ")
     assert message in captured

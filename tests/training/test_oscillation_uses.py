@@ -58,15 +58,17 @@ def test_layers_of_a_scan_with_a_width_each():
     assert_array_equal(after.weights["w"].bits.ravel(), [2.0, 0.0, 4.0])
 
 
-@pytest.mark.parametrize("tree", ["variables", "params", "pair"])
+@pytest.mark.parametrize("tree", ["variables", "params", "pair", "a part, paired", "named"])
 def test_trees_that_hold_the_weights(tree):
-    """The planned tree, a part of it, or one with the qstate beside it."""
+    """The planned tree, a part of it, or one with the qstate beside either."""
     case = models.mlp()
     ready = models.ready(case, qj.uniform_policy(weight_bits=4))
     trees = {
         "variables": case.params,
         "params": case.params["params"],
         "pair": (case.params, ready.qstate),
+        "a part, paired": (case.params["params"], ready.qstate),
+        "named": {"scales": ready.qstate, "weights": case.params["params"]},
     }
     chosen = trees[tree]
     optimizer = optax.chain(optax.sgd(0.1), freeze_oscillations(ready.plan, 0.2))

@@ -11,7 +11,8 @@ import pytest
 import quantjax as qj
 from quantjax import errors, formats
 from quantjax.affine import Fault
-from tests.models import dense, normal, planned
+from quantjax.training import with_bits
+from tests.models import assert_same_bits, dense, normal, planned
 from tests.refused import refused
 
 CASE = dense()
@@ -60,6 +61,31 @@ def test_known_widths_are_refused_by_every_verb(name, bits):
     ):
         with refused(errors.BitsError, "in the qstate", "site w", "weight", "container of 8"):
             run()
+
+
+@pytest.mark.parametrize("rule", [qj.ranges.MIN_MAX, qj.ranges.SAWB, qj.ranges.KL_TENSORRT])
+def test_a_width_that_arithmetic_left_beside_a_whole_number_is_that_one(rule):
+    """``jnp.linspace(1, 16, 16)`` has 7.0000005, and rules take the whole part of a width."""
+    plan, qstate = quantized(qj.integer())
+    _, state = qj.observe(CASE.f, plan)(qj.init(plan), CASE.params, CASE.x)
+    at = lambda bits: qj.calibrate(  # noqa: E731
+        plan, state, CASE.params, weight_bits=bits, activation_bits=bits, rule=rule
+    )
+    want, traced = at(7), jax.jit(at)
+    beside = [np.float32(6.9999995), jnp.float32(7.0000005), 6.9999999, {"w": 7.0000001}]
+    for width in beside:
+        assert_same_bits(at(width), want)
+        assert_same_bits(traced(width), traced(7.0))
+    moved = with_bits(plan, qstate, weight_bits=beside[0])
+    assert_same_bits(moved, with_bits(plan, qstate, weight_bits=7))
+    minifloat, _ = quantized(formats.E4M3FN)
+    parts = [qj.FloatBits(e, m) for e, m in ((4.0000005, 2.9999998), (4, 3))]
+    found = [qj.calibrate(minifloat, state, CASE.params, weight_bits=bits) for bits in parts]
+    assert_same_bits(*found)
+    for width in (6.99, 7.5, [7.0, 7.0]):
+        with refused(errors.BitsError, "site w"):
+            at(width)
+    assert np.isnan(traced(6.99)["w"]["weight"].scale).all()
 
 
 @pytest.mark.thinned(2)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from quantjax.formats import Format, Span, Theta, divide_by_scale
+from quantjax.formats import Format, ScaleRule, Span, Theta, divide_by_scale
 from quantjax.lean import rounded_product, select
 
 NEGATIVE_SHARE = 0.25
@@ -195,14 +195,14 @@ def _from_range(
         largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
         span = Span(largest, divide_by_scale(largest, steps), q_max, unit)
         empty = jnp.where(format.holds_zero(largest, bits, theta), 1.0, SMALLEST_SCALE)
-        scale = _usable(rule.scale(span), largest, empty)
+        scale = _usable(rule, span, empty)
         zero_point = jnp.zeros_like(scale)
     else:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
         largest = high - low
         halves = divide_by_scale(high, steps) - divide_by_scale(low, steps)
         quotient = jnp.where(jnp.isinf(largest), halves, divide_by_scale(largest, steps))
-        scale = _usable(rule.scale(Span(largest, quotient, steps, unit)), largest, jnp.float32(1.0))
+        scale = _usable(rule, Span(largest, quotient, steps, unit), jnp.float32(1.0))
         zero_point = jnp.clip(q_min - jnp.round(divide_by_scale(low, scale)), q_min, q_max)
         # A rounded zero point moves both ends, and one may come to lie beyond the largest number.
         ends = (q_min - zero_point) * scale, (q_max - zero_point) * scale
@@ -217,9 +217,15 @@ def _from_range(
     )
 
 
-def _usable(scale: jax.Array, span: jax.Array, empty: jax.Array) -> jax.Array:
-    """A normal number. The span says what is empty: a tiny quotient is flushed to 0 on CPU."""
-    return jnp.where(span == 0.0, empty, jnp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE))
+def _usable(rule: ScaleRule, span: Span, empty: jax.Array) -> jax.Array:
+    """A normal number, or NaN for what a rule made of a span that is none, zero and less.
+
+    The span says what is empty: a tiny quotient is flushed to 0 on CPU.
+    """
+    scale = rule.scale(span)
+    is_scale = ((scale > 0.0) & (scale < jnp.inf)) | (span.quotient < SMALLEST_SCALE)
+    scale = jnp.where(is_scale, jnp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE), jnp.nan)
+    return jnp.where(span.largest == 0.0, empty, scale)
 
 
 def mark_faults(

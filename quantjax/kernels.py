@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from quantjax.interpreter import Op, Operand, Role, Site
 from quantjax.qtensor import is_quantized
@@ -28,12 +29,12 @@ def kernels_in(named: Mapping[str, Any]) -> dict[str, Any]:
     >>> list(kernels_in({"Dense_0/kernel": jnp.ones((2, 2)), "query/bias": jnp.ones((2, 2))}))
     ['Dense_0/kernel']
     """
-    ranks = {name.removesuffix(f"/{BOX}"): jnp.ndim(leaf) for name, leaf in named.items()}
+    ranks = {name.removesuffix(f"/{BOX}"): np.ndim(leaf) for name, leaf in named.items()}
     return {
         name: leaf
         for name, leaf in named.items()
         if not is_quantized(leaf)
-        and jnp.ndim(leaf) >= 2
+        and np.ndim(leaf) >= 2
         and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         and not _is_no_kernel(name.removesuffix(f"/{BOX}"), ranks)
     }

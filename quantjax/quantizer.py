@@ -18,6 +18,7 @@ from quantjax.arguments import expect, expect_declared
 from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator, check_needs
 from quantjax.formats import Format, Theta, integer, known_overflow, levels_overflow
+from quantjax.formats.levels import check_ascending
 from quantjax.formats.widths import check_bits
 from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken, reduce_to
 from quantjax.printing import shape_text
@@ -34,7 +35,7 @@ from quantjax.ranges import (
     derive,
     holding_negatives,
 )
-from quantjax.rounding import HALF_EVEN, STOCHASTIC, Rounding
+from quantjax.rounding import HALF_EVEN, STOCHASTIC, Rounding, expect_whole
 from quantjax.statistics import Statistics
 
 
@@ -104,6 +105,8 @@ class Quantizer:
                 fix="symmetric=True, or an integer format",
             )
         check_bits(self.format, self.bits, argument="bits", where="a quantizer")
+        check_ascending(self.format, self.bits)
+        expect_whole(self.rounding, where="a quantizer")
         if known_overflow(self.format, self.bits):
             raise errors.QuantizerError(
                 f"the levels of {self.format.label(self.bits)} are too large for sums of products",

@@ -19,11 +19,13 @@ said of each one stands below it in this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from quantjax import errors
@@ -78,6 +80,43 @@ class Rounding(NamedTuple):
         expect_key(key, where=f"the rounding {self.name}")
         k = jax.random.bits(key, shape, jnp.uint32) >> jnp.uint32(9)
         return (k.astype(jnp.float32) + 0.5) * 2.0**-23
+
+
+def expect_whole(rounding: Rounding, *, where: str) -> None:
+    """Raise ``QuantizerError`` for a rule that is none from real numbers to whole ones.
+
+    It is tried on a few numbers: what simulates keeps the fraction that codes cannot have.
+    """
+    wrong = "" if rounding in ROUNDINGS else _wrong_with(rounding)
+    if wrong:
+        raise errors.QuantizerError(
+            f"the rounding {rounding.name} {wrong}",
+            where=where,
+            why="it takes float32 numbers, each to one of the whole numbers next to it",
+            fix='qj.Rounding("down", jnp.floor, is_nearest=False)',
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _wrong_with(rounding: Rounding) -> str:
+    tried = np.array([-130.5, -2.0, -1.5, -0.75, -0.0, 0.25, 0.5, 1.0, 6.9, 2.0**24], np.float32)
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+        values, noise = jnp.asarray(tried), jnp.full(tried.shape, 0.5, jnp.float32)
+        try:
+            found = rounding.given(noise).apply(values)
+            alone = rounding.given(noise[:1]).apply(values[:1])
+        except (TypeError, ValueError) as error:
+            takes = "values and noise" if rounding.is_random else "values, without is_random=True"
+            return f"cannot be called with {takes}: {error}"
+    if jnp.result_type(found) != jnp.float32 or jnp.shape(found) != tried.shape:
+        shape = "x".join(map(str, jnp.shape(found))) or "scalar"
+        return f"makes {jnp.result_type(found)}[{shape}] of float32[{tried.size}]"
+    whole = np.asarray(found)
+    odd = (whole != np.floor(whole)) | (np.abs(whole - tried) > (0.5 if rounding.is_nearest else 1))
+    odd[:1] |= whole[:1] != np.asarray(alone)
+    if odd.any():
+        return f"makes {whole[odd][0]:g} of {tried[odd][0]:g}"
+    return ""
 
 
 def _half_even(values: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from quantjax.formats.base import Format, Law, Snapped, Theta
 from quantjax.rounding import Rounding
 
 MAX_TABLE_BITS = 8
+_OURS = __name__.partition(".")[0] + "."
 COMPARED = 16  # up to so many levels, comparing with each is faster than searching
 # The resolution of float32 just below 2, where the coordinate of a value is rounded.
 _STEP = 2.0**-23
@@ -298,6 +299,26 @@ def _borders(table: jax.Array) -> jax.Array:
     following = lax.cummin(following, axis=table.ndim - 1, reverse=True)
     middle = 0.5 * table + 0.5 * following
     return jnp.where(middle < following, middle, table)
+
+
+def check_ascending(format: Format, bits: int) -> None:
+    """Raise ``FormatError`` where the levels of a known width descend; some levels come later."""
+    if not isinstance(format, LevelFormat) or type(format).__module__.startswith(_OURS):
+        return  # tables of ours are made by width_table, which looks
+    try:
+        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+            levels = np.asarray(format.levels(jnp.float32(bits)), np.float32)
+    except (errors.FormatError, KeyError, TypeError):
+        return  # it has them from theta
+    below = np.flatnonzero(np.diff(levels) < 0.0)
+    if below.size:
+        first, second = levels[below[0] : below[0] + 2]
+        raise errors.FormatError(
+            f"the level {second:g} comes behind {first:g}",
+            where=f"{type(format).__name__}.levels at {bits} bits",
+            why="the code of a level is its place, and levels are searched: they have to ascend",
+            fix="jnp.sort(levels)",
+        )
 
 
 def _neighbours(table: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

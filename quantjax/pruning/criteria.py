@@ -69,7 +69,8 @@ def scored(scores: PyTree) -> Criterion:
     """Scores from elsewhere: sensitivities, accumulated gradients, a mask that is being trained.
 
     Args:
-      scores: a tree of the parameters' structure; only the scores of kernels are read.
+      scores: a tree of the parameters' structure; only the scores of kernels are read, as floats:
+        of integers above 2^24 neighbours are equal.
 
     Raises:
       PruningError, on use: a kernel without scores of its shape.

@@ -122,7 +122,8 @@ def prune_mask(
         masks = automatic(_together, scores, sparsity, specs=specs)
     else:
         masks = {name: _alone(structure, name, score, sparsity) for name, score in scores.items()}
-    leaves = [masks.get(name, jnp.ones((), bool)) for name in named]
+    # NumPy's, known inside a trace too: what has no mask of its own may be no array.
+    leaves = [masks.get(name, np.ones((), bool)) for name in named]
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), leaves)
 
 
@@ -214,10 +215,10 @@ def apply_mask(
 
 
 def _masked(name: str, leaf: Any, mask: Any, gradient: MaskGradient) -> Any:
-    mask = jnp.asarray(mask)
     known = concrete(mask)
-    if mask.ndim == 0 and known is not None and bool(known):
+    if known is not None and known.ndim == 0 and bool(known):
         return leaf
+    mask = jnp.asarray(mask)
     if mask.dtype != jnp.bool_ or mask.shape not in ((), jnp.shape(leaf)) or is_quantized(leaf):
         raise errors.PruningError(
             f"a mask of {mask.dtype}, {shape_text(mask.shape)}",

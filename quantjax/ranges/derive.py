@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -191,19 +192,29 @@ def _at_once(rule: RangeRule | IndexedRule, statistics: Statistics, target: Targ
 def _each_group(rule: RangeRule | IndexedRule, target: Target, groups: Any, at_once: int) -> Range:
     """One group after another, ``at_once`` of them together; eager calls compile this once."""
     rules = rule.rules if isinstance(rule, IndexedRule) else (rule,)
-    # Without names, which hold the numbers: percentile(0.9) and percentile(0.99) are one program.
-    fixed = tuple(
-        rule._replace(name="", parameters=()) for rule in rules if isinstance(rule, RangeRule)
-    )
-    numbers = tuple(rule.parameters for rule in rules if isinstance(rule, RangeRule))
+    ranges = [rule for rule in rules if isinstance(rule, RangeRule)]
+    # Names hold the numbers: percentile(0.9) and percentile(0.99) are one program.
+    fixed = tuple(rule._replace(name="", parameters=()) for rule in ranges)
+    names, numbers = zip(*((rule.name, rule.parameters) for rule in ranges), strict=True)
     chosen = rule.chosen if isinstance(rule, IndexedRule) else None
-    return _run((fixed, target.format, target.symmetric, at_once), numbers, chosen, groups)
+    static = fixed, target.format, target.symmetric, at_once, _Names(names)
+    return _run(static, numbers, chosen, groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """For errors, which a first trace raises; programs are the same whatever the names."""
+
+    names: tuple[str, ...] = dataclasses.field(compare=False)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(fixed: Any, numbers: Any, chosen: jax.Array | None, groups: Any) -> Range:
-    rules, format, symmetric, at_once = fixed
-    rules = tuple(r._replace(parameters=n) for r, n in zip(rules, numbers, strict=True))
+def _run(static: Any, numbers: Any, chosen: jax.Array | None, groups: Any) -> Range:
+    fixed, format, symmetric, at_once, labels = static
+    rules = tuple(
+        rule._replace(name=name, parameters=own)
+        for rule, name, own in zip(fixed, labels.names, numbers, strict=True)
+    )
     rule = rules[0] if chosen is None else IndexedRule(rules, chosen)
 
     def one(group: Any) -> Range:

@@ -25,9 +25,9 @@ from quantjax import errors
 from quantjax.arguments import expect
 
 CellFunction = Callable[..., Any]
-"""``cell(values, *shared) -> pytree``; ``values`` holds one scalar for each axis of the grid."""
+"""``cell(values, *shared) -> pytree``; ``values`` holds what the cell has on each axis."""
 
-Values = Mapping[str, np.ndarray | jax.Array]
+Values = Mapping[str, Any]
 CELLS_PER_CALL = 14
 TRIAL_ROUNDS = 2
 
@@ -73,13 +73,14 @@ class CellProgram:
         """Results call by call, stacked on a first axis, as NumPy arrays.
 
         Args:
-          values: one array an axis, all of the same length.
+          values: as for :func:`compile_cells`.
           shared: what all cells have in common (parameters, statistics, data).
         """
-        count = _count(values)
+        axes = _axes(values)
+        count = _count(axes)
         size = self.chosen.cells_per_call
         for start in range(0, count, size):
-            result = jax.device_get(self._compiled(_chunk(values, start, size), *shared))
+            result = jax.device_get(self._compiled(_chunk(axes, start, size), *shared))
             kept = min(size, count - start)
             yield jax.tree.map(lambda leaf, kept=kept: leaf[:kept], result)
 
@@ -100,8 +101,9 @@ def compile_cells(
     """Compile ``cell`` for a grid, choosing between ``vmap`` and ``lax.map`` by a short trial.
 
     Args:
-      cell: ``(values, *shared) -> pytree``, each value a scalar array.
-      values: the grid, one array an axis, all of the same length.
+      cell: ``(values, *shared) -> pytree``, each value what its axis holds for one cell.
+      values: the grid: an axis is an array, a list of numbers, or a tree of arrays
+        (``qj.FloatBits``, a dictionary), all of the same length along their first axis.
       shared: arguments that all cells have in common; arguments and not constants, or XLA would
         fold them.
       memory_budget_bytes: bound of temporaries, arguments and results of one call. Cells
@@ -111,7 +113,7 @@ def compile_cells(
 
     Raises:
       SweepError: an empty grid, axes of unequal length, or one cell alone over the budget.
-      ArgumentError: an execution that is none, an axis of text, a number that is none.
+      ArgumentError: an execution that is none, an axis of text or of lists, a number that is none.
 
     >>> import jax.numpy as jnp
     >>> grid = {"bits": np.arange(5, dtype=np.float32)}
@@ -123,14 +125,15 @@ def compile_cells(
     """
     expect_execution(execution, where="compile_cells")
     _check_given(values, memory_budget_bytes, cells_per_call)
-    count = _count(values)
+    axes = _axes(values)
+    count = _count(axes)
     calls = math.ceil(count / min(cells_per_call, count))
     size = math.ceil(count / calls)
     candidates = list(Execution) if execution is None else [execution]
     trials: list[tuple[Trial, Any]] = []
     smallest = 1 << 62
     for candidate in candidates:
-        fitted, needed = _fit(cell, values, shared, candidate, size, memory_budget_bytes)
+        fitted, needed = _fit(cell, axes, shared, candidate, size, memory_budget_bytes)
         smallest = min(smallest, needed)
         if fitted is not None:
             trials.append(fitted)
@@ -142,7 +145,7 @@ def compile_cells(
             "fewer samples in a cell",
         )
     if len(trials) > 1:
-        trials = _timed(trials, values, shared)
+        trials = _timed(trials, axes, shared)
     chosen, compiled = min(trials, key=lambda trial: trial[0].seconds_per_cell)
     return CellProgram(chosen, tuple(trial for trial, _ in trials), compiled)
 
@@ -150,17 +153,6 @@ def compile_cells(
 def _check_given(values: object, memory_budget_bytes: object, cells_per_call: Any) -> None:
     where, grid = "compile_cells", '{"bits": np.arange(2.0, 9.0)}'
     expect(values, Mapping, argument="values", where=where, fix=grid)
-    assert isinstance(values, Mapping)
-    for name, array in values.items():
-        if isinstance(array, jax.Array) or not np.ndim(array):
-            continue
-        if np.asarray(array).dtype.kind in "OUS":
-            raise errors.ArgumentError(
-                f"the axis {name} holds no numbers",
-                where=where,
-                why="each of its entries is an argument of a compiled program",
-                fix="of rules and other names their places, np.arange(n), as qj.ranges.stack takes",
-            )
     fix = "memory_budget_bytes=1 << 30"
     expect(memory_budget_bytes, numbers.Real, argument="memory_budget_bytes", where=where, fix=fix)
     fix = f"cells_per_call={CELLS_PER_CALL}"
@@ -171,7 +163,7 @@ def _check_given(values: object, memory_budget_bytes: object, cells_per_call: An
 
 def _fit(
     cell: CellFunction,
-    values: Values,
+    axes: Mapping[str, Any],
     shared: tuple[Any, ...],
     execution: Execution,
     size: int,
@@ -179,7 +171,7 @@ def _fit(
 ) -> tuple[tuple[Trial, Any] | None, int]:
     """The candidate at the largest size within the budget, and the bytes of the last one tried."""
     while True:
-        compiled = _program(cell, execution).lower(_chunk(values, 0, size), *shared).compile()
+        compiled = _program(cell, execution).lower(_chunk(axes, 0, size), *shared).compile()
         needed = _bytes(compiled)
         if needed <= budget:
             return (Trial(execution, size, needed, 0.0), compiled), needed
@@ -209,13 +201,13 @@ def _program(cell: CellFunction, execution: Execution) -> Any:
 
 
 def _timed(
-    trials: list[tuple[Trial, Any]], values: Values, shared: tuple[Any, ...]
+    trials: list[tuple[Trial, Any]], axes: Mapping[str, Any], shared: tuple[Any, ...]
 ) -> list[tuple[Trial, Any]]:
     """The candidates with their times, rounds interleaved, the first of each not counted."""
     times: dict[int, list[float]] = {index: [] for index in range(len(trials))}
     for _ in range(1 + TRIAL_ROUNDS):
         for index, (trial, compiled) in enumerate(trials):
-            chunk = _chunk(values, 0, trial.cells_per_call)
+            chunk = _chunk(axes, 0, trial.cells_per_call)
             start = time.perf_counter()
             jax.block_until_ready(compiled(chunk, *shared))
             times[index].append((time.perf_counter() - start) / trial.cells_per_call)
@@ -239,9 +231,47 @@ def _bytes(compiled: Any) -> int:
     )
 
 
-def _count(values: Values) -> int:
-    shapes = {name: np.shape(array) for name, array in values.items()}
-    lengths = {name: shape[0] if shape else 0 for name, shape in shapes.items()}
+def _axes(values: Values) -> dict[str, Any]:
+    """Each axis as an array, or as a tree of arrays with one entry a cell, as ``vmap`` takes it.
+
+    Raises:
+      ArgumentError: an axis of text, or a list of anything but numbers.
+    """
+    return {name: _axis(name, axis) for name, axis in values.items()}
+
+
+def _axis(name: str, axis: Any) -> Any:
+    is_tree = not hasattr(axis, "dtype") and not jax.tree_util.all_leaves([axis])
+    is_list = type(axis) in (list, tuple)
+    if is_tree and not is_list:  # a dictionary, a NamedTuple: FloatBits, QParams
+        return jax.tree.map(lambda leaf: _axis(name, leaf), axis)
+    if isinstance(axis, jax.Array):
+        return axis
+    why = "each of its entries is an argument of a compiled program"
+    if is_list and any(np.ndim(entry) or isinstance(entry, Mapping) for entry in axis):
+        raise errors.ArgumentError(
+            f"the axis {name} is a {type(axis).__name__} of something else than numbers",
+            where="compile_cells",
+            why="its entries may be cells, or parts of each cell",
+            fix="one array with a leading axis of cells, or a dictionary or NamedTuple of them",
+        )
+    array = np.asarray(axis)
+    if array.dtype.kind in "OUS":
+        raise errors.ArgumentError(
+            f"the axis {name} holds no numbers",
+            where="compile_cells",
+            why=why,
+            fix="of rules and other names their places, np.arange(n), as qj.ranges.stack takes",
+        )
+    return array
+
+
+def _count(axes: Mapping[str, Any]) -> int:
+    lengths = {
+        name + jax.tree_util.keystr(path): leaf.shape[0] if leaf.ndim else 0
+        for name, axis in axes.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(axis)
+    }
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise errors.SweepError(
             "the axes of the grid have no common length of one or more",
@@ -251,9 +281,7 @@ def _count(values: Values) -> int:
     return next(iter(lengths.values()))
 
 
-def _chunk(values: Values, start: int, size: int) -> dict[str, np.ndarray | jax.Array]:
+def _chunk(axes: Mapping[str, Any], start: int, size: int) -> dict[str, Any]:
     """``size`` cells from ``start`` on; past the end the last cell is repeated."""
-    count = _count(values)
-    index = np.minimum(np.arange(start, start + size), count - 1)
-    arrays = {n: a if isinstance(a, jax.Array) else np.asarray(a) for n, a in values.items()}
-    return {name: array[index] for name, array in arrays.items()}  # keys are no NumPy arrays
+    index = np.minimum(np.arange(start, start + size), _count(axes) - 1)
+    return {name: jax.tree.map(lambda leaf: leaf[index], axis) for name, axis in axes.items()}

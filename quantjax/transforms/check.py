@@ -29,7 +29,7 @@ REASONS: Mapping[Fault, tuple[str, str]] = {
     Fault.NOT_FINITE: (
         "the range holds NaN or infinity, or nothing was seen of some channel",
         "look for NaN in the calibration data and in the weights; a rule's lower bound may also "
-        "lie above its upper one",
+        "lie above its upper one, or a scale rule of yours make no positive number",
     ),
     Fault.ZERO_POINT: (
         "a rule found a zero point for a symmetric quantizer",

@@ -108,6 +108,25 @@ def test_masks_are_nested_and_a_grid_is_one_program():
     models.assert_same_bits(jax.tree.map(lambda leaf: leaf[3], masks), alone)
 
 
+def test_what_is_no_array_or_held_as_codes_stays_inside_a_trace_too():
+    """Activations among the leaves of an Equinox module; a table that is quantized already."""
+    scheme = qj.Scheme(weights=qj.weight_quantizer(granularity=qj.PerTensor()))
+    codes = qj.quantize_params(
+        {"table": models.normal(8, 4, 4)}, qj.Policy([qj.rule(qj.everything(), scheme)])
+    )
+    arrays = {"w": models.normal(9, 6, 4), "b": jnp.ones(4), **codes}
+
+    def pruned(arrays):
+        tree = {**arrays, "activation": jax.nn.relu}
+        found = qj.apply_mask(tree, qj.prune_mask(tree, 0.5))
+        assert found.pop("activation") is jax.nn.relu
+        return found
+
+    alone, traced = pruned(arrays), jax.jit(pruned)(arrays)
+    models.assert_same_bits(traced, alone)
+    assert (np.asarray(alone["w"]) == 0.0).sum() == 12
+
+
 def test_only_kernels_are_touched():
     case = models.cnn()
     mask = qj.prune_mask(case.params, 0.9)

@@ -1,9 +1,13 @@
 """One compiled program for many cells."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import quantjax as qj
 from quantjax import errors
 from quantjax.sweep import CellProgram, Execution, Trial, compile_cells, runner
 
@@ -158,9 +162,55 @@ def test_shared_arrays_are_arguments_not_constants(matrix):
     np.testing.assert_array_equal(doubled["sum"], 30.0 * np.arange(3))
 
 
+class Clip(NamedTuple):
+    low: np.ndarray
+    high: np.ndarray
+
+
+TREES = {
+    "as many fields as cells": Clip(np.array([1.0, 2.0]), np.array([10.0, 20.0])),
+    "fewer fields than cells": Clip(np.linspace(-1.0, 0.0, 5), np.linspace(0.0, 1.0, 5)),
+    "parts of a width": qj.FloatBits(np.arange(2.0, 6.0), 7.0 - np.arange(2.0, 6.0)),
+}
+
+
+@pytest.mark.parametrize("execution", list(Execution))
+@pytest.mark.parametrize("name", TREES)
+def test_an_axis_may_be_a_tree_as_vmap_has_it(name, execution):
+    """Fields were taken for cells, and came out in each other's place."""
+    axis = jax.tree.map(np.float32, TREES[name])
+
+    def one(values):
+        first, second = values["axis"]
+        return first + 100.0 * second
+
+    program = compile_cells(
+        one, {"axis": axis}, memory_budget_bytes=BUDGET, execution=execution, cells_per_call=3
+    )
+    np.testing.assert_array_equal(program.run({"axis": axis}), jax.vmap(one)({"axis": axis}))
+
+
+def test_an_axis_may_be_a_dictionary_a_list_of_numbers_or_keys():
+    keys = jax.random.split(jax.random.key(0), 4)
+    values = {"keys": keys, "parts": {"w": np.float32([1, 2, 3, 4])}, "bits": [2, 3, 4, 8]}
+
+    def one(v):
+        return jax.random.normal(v["keys"]) + v["parts"]["w"] * v["bits"].astype(jnp.float32)
+
+    program = compile_cells(one, values, memory_budget_bytes=BUDGET, execution=Execution.MAP)
+    want = jax.vmap(one)({**values, "bits": jnp.asarray(values["bits"])})
+    np.testing.assert_allclose(program.run(values), want, rtol=1e-6)
+    shorter = {**values, "parts": {"w": np.float32([1, 2])}}
+    with pytest.raises(errors.SweepError, match=r"'parts\['w'\]': 2|\"parts\['w'\]\": 2"):
+        compile_cells(one, shorter, memory_budget_bytes=BUDGET)
+
+
 @pytest.mark.parametrize(
     ("values", "options", "words"),
     [
+        ({"c": [np.zeros(2), np.zeros(2)]}, {}, "the axis c is a list of something else"),
+        ({"c": (np.zeros(2), np.zeros(2))}, {}, "the axis c is a tuple of something else"),
+        ({"c": {"rule": ["mse", "kl"]}}, {}, "the axis c holds no numbers"),
         (np.arange(3.0), {}, "values is a ndarray"),
         ({"rule": np.array(["mse", "kl"])}, {}, "the axis rule holds no numbers"),
         ({"bits": np.arange(3.0)}, {"memory_budget_bytes": None}, "memory_budget_bytes is None"),

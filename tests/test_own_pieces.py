@@ -1,0 +1,120 @@
+"""Pieces of a user's own that are none: refused where a quantizer is made, or NaN; never silent."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import quantjax as qj
+from quantjax import errors, ranges
+from quantjax.formats import LevelFormat, ScaleRule
+from quantjax.rounding import ROUNDINGS, Rounding, expect_whole
+from tests.models import dense, planned, policy
+from tests.refused import refused
+
+CASE = dense()
+WRONG = {
+    "halves": (lambda v: jnp.round(v * 2) / 2, "makes -130.5 of -130.5"),
+    "a sum": (jnp.sum, "makes float32[scalar] of float32[10]"),
+    "integers": (lambda v: jnp.round(v).astype(jnp.int32), "makes int32[10] of float32[10]"),
+    "noise without a word": (lambda v, noise: jnp.floor(v + noise), "without is_random=True"),
+    "by the others": (lambda v: jnp.round(v - v.mean() / 10.0), "of -130.5"),
+    "too far": (lambda v: jnp.floor(v) - 1.0, "makes -132 of -130.5"),
+}
+RIGHT = [
+    *ROUNDINGS,
+    Rounding("half_up", lambda v: jnp.floor(v + 0.5), is_nearest=True),
+    Rounding("toward_zero", jnp.trunc, is_nearest=False),
+    Rounding("dithered", lambda v, noise: jnp.floor(v + noise), is_nearest=False, is_random=True),
+]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_rounding_that_is_none_is_refused_where_a_quantizer_is_made(name):
+    apply, problem = WRONG[name]
+    own = Rounding("mine", apply, is_nearest=False)
+    for make in (qj.weight_quantizer, qj.activation_quantizer):
+        with refused(errors.QuantizerError, "the rounding mine", problem):
+            make(rounding=own)
+    with refused(errors.QuantizerError, problem):
+        jax.jit(lambda x: (qj.weight_quantizer(rounding=own), x)[1])(1.0)
+
+
+def test_one_that_is_not_nearest_does_not_claim_it():
+    with refused(errors.QuantizerError, "the rounding down makes 6 of 6.9"):
+        qj.weight_quantizer(rounding=Rounding("down", jnp.floor, is_nearest=True))
+
+
+@pytest.mark.parametrize("rounding", RIGHT, ids=lambda rounding: rounding.name)
+def test_roundings_are_taken(rounding):
+    expect_whole(rounding, where="here")
+    assert qj.weight_quantizer(rounding=rounding).rounding == rounding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listed(LevelFormat):
+    """Levels in the order that is given."""
+
+    max_bits: int = 2
+    rows: tuple[float, ...] = (-1.0, 0.0, 1.0, 1.0)
+    name = "listed"
+
+    def levels(self, bits, theta=()):
+        return jnp.asarray(self.rows, jnp.float32) if not theta else theta["levels"]
+
+
+def test_levels_that_descend_are_refused():
+    """In the order of two's complement, say: simulation and codes differed by several units."""
+    with refused(errors.FormatError, "the level -2 comes behind 1", "Listed.levels at 2 bits"):
+        qj.weight_quantizer(bits=2, format=Listed(rows=(0.0, 1.0, -2.0, -1.0)))
+    assert qj.weight_quantizer(bits=2, format=Listed()).format == Listed()
+
+
+MADE = {
+    "negative": lambda span: -span.quotient,
+    "zero": lambda span: 0.0 * span.quotient,
+    "infinite": lambda span: jnp.inf * span.quotient,
+    "nan": lambda span: jnp.nan * span.quotient,
+}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", MADE)
+def test_a_scale_rule_that_makes_no_scale_is_not_taken_for_one(name, symmetric):
+    """It was clipped to the nearest normal number: a layer of zeros, and nothing said so."""
+    format = qj.integer(scale_rule=ScaleRule("mine", MADE[name]))
+    plan = planned(CASE, policy(qj.weight_quantizer(bits=4, format=format, symmetric=symmetric)))
+    with refused(errors.DataError, "site w, weight", "a scale rule of yours"):
+        qj.calibrate(plan, {}, CASE.params)
+    traced = jax.jit(lambda params: qj.calibrate(plan, {}, params))(CASE.params)
+    assert np.isnan(traced["w"]["weight"].scale).all()
+    # Of nothing but zeros no rule is asked.
+    zeros = jax.tree.map(jnp.zeros_like, CASE.params)
+    assert (qj.calibrate(plan, {}, zeros)["w"]["weight"].scale == 1.0).all()
+
+
+def test_a_scale_rule_may_be_any_that_makes_scales():
+    doubled = qj.integer(scale_rule=ScaleRule("doubled", lambda span: 2.0 * span.quotient))
+    tiny = jax.tree.map(lambda leaf: leaf * jnp.float32(1e-37), CASE.params)
+
+    def scale(format, params):
+        plan = planned(CASE, policy(qj.weight_quantizer(format=format)))
+        return np.asarray(qj.calibrate(plan, {}, params)["w"]["weight"].scale)
+
+    want = 2.0 * scale(qj.integer(), CASE.params)
+    np.testing.assert_allclose(scale(doubled, CASE.params), want, rtol=1e-6)
+    assert (scale(doubled, tiny) > 0.0).all()
+
+
+def test_a_range_rule_is_named_by_its_own_name():
+    def whole(statistics, target):
+        reach = jnp.abs(statistics.sample[0])
+        return ranges.Range(-reach, reach, jnp.asarray(True))
+
+    own = qj.RangeRule("mine", whole, reads_distribution=True)
+    for rule in (own, ranges.stack([ranges.MSE, own])[1]):
+        plan = planned(CASE, policy(qj.weight_quantizer()))
+        with refused(errors.PolicyError, "the rule mine returned a bound of shape"):
+            qj.calibrate(plan, {}, CASE.params, rule=rule)

@@ -150,7 +150,8 @@ def bias_of(
     """The bias that is added to a site's result, if it is one.
 
     One parameter, moved, cast and broadcast, with an entry for each output channel and along those
-    channels, as far as that can be seen; of a batched product, all of it or each entry's own.
+    channels, as far as that can be seen. Members of an ensemble, which a map puts among the axes of
+    the batch or of the channels ahead of a layer's own, may have one each or one in common.
 
     Args:
       shape: that of what is added.
@@ -163,13 +164,19 @@ def bias_of(
     if source is None or not same_layers:
         return None
     own = tuple(shape) if source is added else _shape(source, added)
-    every = math.prod(operand.shape[axis] for axis in operand.free)
-    of_one = every // max(math.prod(output.shape[axis] for axis in result.batch), 1)
-    if own is None or math.prod(own) not in (every, of_one):
+    if own is None:
         return None
     axes = axes_back(result.moves, _varies(source, added, own))
-    channels = {*output.contracted, *(result.batch if math.prod(own) == every else ())}
-    if axes is not None and not axes <= channels:
+    sizes, last = output.shape, output.contracted[-1:]
+    if axes is None:  # cut or joined on the way
+        every = math.prod(operand.shape[axis] for axis in operand.free)
+        of_one = every // max(math.prod(sizes[axis] for axis in result.batch), 1)
+        is_bias = math.prod(own) in (every, of_one)
+    else:
+        is_bias = axes <= {*output.contracted, *result.batch}
+        is_bias &= math.prod(sizes[axis] for axis in axes) == math.prod(own)
+        is_bias &= all(axis in axes or sizes[axis] == 1 for axis in last)
+    if not is_bias:
         return None
     return Operand(
         key=Role.BIAS.value,

@@ -124,17 +124,19 @@ def _settled(bits: Any) -> Any:
         return FloatBits(*map(_settled, bits))
     if isinstance(bits, list | tuple):
         return [_settled(width) for width in bits]
-    dtype = getattr(bits, "dtype", np.dtype(np.float64) if isinstance(bits, float) else None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    if not isinstance(bits, float | np.floating | np.ndarray | jax.Array):
+        return bits  # whole, or refused later
+    if not jnp.issubdtype(getattr(bits, "dtype", np.dtype(np.float64)), jnp.floating):
         return bits
     known = concrete(bits)
     if known is None:
-        whole = jnp.round(bits)
-        return jnp.where(jnp.abs(bits - whole) < NOISE, whole, bits)
+        near = jnp.round(bits)
+        return jnp.where((near >= 1.0) & (jnp.abs(bits - near) < NOISE), near, bits)
     known = known.astype(np.float64)
     with np.errstate(invalid="ignore"):  # infinity is refused later
-        moved = (known != np.round(known)) & (np.abs(known - np.round(known)) < NOISE)
-    return np.where(moved, np.round(known), known) if moved.any() else bits
+        whole = np.round(known)
+        moved = (whole >= 1.0) & (known != whole) & (np.abs(known - whole) < NOISE)
+    return np.where(moved, whole, known) if moved.any() else bits
 
 
 def check_used(plan: Plan, asked: Mapping[Role, Bits | None]) -> None:
@@ -210,7 +212,11 @@ def width_of(entry: SitePlan, operand: OperandPlan, chosen: Bits | None) -> tupl
         fix=example,
     )
     if isinstance(value, list | tuple):
-        value = np.asarray(value)
+        value = (
+            np.asarray(value)
+            if all(concrete(width) is not None for width in value)
+            else jnp.stack(list(map(jnp.float32, value)))
+        )
     if any(np.shape(array) not in ((), steps) for array in (value, *jax.tree.leaves(theta))):
         needed = f"one of {steps}, a width for each layer, or a scalar" if steps else "a scalar"
         raise errors.BitsError(

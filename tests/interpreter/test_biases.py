@@ -96,6 +96,9 @@ BATCHED = {
     "turned": lambda p, x: jnp.einsum("ebi,eio->boe", x, p["w"]) + p["b"].T[None],
     "one bias for all": lambda p, x: _products(p, x) + p["shared"][None, None],
     "members": lambda p, x: jax.vmap(lambda w, b: x[0] @ w + b[None])(p["w"], p["b"]),
+    "members, one bias for all": lambda p, x: jax.vmap(lambda w: x[0] @ w + p["shared"][None])(
+        p["w"]
+    ),
     "members, a row": lambda p, x: jax.vmap(lambda w, b, x: x @ w + b)(p["w"], p["b"], x[:, 0]),
 }
 
@@ -104,6 +107,20 @@ BATCHED = {
 def test_found_where_the_weight_is_batched(name):
     want = "shared" if "all" in name else "b"
     assert biases(BATCHED[name], EACH, BATCH) == {"w": want}
+
+
+@pytest.mark.parametrize("mapped", [None, 0], ids=["one input", "an input each"])
+def test_found_where_members_of_two_maps_share_them_along_one(mapped):
+    """Seeds by members: a bias for each member, the same for all seeds, or the other way round."""
+    each = lambda axis: jax.vmap(  # noqa: E731
+        jax.vmap(lambda w, b, x: x @ w + b[None], (0, 0 if axis else None, mapped)),
+        (0, None if axis else 0, mapped),
+    )
+    x = normal(25, *((2, 3) if mapped == 0 else ()), 4, 6)
+    for axis, number in enumerate((2, 3)):
+        params = {"w": normal(26, 2, 3, 6, 5), "b": normal(27, number, 5)}
+        f = lambda p, x, axis=axis: each(axis)(p["w"], p["b"], x)  # noqa: E731
+        assert biases(f, params, x) == {"w": "b"}
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])

@@ -82,10 +82,14 @@ def test_a_width_that_arithmetic_left_beside_a_whole_number_is_that_one(rule):
     parts = [qj.FloatBits(e, m) for e, m in ((4.0000005, 2.9999998), (4, 3))]
     found = [qj.calibrate(minifloat, state, CASE.params, weight_bits=bits) for bits in parts]
     assert_same_bits(*found)
-    for width in (6.99, 7.5, [7.0, 7.0]):
+    for width in (6.99, 7.5, [7.0, 7.0], 5e-4, -5e-4):  # those next to 0 are no bypass
         with refused(errors.BitsError, "site w"):
             at(width)
-    assert np.isnan(traced(6.99)["w"]["weight"].scale).all()
+    for width in (6.99, 5e-4, -5e-4):
+        assert np.isnan(traced(width)["w"]["weight"].scale).all()
+    for width in (jax.ShapeDtypeStruct((), jnp.float32), [jax.ShapeDtypeStruct((), jnp.float32)]):
+        with refused(errors.ArgumentError, "a width is a ShapeDtypeStruct"):
+            at(width)
 
 
 @pytest.mark.thinned(2)
@@ -127,6 +131,16 @@ def test_between_two_widths_simulation_and_execution_take_the_same(key, bits):
         qj.execute(CASE.f, plan)(whole, frozen, CASE.x),
     ):
         np.testing.assert_array_equal(y, want)
+
+
+def test_some_widths_of_a_list_may_be_traced():
+    def f(p, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
+
+    params = {"w": normal(5, 3, 6, 6)}
+    plan = qj.plan(qj.uniform_policy(activation_bits=None), qj.sites(f, params, normal(6, 2, 6)))
+    at = lambda bits: qj.calibrate(plan, {}, params, weight_bits=[2, bits, 4])  # noqa: E731
+    assert_same_bits(jax.jit(at)(jnp.float32(3.0)), jax.jit(lambda: at(3))())
 
 
 def test_layers_have_widths_of_their_own():

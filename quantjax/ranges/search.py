@@ -15,6 +15,7 @@ from quantjax.formats import REAL, power_of_two
 from quantjax.formats.scales import unit_of
 from quantjax.ranges.base import Range, Target, where_seen
 from quantjax.statistics import Statistics
+from quantjax.symbolic import at_most
 
 COARSE = 40  # from the whole range down to a thousandth of it
 _SMALLEST = 2.0**-10
@@ -125,6 +126,10 @@ def search(
     leaves_early = is_sum and (target.symmetric or target.format.scale_rule == REAL)
     rounds, coarse = _schedule(symmetric=target.symmetric, leaves_early=leaves_early)
 
+    # All alike: of a remainder, the quantizer would be compiled again.
+    parts = [part for part in range(1, TOGETHER + 1) if TOGETHER % part == 0]
+    at_once = max(n for n in parts if n == 1 or at_most(n * values.size, TRIED_AT_ONCE))
+
     def cost(low: jax.Array, high: jax.Array, of_clipped: jax.Array) -> jax.Array:
         """What a range costs, or what it costs at least if it were narrower."""
         quantized, clipped = target.quantize(values, low, high)
@@ -144,7 +149,6 @@ def search(
         # A barrier: fused into whatever reads them, they are found again in half a dozen kernels.
         lows, highs = lax.optimization_barrier(_moved(this, start, (low, high)))
         of_clipped = this.shrinks & (jnp.arange(TOGETHER) == TOGETHER - 1)
-        at_once = min(max(TRIED_AT_ONCE // values.size, 1), TOGETHER)
         costs = lax.map(lambda each: cost(*each), (lows, highs, of_clipped), batch_size=at_once)
         none = jnp.isnan(costs) | ((lows == 0.0) & (highs == 0.0)) | of_clipped
         losses = jnp.where(none, jnp.inf, costs)

@@ -218,7 +218,7 @@ def test_keys_are_an_axis():
         lambda v: jax.random.normal(v["key"]), keys, memory_budget_bytes=1 << 26, cells_per_call=2
     )
     assert program.run(keys).tolist() == jax.vmap(jax.random.normal)(keys["key"]).tolist()
-    for axes in ({"a": 2.0}, {"a": {"b": np.ones(2)}}):
+    for axes in ({"a": 2.0}, {"a": {"b": 2.0}}, {"a": {"b": np.ones(2)}, "c": np.ones(3)}):
         with refused(errors.SweepError, "no common length"):
             compile_cells(lambda v: v["a"], axes, memory_budget_bytes=1 << 26)
 

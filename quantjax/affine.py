@@ -218,12 +218,14 @@ def _from_range(
 
 
 def _usable(rule: ScaleRule, span: Span, empty: jax.Array) -> jax.Array:
-    """A normal number, or NaN for what a rule made of a span that is none, zero and less.
+    """A normal number, or NaN where a rule made 0, less or infinity of one.
 
-    The span says what is empty: a tiny quotient is flushed to 0 on CPU.
+    The span says what is empty: a tiny quotient is flushed to 0 on CPU. That of one step may be
+    infinite.
     """
-    scale = rule.scale(span)
-    is_scale = ((scale > 0.0) & (scale < jnp.inf)) | (span.quotient < SMALLEST_SCALE)
+    scale, quotient = rule.scale(span), span.quotient
+    is_scale = (scale > 0.0) & (scale < jnp.inf)
+    is_scale |= (quotient < SMALLEST_SCALE) | (quotient > LARGEST_SCALE)
     scale = jnp.where(is_scale, jnp.clip(scale, SMALLEST_SCALE, LARGEST_SCALE), jnp.nan)
     return jnp.where(span.largest == 0.0, empty, scale)
 

@@ -304,7 +304,7 @@ def _borders(table: jax.Array) -> jax.Array:
 def check_ascending(format: Format, bits: int) -> None:
     """Raise ``FormatError`` where the levels of a known width descend; some levels come later."""
     if not isinstance(format, LevelFormat) or type(format).__module__.startswith(_OURS):
-        return  # tables of ours are made by width_table, which looks
+        return  # ours are tested, and a program for each would be compiled here
     try:
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             levels = np.asarray(format.levels(jnp.float32(bits)), np.float32)

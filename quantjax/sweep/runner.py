@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 import numbers
 import time
@@ -237,18 +238,20 @@ def _axes(values: Values) -> dict[str, Any]:
     Raises:
       ArgumentError: an axis of text, or a list of anything but numbers.
     """
-    return {name: _axis(name, axis) for name, axis in values.items()}
+    return {
+        name: jax.tree.map(functools.partial(_array, name), axis, is_leaf=_is_list)
+        for name, axis in values.items()
+    }
 
 
-def _axis(name: str, axis: Any) -> Any:
-    is_tree = not hasattr(axis, "dtype") and not jax.tree_util.all_leaves([axis])
-    is_list = type(axis) in (list, tuple)
-    if is_tree and not is_list:  # a dictionary, a NamedTuple: FloatBits, QParams
-        return jax.tree.map(lambda leaf: _axis(name, leaf), axis)
+def _is_list(axis: Any) -> bool:
+    return type(axis) in (list, tuple)  # a NamedTuple is a tree: FloatBits, QParams
+
+
+def _array(name: str, axis: Any) -> Any:
     if isinstance(axis, jax.Array):
-        return axis
-    why = "each of its entries is an argument of a compiled program"
-    if is_list and any(np.ndim(entry) or isinstance(entry, Mapping) for entry in axis):
+        return axis  # keys are no NumPy arrays
+    if _is_list(axis) and any(np.ndim(entry) or isinstance(entry, Mapping) for entry in axis):
         raise errors.ArgumentError(
             f"the axis {name} is a {type(axis).__name__} of something else than numbers",
             where="compile_cells",
@@ -260,7 +263,7 @@ def _axis(name: str, axis: Any) -> Any:
         raise errors.ArgumentError(
             f"the axis {name} holds no numbers",
             where="compile_cells",
-            why=why,
+            why="each of its entries is an argument of a compiled program",
             fix="of rules and other names their places, np.arange(n), as qj.ranges.stack takes",
         )
     return array

@@ -26,8 +26,7 @@ from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.statistics import Statistics
 from quantjax.transforms.observe import State, statistics_of
 from quantjax.transforms.steps import over_steps
-
-NOISE = 1e-3  # what arithmetic may add to a whole number of bits
+from quantjax.transforms.whole import settled
 
 Bits = Float[Array, ""] | int | float | FloatBits | Mapping[str, Any]
 
@@ -108,35 +107,8 @@ def by_role(
 ) -> dict[Role, Bits | None]:
     """The widths that a verb is asked for."""
     roles = (Role.WEIGHT, Role.ACTIVATION, Role.GRADIENT, Role.OUTPUT, Role.BIAS)
-    asked = map(_settled, (weight, activation, gradient, output, bias))
+    asked = map(settled, (weight, activation, gradient, output, bias))
     return dict(zip(roles, asked, strict=True))
-
-
-def _settled(bits: Any) -> Any:
-    """Widths next to a whole number as that number: ``jnp.linspace(1, 16, 16)`` has 7.0000005.
-
-    >>> _settled({"w": 3.5, "v": np.float32(7.0000005)}), _settled([4, 1.9999998])
-    ({'w': 3.5, 'v': array(7.)}, [4, array(2.)])
-    """
-    if isinstance(bits, Mapping):
-        return {name: _settled(width) for name, width in bits.items()}
-    if isinstance(bits, FloatBits):
-        return FloatBits(*map(_settled, bits))
-    if isinstance(bits, list | tuple):
-        return [_settled(width) for width in bits]
-    if not isinstance(bits, float | np.floating | np.ndarray | jax.Array):
-        return bits  # whole, or refused later
-    if not jnp.issubdtype(getattr(bits, "dtype", np.dtype(np.float64)), jnp.floating):
-        return bits
-    known = concrete(bits)
-    if known is None:
-        near = jnp.round(bits)
-        return jnp.where((near >= 1.0) & (jnp.abs(bits - near) < NOISE), near, bits)
-    known = known.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinity is refused later
-        whole = np.round(known)
-        moved = (whole >= 1.0) & (known != whole) & (np.abs(known - whole) < NOISE)
-    return np.where(moved, whole, known) if moved.any() else bits
 
 
 def check_used(plan: Plan, asked: Mapping[Role, Bits | None]) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from quantjax._compat import concrete
 from quantjax.affine import QParams
 from quantjax.formats.base import nearest_width
-from quantjax.formats.minifloat import WIDTHS_IN_THETA
+from quantjax.formats.minifloat import WIDTHS_IN_THETA, FloatBits
+
+NOISE = 1e-3  # what arithmetic may add to a whole number of bits
 
 
 def whole_widths(qstate: Mapping[str, Mapping[str, QParams]]) -> dict[str, dict[str, QParams]]:
@@ -48,3 +52,31 @@ def known_nearest(bits: Any) -> Any:
         return bits
     known = known.astype(np.float32)
     return np.where(known < 0.5, known, np.floor(known + np.float32(127.5)) - np.float32(127.0))
+
+
+def settled(bits: Any) -> Any:
+    """Widths asked for that are next to a whole number, as that number; all else as it is.
+
+    ``jnp.linspace(1, 16, 16)`` has 7.0000005; 3.5 is a mistake, unlike in QParams.
+
+    >>> settled({"w": 3.5, "v": np.float32(7.0000005)}), settled([4, 1.9999998])
+    ({'w': 3.5, 'v': array(7.)}, [4, array(2.)])
+    """
+    if isinstance(bits, Mapping):
+        return {name: settled(width) for name, width in bits.items()}
+    if isinstance(bits, FloatBits):
+        return FloatBits(*map(settled, bits))
+    if isinstance(bits, list | tuple):
+        return [settled(width) for width in bits]
+    if not isinstance(bits, float | np.floating | np.ndarray | jax.Array):
+        return bits  # whole, or refused later
+    if not jnp.issubdtype(getattr(bits, "dtype", np.dtype(np.float64)), jnp.floating):
+        return bits
+    known = concrete(bits)
+    if known is None:
+        real, near = jnp.asarray(bits, jnp.float32), nearest_width(bits)
+        return jnp.where(jnp.abs(real - near) < NOISE, near, real)
+    known, near = known.astype(np.float64), known_nearest(bits)
+    with np.errstate(invalid="ignore"):  # infinity is refused later
+        moved = (known != near) & (np.abs(known - near) < NOISE)
+    return np.where(moved, near, known) if moved.any() else bits

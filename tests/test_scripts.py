@@ -129,6 +129,38 @@ def test_constraints_have_a_pin_for_every_requirement():
     assert "@" not in text
 
 
+@pytest.fixture
+def handed_to_pytest(tmp_path: Path):
+    """What a script hands to pytest: one of a copy of ``scripts/``, where Python prints it."""
+    stubs = {"scripts/setup": "true", ".venv/bin/python": "printf '%s\\n' \"$@\""}
+    for name in ("scripts/test", "scripts/test_slow", "scripts/common.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    for name, line in stubs.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+    for path in [*tmp_path.glob("scripts/*"), tmp_path / ".venv/bin/python"]:
+        path.chmod(0o755)
+    variables = {name: value for name, value in os.environ.items() if name != "QUANTJAX_VENV"}
+
+    def handed(script: str, *arguments: str) -> list[str]:
+        command = [str(tmp_path / "scripts" / script), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+        lines = done.stdout.splitlines()
+        assert lines[:2] == ["-m", "pytest"]
+        return lines[lines.index("loadfile") + 1 :]
+
+    return handed
+
+
+def test_without_arguments_fewer_tests_are_run_and_with_some_those(handed_to_pytest):
+    assert handed_to_pytest("test") == ["--thin", "3", "-m", "not slow and not long"]
+    assert handed_to_pytest("test", "tests", "-k", "a tie") == ["tests", "-k", "a tie"]
+    assert handed_to_pytest("test_slow") == ["-m", "slow"]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert 'step "tests" scripts/test tests quantjax\n' in ci
+
+
 @pytest.mark.parametrize("arguments", [["--help"], [], ["check"]])
 def test_environment_prints_how_it_is_called(
     arguments: list[str], capsys: pytest.CaptureFixture[str]

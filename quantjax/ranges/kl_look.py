@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -13,9 +12,8 @@ from quantjax._compat import varying_like
 from quantjax.formats import divide_by_scale
 from quantjax.ranges.kl_sums import entropy, prefix_sums
 
-CLIPS = 128  # looked at together on a CPU; where many are as fast as few, all of them
+CLIPS = 32  # looked at together on a CPU; where many are as fast as few, all of them
 RUNS = 8  # summed before a look whether one of them can still win
-FIRST = 32  # clips that say how good the best is at least
 _TOTAL = 2.0**17  # counts are scaled to this sum
 _MASS, _ENTROPY = 2.0**13, 2.0**10  # and held as integers of these fractions
 _RELATIVE, _ABSOLUTE = 1.00001, 1.2e-5  # by which the best has to be missed
@@ -89,24 +87,23 @@ def looked_at(counts: jax.Array, levels: jax.Array, tried: jax.Array) -> jax.Arr
 
 
 def _all_clips(sums: _Sums, levels: jax.Array, least: jax.Array) -> jax.Array:
-    together = functools.partial(_in_blocks, least.size)
-    return lax.platform_dependent(
-        sums, levels, least, cpu=functools.partial(_in_blocks, CLIPS), default=together
-    )
+    return lax.platform_dependent(sums, levels, least, cpu=_in_blocks, default=_at_once)
 
 
-def _in_blocks(at_once: int, sums: _Sums, levels: jax.Array, least: jax.Array) -> jax.Array:
-    bins = least.size - 1
-    kept = jnp.arange(bins + 1, dtype=jnp.int32)
-    stride = max(bins // FIRST, 1)
-    best = jnp.min(_summed(sums, levels, _Clips(kept[::stride], least[::stride]), jnp.inf))
-    missing = -(bins + 1) % at_once
-    blocks = _Clips(
-        jnp.pad(kept, (0, missing)).reshape(-1, at_once),
-        jnp.pad(least, (0, missing), constant_values=jnp.inf).reshape(-1, at_once),
-    )
+def _at_once(sums: _Sums, levels: jax.Array, least: jax.Array) -> jax.Array:
+    clips = _Clips(jnp.arange(least.size, dtype=jnp.int32), least)
+    return _summed(sums, levels, clips, jnp.inf)
 
-    bounds = jnp.min(blocks.least, axis=1)
+
+def _in_blocks(sums: _Sums, levels: jax.Array, least: jax.Array) -> jax.Array:
+    last = least.size - 1
+    missing = -least.size % CLIPS
+    # Ahead of all, some from everywhere say how good the best is at least.
+    everywhere = jnp.arange(CLIPS, dtype=jnp.int32) * -(-least.size // CLIPS)
+    kept = jnp.arange(-CLIPS, least.size + missing, dtype=jnp.int32)
+    kept = jnp.minimum(kept.at[:CLIPS].set(everywhere), last)
+    bounds = jnp.where(jnp.arange(kept.size) < CLIPS + least.size, least[kept], jnp.inf)
+    blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, CLIPS), _Clips(kept, bounds))
 
     def goes_on(state: _Blocks) -> jax.Array:
         return jnp.min(state.bounds) < enough(state.best)
@@ -121,9 +118,10 @@ def _in_blocks(at_once: int, sums: _Sums, levels: jax.Array, least: jax.Array) -
             state.found.at[number].set(found),
         )
 
-    start = _Blocks(bounds, best, jnp.full_like(blocks.least, jnp.inf))
+    first_one_first = jnp.min(blocks.least, axis=1).at[0].set(-jnp.inf)
+    start = _Blocks(first_one_first, jnp.float32(jnp.inf), jnp.full_like(blocks.least, jnp.inf))
     start = varying_like(start, (sums, levels, least))
-    return lax.while_loop(goes_on, block, start).found.reshape(-1)[: bins + 1]
+    return lax.while_loop(goes_on, block, start).found[1:].reshape(-1)[: least.size]
 
 
 def enough(best: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from quantjax.arguments import expect
 from quantjax.formats import divide_by_scale
 from quantjax.ranges.base import Configured, Range, RangeRule, Target
 from quantjax.ranges.kl_best import best_of
-from quantjax.ranges.kl_sums import divergence_terms, entropy, prefix_sums, whole_quotient
+from quantjax.ranges.kl_sums import divergence_terms, entropy, near_quotient, prefix_sums, whole_quotient
 from quantjax.ranges.rebin import symmetric_counts
 from quantjax.statistics import Statistics
 
@@ -107,7 +107,7 @@ def _first_look(whole: jax.Array, prefix: _Prefix, levels: jax.Array) -> jax.Arr
         of_p += jnp.where(ends_here, right, 0)
         number += (ends_here & (whole[end - 1] == 0)).astype(jnp.int32)
         held += jnp.where(last, prefix.counts[end] - to_here, 0)
-        q = jnp.where(number > 0, whole_quotient(held, jnp.maximum(number, 1)), 0)
+        q = jnp.where(number > 0, near_quotient(held, jnp.maximum(number, 1)), 0)
         spread = q.astype(jnp.float32)
         logarithm = jnp.where(q > 0, jnp.log(jnp.maximum(spread, 1.0)), nothing)
         found += of_p.astype(jnp.float32) * unit * logarithm

@@ -31,15 +31,18 @@ def prefix_sums(values: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(whole)])
 
 
-def whole_quotient(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    """``⌊x / divisor⌋``, from 0 and from 1. CPUs divide many floats at once, integers singly.
+def near_quotient(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """``⌊x / divisor⌋``, to the last places of float32 from 2^22 on.
 
-    A quotient in float32 is off by its last places, which are above 1 from 2^24 on: that of what
-    remains is added, and the last remainder decides.
+    CPUs divide many floats at once, integers singly; what remains says whether one is missing.
     """
-    real = divisor.astype(jnp.float32)
-    found = jnp.floor(divide_by_scale(x.astype(jnp.float32), real)).astype(jnp.int32)
-    rest = (x - found * divisor).astype(jnp.float32)
-    found += jnp.floor(divide_by_scale(rest, real)).astype(jnp.int32)
+    real = divide_by_scale(x.astype(jnp.float32), divisor.astype(jnp.float32))
+    found = jnp.floor(real).astype(jnp.int32)
     rest = x - found * divisor
     return found + (rest >= divisor).astype(jnp.int32) - (rest < 0).astype(jnp.int32)
+
+
+def whole_quotient(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """``⌊x / divisor⌋``, from 0 and from 1: that of what remains is added to the first one."""
+    found = near_quotient(x, divisor)
+    return found + near_quotient(x - found * divisor, divisor)

@@ -91,7 +91,7 @@ def _local(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> _Local:
         bits,
         given.own,
     )
-    slope = estimator.slope(point)
+    slope = estimator.slope_at(point)
     # Not a plain product: where the quotient is infinite and clipped, 0 · ∞ would be NaN.
     passed = jnp.where(slope == 0.0, 0.0, slope * scaled)
     return _Local(slope, passed, point)
@@ -249,12 +249,11 @@ def transformed(
 ) -> Float[Array, "..."]:
     """What the estimator rounds in place of ``x``; of resolved QParams."""
     estimator = arithmetic.estimator
-    assert estimator.transform is not None
     spread = lambda array: expand(jnp.asarray(array, jnp.float32), x.shape)  # noqa: E731
     format, own = arithmetic.format, jax.tree.map(spread, estimator.own(qparams.theta))
     theta = format.map_groups(estimator.rest(qparams.theta), spread)
     wide = at_a_width(qparams._replace(scale=spread(qparams.scale), theta=theta), format)
-    return estimator.transform(x.astype(jnp.float32), wide, own, format)
+    return estimator.transformed(x.astype(jnp.float32), wide, own, format)
 
 
 def _given(

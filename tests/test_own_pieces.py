@@ -118,3 +118,75 @@ def test_a_range_rule_is_named_by_its_own_name():
         plan = planned(CASE, policy(qj.weight_quantizer()))
         with refused(errors.PolicyError, "the rule mine returned a bound of shape"):
             qj.calibrate(plan, {}, CASE.params, rule=rule)
+
+
+def soft(point):
+    return jnp.where(point.is_inside, 1.0, 0.1)
+
+
+def begun(qparams, format):
+    return {"a": qparams.scale}
+
+
+MEANT = {
+    "a name in place of names": ({"parameters": "a", "start": begun}, "parameters 'a'"),
+    "a slope of two": ({"slope": 2.0}, "a slope that is no function"),
+    "nothing to start from": ({"parameters": ("a",)}, "no start for a"),
+}
+MADE_WRONG = {
+    "no slope": ({"slope": lambda point: None}, "slope .* makes None"),
+    "a sum of slopes": (
+        {"slope": lambda point: jnp.stack([soft(point)] * 2)},
+        r"slope .* makes float32\[2, ",
+    ),
+    "a mask for a slope": ({"slope": lambda point: point.is_inside}, "slope .* makes bool"),
+    "another name": (
+        {"parameters": ("a",), "start": lambda qparams, format: {"b": qparams.scale}},
+        "start .* makes a dict, and arrays by the names a are",
+    ),
+    "a start for each of seven": (
+        {"parameters": ("a",), "start": lambda qparams, format: {"a": jnp.ones(7)}},
+        r"start .* makes float32\[7\]",
+    ),
+    "a scale in place of QParams": (
+        {"parameters": ("a",), "start": begun, "resolve": lambda q, own, format, shape: own["a"]},
+        "resolve .* and QParams are needed",
+    ),
+    "a row": (
+        {
+            "parameters": ("a",),
+            "start": begun,
+            "transform": lambda x, q, own, format: jnp.stack([x, x]),
+        },
+        "transform .* makes float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_an_estimator_that_is_none_is_refused_where_a_quantizer_is_made(name):
+    fields, problem = MEANT[name]
+    own = qj.estimators.Estimator(**{"name": "mine", "slope": soft, **fields})
+    with refused(errors.EstimatorError, "the estimator mine has", problem):
+        qj.weight_quantizer(estimator=own)
+
+
+@pytest.mark.parametrize("name", MADE_WRONG)
+def test_what_an_estimator_makes_is_looked_at_where_it_is_used(name):
+    fields, problem = MADE_WRONG[name]
+    own = qj.estimators.Estimator(**{"name": "mine", "slope": soft, **fields})
+    plan = planned(CASE, policy(qj.weight_quantizer(estimator=own)))
+
+    def loss(params):
+        return qj.fake_quantize(CASE.f, plan)(qj.calibrate(plan, {}, params), params, CASE.x).sum()
+
+    with pytest.raises(errors.EstimatorError, match=problem) as caught:
+        jax.grad(loss)(CASE.params)
+    assert "the estimator mine" in str(caught.value)
+
+
+def test_a_slope_may_be_one_number_for_all():
+    own = qj.estimators.Estimator("mine", lambda point: 0.5)
+    x = jnp.linspace(-1.0, 1.0, 9)
+    slope = jax.grad(lambda x: qj.fake_quant(x, 0.1, bits=8, estimator=own).sum())(x)
+    np.testing.assert_allclose(slope, 0.5)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from quantjax import errors
 from quantjax.affine import QParams, where_bypassed
+from quantjax.arguments import kind_of
 from quantjax.formats import Format, Theta
 
 Parameters = Mapping[str, jax.Array]
@@ -158,11 +160,51 @@ class Estimator(NamedTuple):
         usable = at_a_width(qparams, format)
         # The scale of bypass, 1, says nothing of a range: that of a range up to 1.
         scale = where_bypassed(qparams.bits, 1.0 / highest(format, usable), qparams.scale)
-        found = {
-            name: jnp.asarray(value, jnp.float32) + like
-            for name, value in self.start(usable._replace(scale=scale), format).items()
-        }
+        begun = self.start(usable._replace(scale=scale), format)
+        if not isinstance(begun, Mapping) or {*begun} != {*self.parameters}:
+            raise self.wrong("start", begun, f"arrays by the names {', '.join(self.parameters)}")
+        for value in begun.values():
+            self.expect_array("start", value, like.shape)
+        found = {name: jnp.asarray(value, jnp.float32) + like for name, value in begun.items()}
         return qparams._replace(theta={**(qparams.theta or {}), **found})
+
+    def slope_at(self, point: Point) -> jax.Array:
+        """``slope`` of a point."""
+        found = self.slope(point)
+        self.expect_array("slope", found, point.position.shape)
+        return found
+
+    def transformed(
+        self, x: jax.Array, qparams: QParams, own: Parameters, format: Format
+    ) -> jax.Array:
+        """``transform`` of a tensor, where there is one."""
+        assert self.transform is not None
+        found = self.transform(x, qparams, own, format)
+        self.expect_array("transform", found, x.shape)
+        return found
+
+    def expect_array(self, part: str, found: Any, shape: tuple[int, ...]) -> None:
+        """Raise ``EstimatorError`` unless what one of its functions made is floats of that shape.
+
+        What broadcasts to it serves; more axes or longer ones do not.
+        """
+        fits = isinstance(found, float)
+        if isinstance(found, jax.Array | np.ndarray | np.generic):
+            own = found.shape
+            pairs = zip(own[::-1], shape[::-1], strict=False)
+            fits = len(own) <= len(shape) and all(a in (1, b) for a, b in pairs)
+            fits = fits and jnp.issubdtype(found.dtype, jnp.floating)
+        if not fits:
+            raise self.wrong(part, found, f"floats that broadcast to {shape}")
+
+    def wrong(self, part: str, found: Any, wanted: str) -> errors.EstimatorError:
+        """What to raise where one of its functions makes something else."""
+        is_array = isinstance(found, jax.Array | np.ndarray | np.generic)
+        made = f"{found.dtype}{[*found.shape]}" if is_array else kind_of(found)
+        return errors.EstimatorError(
+            f"{part} of the estimator {self.name} makes {made}, and {wanted} are needed",
+            fix=f"a {part} as quantjax.estimators.Estimator describes it",
+        )
 
     def resolved(self, qparams: QParams, format: Format, shape: tuple[int, ...]) -> QParams:
         """The scale, zero point and width in use for a tensor of a shape; ``theta`` stays.
@@ -178,6 +220,8 @@ class Estimator(NamedTuple):
         if self.resolve is not None:
             usable = at_a_width(qparams._replace(theta=self.rest(qparams.theta)), format)
             found = self.resolve(usable, own, format, shape)
+            if not isinstance(found, QParams):
+                raise self.wrong("resolve", found, "QParams")
             bits = qparams.bits
             if found.bits is not usable.bits:
                 bits = where_bypassed(bits, 0.0, found.bits)

@@ -36,6 +36,7 @@ def check_needs(
     >>> from quantjax.formats import integer
     >>> check_needs(PACT, integer(signed=False), 4, symmetric=True, is_fixed=True)
     """
+    _check_fields(estimator)
     mode = "fixed range" if is_fixed else "live range"
     met = {
         Need.FIXED_RANGE: is_fixed,
@@ -52,3 +53,17 @@ def check_needs(
                 where=", ".join(filter(None, (where, format.label(bits), mode))),
                 fix=EDITS[need],
             )
+
+
+def _check_fields(estimator: Estimator) -> None:
+    names = estimator.parameters
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        problem, fix = f"parameters {names!r}, which is no tuple of names", 'parameters=("clip",)'
+    elif not callable(estimator.slope):
+        problem, fix = "a slope that is no function", "slope=lambda point: point.is_inside * 1.0"
+    elif names and estimator.start is None:
+        problem = f"no start for {', '.join(names)}"
+        fix = f'start=lambda qparams, format: {{"{names[0]}": qparams.scale}}'
+    else:
+        return
+    raise errors.EstimatorError(f"the estimator {estimator.name} has {problem}", fix=fix)

@@ -17,7 +17,13 @@ from quantjax.arguments import expect
 from quantjax.formats import divide_by_scale
 from quantjax.ranges.base import Configured, Range, RangeRule, Target
 from quantjax.ranges.kl_best import best_of
-from quantjax.ranges.kl_sums import divergence_terms, entropy, near_quotient, prefix_sums, whole_quotient
+from quantjax.ranges.kl_sums import (
+    divergence_terms,
+    entropy,
+    near_quotient,
+    prefix_sums,
+    whole_quotient,
+)
 from quantjax.ranges.rebin import symmetric_counts
 from quantjax.statistics import Statistics
 

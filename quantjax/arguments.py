@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
 import numbers
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ _MODULES = {
     "flax.nnx": "quantjax.adapters.nnx, which splits a model into f and params",
     "equinox": "f, params = quantjax.adapters.equinox.functional(module)",
 }
+Row = TypeVar("Row")
 NUMBERS = (numbers.Real, jax.Array, np.ndarray, np.generic)
 """What stands for a number that may be traced."""
 _NUMBERS: dict[type, str] = {numbers.Real: "number", numbers.Integral: "whole number"}
@@ -194,6 +196,28 @@ def _takes_parameters(f: Callable[..., Any]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def row_of(rows: Mapping[Any, Row], key: object, *, kind: str) -> Row:
+    """The row of that name.
+
+    Raises:
+      NotFoundError: there is none; it says which ones there are, and the closest first.
+
+    >>> row_of({"w": 1, "v": 2}, "v", kind="site")
+    2
+    """
+    if key in rows:
+        return rows[key]
+    known = {str(name): name for name in rows}
+    close = difflib.get_close_matches(str(key), known, n=3, cutoff=0.3)
+    few = dict.fromkeys([*close, *list(known)[:3]])
+    more = f", ... ({len(known)} in all)" if len(known) > len(few) else ""
+    raise errors.NotFoundError(
+        f"no {kind} {key!r}",
+        where=f"{kind}s {', '.join(few)}{more}" if few else f"no {kind}s at all",
+        fix=f"[{known[next(iter(few))]!r}]" if few else f"a plan that has {kind}s",
+    )
 
 
 def kind_of(value: Any) -> str:

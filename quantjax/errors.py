@@ -162,6 +162,16 @@ class UnknownNameError(QuantjaxError, ValueError):
     """
 
 
+class NotFoundError(QuantjaxError, KeyError):
+    """A table, plan or report without the row that is asked for.
+
+    ``plan["params/Dense_0/kernal"]`` fails: the site is ``params/Dense_0/kernel``. Use that name,
+    which the message has.
+    """
+
+    __str__ = Exception.__str__  # a KeyError shows its text as Python would write it
+
+
 class DistillationError(QuantjaxError, ValueError):
     """A distillation that has no meaning.
 

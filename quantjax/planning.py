@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from quantjax import errors
-from quantjax.arguments import expect
+from quantjax.arguments import expect, row_of
 from quantjax.interpreter import Origin, Role, Site, SiteStatus, leaves_by_path
 from quantjax.interpreter.provenance import is_backward
 from quantjax.policy import Policy, Rule, Scheme
@@ -36,10 +36,7 @@ class Plan:
     biases: Mapping[str, Origin] = dataclasses.field(compare=False)
 
     def __getitem__(self, name: str) -> SitePlan:
-        for site in self.sites:
-            if site.site.name == name:
-                return site
-        raise KeyError(name)
+        return row_of({entry.site.name: entry for entry in self.sites}, name, kind="site")
 
     @property
     def quantized(self) -> tuple[SitePlan, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from quantjax import errors
+from quantjax.arguments import row_of
 from quantjax.interpreter import Op, Operand, Origin, Role, Site, SiteStatus
 from quantjax.printing import amount, columns, shape_text
 
@@ -98,10 +99,7 @@ class SiteTable:
         return len(self.sites)
 
     def __getitem__(self, name: str) -> Site:
-        for site in self.sites:
-            if site.name == name:
-                return site
-        raise KeyError(name)
+        return row_of({site.name: site for site in self.sites}, name, kind="site")
 
     @property
     def cost(self) -> Cost:

@@ -48,7 +48,7 @@ def test_there_are_errors_and_places_that_raise_them():
 @ALL
 def test_one_base_and_the_builtin_that_fits(error):
     assert issubclass(error, QuantjaxError)
-    assert issubclass(error, ValueError | TypeError | ImportError | RuntimeError)
+    assert issubclass(error, ValueError | TypeError | KeyError | ImportError | RuntimeError)
     assert error.__name__.endswith("Error")
     assert not hasattr(builtins, error.__name__)
 

@@ -13,6 +13,7 @@ import quantjax as qj
 from quantjax import errors
 from quantjax.printing import amount
 from tests.models import cnn, mlp, normal, planned
+from tests.refused import refused
 
 CASE = cnn()
 TABLE = qj.sites(CASE.f, CASE.params, CASE.x)
@@ -222,10 +223,14 @@ def test_a_report_has_a_row_for_each_layer_and_a_plan_its_sites_by_name():
     x = normal(2, 5, 4)
     plan = qj.plan(qj.uniform_policy(), qj.sites(f, params, x))
     assert plan["v"].site.name == "v"
-    with pytest.raises(KeyError, match="elsewhere"):
+    with refused(errors.NotFoundError, "no site 'elsewhere'", "where: sites w, v"):
         plan["elsewhere"]
+    with refused(errors.NotFoundError, "no site 'vv'", "try:   ['v']"):
+        qj.sites(f, params, x)["vv"]
     _, state = qj.observe(f, plan)(qj.init(plan), params, x)
     report = qj.compare(f, plan)(qj.calibrate(plan, state, params), params, x)
+    with refused(errors.NotFoundError, "no site 'W'", "sites w, v"):
+        report["W"]
     frame = report.to_pandas()
     assert list(frame.index) == ["w[0]", "w[1]", "w[2]", "v"]
     assert frame.loc["w[1]", "weight_sqnr"] == float(report["w"].operands["weight"].sqnr[1])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from quantjax.arguments import row_of
 from quantjax.printing import columns, counted
 
 Floats = npt.NDArray[np.float32]
@@ -80,10 +81,7 @@ class OperandRanges:
     rules: tuple[RuleRange, ...]
 
     def __getitem__(self, rule: str) -> RuleRange:
-        for found in self.rules:
-            if found.rule == rule:
-                return found
-        raise KeyError(rule)
+        return row_of({found.rule: found for found in self.rules}, rule, kind="rule")
 
     @property
     def title(self) -> str:
@@ -132,10 +130,8 @@ class CalibrationReport:
 
     def __getitem__(self, key: tuple[str | int, ...]) -> OperandRanges:
         """By site and operand, and the indices of a layer that is one of a stack."""
-        for found in self.operands:
-            if (found.site, found.operand, *found.layer) == key:
-                return found
-        raise KeyError(key)
+        rows = {(found.site, found.operand, *found.layer): found for found in self.operands}
+        return row_of(rows, key, kind="operand")
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self.operands))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from quantjax._compat import concrete
 from quantjax.affine import QParams, is_bypassed
+from quantjax.arguments import row_of
 from quantjax.arithmetic import Arithmetic
 from quantjax.interpreter import Addition, Carried, Outcome, ProgramCache, Role, Visit, evaluate
 from quantjax.interpreter.trace import Function
@@ -76,7 +77,7 @@ class Report:
         return cls(dict(zip(names, children, strict=True)))
 
     def __getitem__(self, name: str) -> SiteReport:
-        return self.sites[name]
+        return row_of(self.sites, name, kind="site")
 
     def to_pandas(self) -> Any:
         """A ``pandas.DataFrame``, one row a layer of a site, all operands; names as index.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import quantjax as qj
+from quantjax import errors
 from quantjax.calibration import Model, batched, calibration_report, collect
 from quantjax.ranges import (
     ACIQ_GAUSSIAN,
@@ -20,6 +21,7 @@ from quantjax.ranges import (
 )
 from quantjax.statistics import BINS
 from tests.calibration import oracle, tiny
+from tests.refused import refused
 
 pytestmark = pytest.mark.thinned(3)
 
@@ -155,9 +157,9 @@ def test_the_order_of_rules_is_kept_and_each_is_found_by_name(case):
         assert [found.rule for found in operand.rules] == NAMES
         assert operand["sawb"] is operand.rules[4]
         assert operand.best.sqnr == max(found.sqnr for found in operand.rules)
-    with pytest.raises(KeyError):
+    with refused(errors.NotFoundError, "no rule 'mse'", "try:   ['"):
         case[3]["w", "activation"]["mse"]
-    with pytest.raises(KeyError):
+    with refused(errors.NotFoundError, "no operand ('v', 'activation')", "('w', 'activation')"):
         case[3]["v", "activation"]
 
 

@@ -6,6 +6,8 @@ the library says on purpose and nothing else. Each class docstring is a failing 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class QuantjaxError(Exception):
     """Base of all errors; the message has four parts, each on a line of its own.
@@ -24,6 +26,15 @@ class QuantjaxError(Exception):
         parts += [f"  why:   {why}"] if why else []
         parts += [f"  try:   {fix}"]
         super().__init__("\n".join(parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are made again of their text alone; a pool of processes hung on that.
+        parts = self.what, self.where, self.why, self.fix
+        return _again, (type(self), *parts), self.__dict__
+
+
+def _again(kind: type[QuantjaxError], what: str, where: str, why: str, fix: str) -> QuantjaxError:
+    return kind(what, where=where, why=why, fix=fix)
 
 
 class ArgumentError(QuantjaxError, TypeError):

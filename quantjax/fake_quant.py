@@ -60,7 +60,8 @@ def fake_quant(
       key: for random roundings and estimators.
 
     Returns:
-      An array of the shape and dtype of ``x``. NaN stays NaN; infinities saturate.
+      An array of the shape and dtype of ``x``. NaN stays NaN; infinities saturate. In
+      float16 a level beyond 65504 is infinite itself.
 
     Raises:
       ArgumentError: a width that is no number, QParams for a scale.

@@ -2,7 +2,10 @@
 
 import ast
 import builtins
+import copy
 import inspect
+import multiprocessing
+import pickle
 import re
 from pathlib import Path
 
@@ -117,3 +120,27 @@ def test_one_clause_catches_all_of_them_and_nothing_else():
 
 def test_an_opaque_site_is_a_fault_of_the_policy():
     assert issubclass(errors.OpaqueSiteError, errors.PolicyError)
+
+
+@ALL
+def test_it_is_pickled_and_copied_with_its_parts(error):
+    made = error("what", where="site w", why="because", fix="bits=8")
+    made.add_note("in cell 3")
+    for again in (pickle.loads(pickle.dumps(made)), copy.copy(made), copy.deepcopy(made)):
+        assert type(again) is error
+        assert str(again) == str(made)
+        assert (again.what, again.where, again.why, again.fix) == (
+            *("what", "site w", "because", "bits=8"),
+        )
+        assert again.__notes__ == ["in cell 3"]
+
+
+def test_a_pool_of_processes_gets_it():
+    """It hung: an exception is made again of its text, and these have more than that."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.map_async(quantjax.integer, [17])
+        with pytest.raises(TypeError, match="positional"):  # no error of ours, for comparison
+            found.get(timeout=120)
+        found = pool.apply_async(quantjax.integer, kwds={"max_bits": 17})
+        with pytest.raises(errors.FormatError, match="try: "):
+            found.get(timeout=120)

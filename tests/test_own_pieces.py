@@ -72,6 +72,30 @@ def test_levels_that_descend_are_refused():
     assert qj.weight_quantizer(bits=2, format=Listed()).format == Listed()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen(Listed):
+    """Levels by the width, with an if."""
+
+    def levels(self, bits, theta=()):
+        return super().levels(bits) if bits > 1 else super().levels(bits) * 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nothing(Listed):
+    """No levels."""
+
+    def levels(self, bits, theta=()):
+        return None
+
+
+def test_levels_that_are_none_or_depend_on_a_python_if_are_refused():
+    for format, problem in ((Chosen(), "Python's if"), (Nothing(), "levels makes None")):
+        with refused(errors.FormatError, problem, f"{type(format).__name__}.levels"):
+            qj.weight_quantizer(bits=2, format=format)
+        with refused(errors.FormatError, problem):
+            qj.check_format(format)
+
+
 MADE = {
     "negative": lambda span: -span.quotient,
     "zero": lambda span: 0.0 * span.quotient,

@@ -6,13 +6,20 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from quantjax import errors
 from quantjax.adapters.methods import check_method, check_module
 from quantjax.interpreter import leaves_by_path
+
+try:
+    import equinox as eqx
+except ImportError as error:
+    raise errors.MissingPackageError(
+        "quantjax.adapters.equinox needs Equinox, which is not installed",
+        fix='pip install "quantjax[equinox]"',
+    ) from error
 
 Arrays = dict[str, Any]
 """A nested dict with string keys, ``{"layers": {"0": {"weight": array}}}``."""

@@ -7,11 +7,18 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple, final
 
-import haiku as hk
 import jax
 
 from quantjax import errors
 from quantjax.interpreter import leaves_by_path
+
+try:
+    import haiku as hk
+except ImportError as error:
+    raise errors.MissingPackageError(
+        "quantjax.adapters.haiku needs Haiku, which is not installed",
+        fix='pip install "quantjax[haiku]"',
+    ) from error
 
 Arrays = dict[str, Any]
 """Haiku's nested dict, ``{"mlp/~/linear_0": {"w": array}}``."""

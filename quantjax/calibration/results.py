@@ -52,7 +52,7 @@ class RuleRange(NamedTuple):
     sqnr: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # of arrays, which have no truth
 class OperandRanges:
     """One operand under every rule.
 
@@ -116,7 +116,7 @@ class OperandRanges:
         return f"{self.title}: {self.facts}\n{columns(head, rows)}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # of arrays, which have no truth
 class CalibrationReport:
     """Every operand that has a fixed range, in program order; prints, the best rule starred."""
 

@@ -245,7 +245,15 @@ def _called(found: Any, name: str, **options: Any) -> Any:
             why=str(error),
             fix="a function of no arguments, or the object itself",
         ) from error
-    return found(**options)
+    try:
+        return found(**options)
+    except ModuleNotFoundError as error:
+        is_ours = ":" not in name
+        raise errors.MissingPackageError(
+            f"{name} needs {error.name}, which is not installed",
+            where=name,
+            fix='pip install "quantjax[experiments]"' if is_ours else f"install {error.name}",
+        ) from error
 
 
 def _read(path: Path) -> Any:

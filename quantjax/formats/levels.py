@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
 from quantjax import errors
-from quantjax.arguments import expect
+from quantjax.arguments import expect, kind_of
 from quantjax.formats.base import Format, Law, Snapped, Theta
 from quantjax.rounding import Rounding
 
@@ -305,17 +305,33 @@ def check_ascending(format: Format, bits: int) -> None:
     """Raise ``FormatError`` where the levels of a known width descend; some levels come later."""
     if not isinstance(format, LevelFormat) or type(format).__module__.startswith(_OURS):
         return  # ours are tested, and a program for each would be compiled here
+    where = f"{type(format).__name__}.levels"
     try:
-        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-            levels = np.asarray(format.levels(jnp.float32(bits)), np.float32)
+        jax.eval_shape(format.levels, jax.ShapeDtypeStruct((), jnp.float32))
+    except jax.errors.ConcretizationTypeError as error:
+        raise errors.FormatError(
+            "levels that depend on a width by Python's if",
+            where=where,
+            why="widths may be traced, and then they are neither true nor false",
+            fix="jnp.where(bits > 2, a, b), or quantjax.formats.row_of(table, bits)",
+        ) from error
     except (errors.FormatError, KeyError, TypeError):
         return  # it has them from theta
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+        made = format.levels(jnp.float32(bits))
+    if not isinstance(made, jax.Array | np.ndarray):
+        raise errors.FormatError(
+            f"levels makes {kind_of(made)}, and an array is needed",
+            where=where,
+            fix="return jnp.asarray([-1.0, 0.0, 1.0, 1.0], jnp.float32)",
+        )
+    levels = np.asarray(made, np.float32)
     below = np.flatnonzero(np.diff(levels) < 0.0)
     if below.size:
         first, second = levels[below[0] : below[0] + 2]
         raise errors.FormatError(
             f"the level {second:g} comes behind {first:g}",
-            where=f"{type(format).__name__}.levels at {bits} bits",
+            where=f"{where} at {bits} bits",
             why="the code of a level is its place, and levels are searched: they have to ascend",
             fix="jnp.sort(levels)",
         )

@@ -220,7 +220,9 @@ def rule_of(
     known = [concrete(number) for number in parameters]
     shown = [f"{float(np.float32(k)):.7g}" for k in known if k is not None]
     name = f"{family}({', '.join(shown)})" if len(shown) == len(parameters) else family
-    return RangeRule(name, range, reads_distribution, parameters)
+    # NumPy's float32 is equal to the float next to it, and has another hash.
+    plain = (n.item() if isinstance(n, np.generic) else n for n in parameters)
+    return RangeRule(name, range, reads_distribution, tuple(plain))
 
 
 class FitRule(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from quantjax._compat import varying_like
-from quantjax.formats import REAL, power_of_two
+from quantjax.formats import REAL, IntegerFormat, divide_by_scale, power_of_two
 from quantjax.formats.scales import unit_of
 from quantjax.ranges.base import Range, Target, where_seen
 from quantjax.statistics import Statistics
@@ -98,7 +98,10 @@ def search(
 
     The whole range, with zero, is tried first, and another one replaces it only if it is better, so
     that no result is worse than :data:`MIN_MAX` by the loss of the sample. Then both ends shrink
-    together, by 40 factors from 1 to 2^-10, each 1.19 times the next. In an asymmetric range, the
+    together, by 40 factors from 1 to 2^-10, each 1.19 times the next. Where a
+    wider range may be better, six are tried, up to twice as wide: where the outermost levels of the
+    whole range may lie below its ends, as the upper one of two's complement does, and those of
+    powers of two, and where levels are not evenly spaced. In an asymmetric range, the
     lower, the upper and again the lower end are tried at 16 places from zero to what was seen.
     Around the best, first the upper end moves, then the lower one, then both again by finer steps.
     Symmetric quantizers have one end.
@@ -124,7 +127,12 @@ def search(
         high = jnp.maximum(-low, high)
         low = -high
     leaves_early = is_sum and (target.symmetric or target.format.scale_rule == REAL)
-    rounds, coarse = _schedule(symmetric=target.symmetric, leaves_early=leaves_early)
+    widens = _widens(target)
+    rounds, coarse = _schedule(symmetric=target.symmetric, leaves_early=leaves_early, widens=widens)
+    limits = widest = low, high
+    if widens:
+        wider = _widest(target)
+        widest = wider * low, wider * high
 
     # All alike: of a remainder, the quantizer would be compiled again.
     parts = [part for part in range(1, TOGETHER + 1) if TOGETHER % part == 0]
@@ -147,7 +155,7 @@ def search(
         best = state.best
         start = jax.tree.map(lambda a, b: jnp.where(this.opens, a, b), tuple(best[1:]), state.start)
         # A barrier: fused into whatever reads them, they are found again in half a dozen kernels.
-        lows, highs = lax.optimization_barrier(_moved(this, start, (low, high)))
+        lows, highs = lax.optimization_barrier(_moved(this, start, limits, widest))
         of_clipped = this.shrinks & (jnp.arange(TOGETHER) == TOGETHER - 1)
         costs = lax.map(lambda each: cost(*each), (lows, highs, of_clipped), batch_size=at_once)
         none = jnp.isnan(costs) | ((lows == 0.0) & (highs == 0.0)) | of_clipped
@@ -169,23 +177,49 @@ def search(
     return where_seen(statistics, best.low, best.high)
 
 
-def _moved(this: _Round, start: _Pair, limits: _Pair) -> _Pair:
-    """The ranges of a round, none of them beyond what was seen."""
+def _widens(target: Target) -> bool:
+    """Whether a range that is wider than what was seen may be better.
+
+    Evenly spaced levels that reach both ends are at their closest there.
+    """
+    format = target.format
+    if not isinstance(format, IntegerFormat) or format.scale_rule != REAL:
+        return True
+    return target.symmetric and format.signed and not format.narrow
+
+
+def _widest(target: Target) -> jax.Array:
+    """How many times what was seen a range may be: until both ends have a level, at most twice."""
+    if not isinstance(target.format, IntegerFormat) or target.format.scale_rule != REAL:
+        return jnp.float32(2.0)  # the next power of two; and floats have their levels anew there
+    lowest, highest = target.format.level_range(target.bits, target.theta)
+    outer = jnp.minimum(highest, -lowest)
+    steps = target.format.steps(target.bits, symmetric=True, theta=target.theta)
+    # One bit of two's complement has no level above 0.
+    needed = divide_by_scale(steps, jnp.where(outer > 0.0, outer, steps))
+    return jnp.where(needed > 1.0, jnp.minimum(needed, 2.0), 1.0)  # of NaN, too
+
+
+def _moved(this: _Round, start: _Pair, limits: _Pair, widest: _Pair) -> _Pair:
+    """The ranges of a round, none of them beyond the widest."""
     ends = []
-    for moves, mine, limit, narrower in zip(
-        (this.low, this.high), start, limits, (jnp.maximum, jnp.minimum), strict=True
+    for moves, mine, limit, most, narrower in zip(
+        (this.low, this.high), start, limits, widest, (jnp.maximum, jnp.minimum), strict=True
     ):
-        moved = narrower(this.factors * jnp.where(this.of_limits, limit, mine), limit)
+        moved = narrower(this.factors * jnp.where(this.of_limits, limit, mine), most)
         ends.append(jnp.where(moves, moved, mine))
     return ends[0], ends[1]
 
 
-def _schedule(*, symmetric: bool, leaves_early: bool) -> tuple[_Round, int]:
+def _schedule(*, symmetric: bool, leaves_early: bool, widens: bool) -> tuple[_Round, int]:
     """All rounds, along a leading axis, and how many of them shrink the whole range."""
     shares = np.arange(PLACES - 1, -1, -1) / PLACES
     shrinking = _RATIO ** np.arange(COARSE)
     rows = _rounds(shrinking, of_limits=True, low=True, high=True, shrinks=leaves_early)
     coarse = len(rows)
+    if widens:
+        widening = 2.0 ** (np.arange(TOGETHER, 0, -1) / TOGETHER)
+        rows += _rounds(widening, of_limits=True, low=True, high=True)
     if not symmetric:
         for low in (True, False, True):
             rows += _rounds(shares, of_limits=True, low=low, high=not low)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import numbers
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from quantjax._compat import concrete
 from quantjax.arguments import expect
 from quantjax.granularity import group_counts, reduce_to
 from quantjax.meshes import automatic
+from quantjax.printing import shape_text
 from quantjax.statistics import count, extremes, histogram, moments, moving, sample
 from quantjax.statistics.count import Count
 from quantjax.statistics.devices import AxisName, over_devices
@@ -124,6 +125,21 @@ def of_tensor(
     )
 
 
+def expect_mask(where: Any) -> jax.Array | None:
+    """A mask of samples or entries, if any, as an array; ``DataError`` for one of numbers."""
+    if where is None:
+        return None
+    mask = jnp.asarray(where)
+    if mask.dtype != jnp.bool_:
+        raise errors.DataError(
+            f"a mask of {mask.dtype}",
+            where=f"where= of shape {shape_text(mask.shape)}",
+            why="it says which samples count, and a number would be taken for a weight",
+            fix="where=mask.astype(bool)",
+        )
+    return mask
+
+
 # One program where it is called eagerly, and nothing but its operations inside another one.
 @functools.partial(jax.jit, static_argnames=("scale_shape", "with_values"), inline=True)
 def _of_tensor(x: jax.Array, *, scale_shape: tuple[int, ...], with_values: bool) -> Statistics:
@@ -148,12 +164,13 @@ def update(
 
     Raises:
       StatisticsError: the values themselves are kept, of one tensor.
+      DataError: a mask of numbers.
 
     >>> s = update(init((1,)), jnp.array([-1.0, 3.0]))
     >>> float(s.extremes.low[0]), float(s.extremes.high[0]), int(s.batches)
     (-1.0, 3.0, 1)
     """
-    where = None if where is None else jnp.asarray(where)
+    where = expect_mask(where)
     updated = functools.partial(_updated, axis_name=axis_name)
     return cast(Statistics, automatic(updated, statistics, x, where))
 

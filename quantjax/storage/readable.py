@@ -73,6 +73,13 @@ def save_quantization(
     weighted: w=int4/channel a=uint8/tensor
     """
     path = Path(path)
+    for name, value, kind, fix in (
+        ("policy", policy, Policy, "policy=qj.uniform_policy()"),
+        ("plan", plan, Plan, "plan=qj.plan(policy, table)"),
+        ("qstate", qstate, Mapping, "qstate=qj.calibrate(plan, state, params)"),
+    ):
+        if value is not None:
+            expect(value, kind, argument=name, where="save_quantization", fix=fix)
     if plan is not None:
         if policy is not None and policy != plan.policy:
             raise errors.StorageError(
@@ -192,10 +199,12 @@ def _check_part(holds: object, name: str, path: Path) -> None:
 
 
 def _encode_qstate(qstate: Mapping[str, Mapping[str, QParams]]) -> Json:
-    return {
-        site: {key: _encode_qparams(q, f"qstate: {site}, {key}") for key, q in operands.items()}
-        for site, operands in qstate.items()
-    }
+    found: dict[str, Json] = {}
+    for site, operands in qstate.items():
+        where, fix = f"qstate: {site}", 'qstate={"site": {"weight": qparams}}'
+        expect(operands, Mapping, argument="an entry", where=where, fix=fix)
+        found[site] = {key: _encode_qparams(q, f"{where}, {key}") for key, q in operands.items()}
+    return found
 
 
 def _encode_qparams(qparams: Any, at: str) -> Json:

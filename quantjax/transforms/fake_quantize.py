@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from quantjax import errors
@@ -29,6 +28,7 @@ from quantjax.planning import Plan
 from quantjax.products import Coded, coded, in_float, multiply, quantized_rows
 from quantjax.site_plan import OperandPlan, SitePlan, resized
 from quantjax.statistics import AxisName, Statistics
+from quantjax.statistics.collection import expect_mask
 from quantjax.transforms.after import (
     added,
     additions_of,
@@ -137,7 +137,7 @@ def fake_quantize(
         where: Bool[Array, "..."] | None = None,
     ) -> tuple[Any, State]:
         check_given(f, inputs, verb="fake_quantize", key=key, state=state, where=where)
-        mask = None if where is None else jnp.asarray(where)
+        mask = expect_mask(where)
         check_inputs(inputs, mask)
         program, keys, values, given = prepared(qstate, params, inputs, key)
 

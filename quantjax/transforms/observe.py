@@ -33,6 +33,7 @@ from quantjax.planning import Plan
 from quantjax.printing import shape_text
 from quantjax.site_plan import OperandPlan, SitePlan
 from quantjax.statistics import BINS, TORCH_AVERAGING_CONSTANT, AxisName, Statistics
+from quantjax.statistics.collection import expect_mask
 from quantjax.transforms.sites import check_arguments, check_given, check_plan, check_program
 from quantjax.transforms.steps import repeat_steps
 
@@ -120,8 +121,7 @@ def observe(
     ) -> tuple[Any, State]:
         check_given(f, inputs, verb="observe", where=where)
         plan.check_params(params)
-        if where is not None:
-            where = jnp.asarray(where)
+        where = expect_mask(where)
         check_inputs(inputs, where)
         program = programs(params, *inputs)
         check_program(plan, program)
@@ -272,13 +272,6 @@ def _update(
 
 def check_inputs(inputs: Any, where: Any) -> None:
     """Concrete inputs only; ahead of any work."""
-    if where is not None and where.dtype != jnp.bool_:
-        raise errors.DataError(
-            f"a mask of {where.dtype}",
-            where=f"where= of shape {shape_text(where.shape)}",
-            why="it says which samples count, and a number would be taken for a weight",
-            fix="where=mask.astype(bool)",
-        )
     mask = None if where is None else concrete(where)
     if mask is not None and not mask.any():
         raise errors.DataError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -96,3 +99,13 @@ def test_a_module_is_no_tree_of_parameters():
         qj.sites(lambda module, x: jax.vmap(module)(x), PERCEPTRON, X)
     with refused(errors.ArgumentError, "params holds a str", "qj.sites, name"):
         qj.sites(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 3)), "name": "dense"}, X)
+
+
+@pytest.mark.parametrize(("name", "library"), [("haiku", "Haiku"), ("equinox", "Equinox")])
+def test_a_library_that_is_not_installed_is_said_with_its_extra(name, library, monkeypatch):
+    module = f"quantjax.adapters.{name}"
+    importlib.import_module(module)  # so that it comes back
+    monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    with refused(errors.MissingPackageError, f"needs {library}", f"quantjax[{name}]"):
+        importlib.import_module(module)

@@ -206,3 +206,10 @@ def test_layers_of_a_stack_are_reported_each():
                 assert a.sqnr == pytest.approx(b.sqnr, abs=0.01)
                 assert a.saturated == pytest.approx(b.saturated, abs=0.01)
         h = jnp.tanh(h @ stack[layer])
+
+
+def test_two_reports_are_told_apart_without_comparing_arrays(case):
+    report = case[3]
+    assert report in [report]
+    assert report != object()
+    assert len({report, *report}) == 1 + len(report)

@@ -238,3 +238,18 @@ def test_the_end_of_a_file_in_capitals(tmp_path):
     with (tmp_path / "x.NPY").open("wb") as file:
         np.save(file, np.ones((3, 2), np.float32))
     assert named.find_data(str(tmp_path / "x.NPY")).shape == (3, 2)
+
+
+def needs_a_package():
+    import nothing_of_that_name
+
+    return nothing_of_that_name
+
+
+def test_what_needs_a_package_that_is_not_there_says_which(monkeypatch):
+    name = f"{__name__}:needs_a_package"
+    with refused(errors.MissingPackageError, "needs nothing_of_that_name", "install nothing_of"):
+        named.find_model(name)
+    monkeypatch.setattr(named, "find", lambda name, group: needs_a_package)
+    with refused(errors.MissingPackageError, "digits needs nothing", "quantjax[experiments]"):
+        named.find_data("digits")

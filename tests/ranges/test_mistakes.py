@@ -169,6 +169,8 @@ def test_a_mask_is_boolean(calibrated):
     mask = np.ones(case.x.shape[0], np.float32)
     with refused(errors.DataError, "a mask of float32", "astype(bool)"):
         qj.observe(case.f, plan)(qj.init(plan), case.params, case.x, where=mask)
+    with refused(errors.DataError, "a mask of int32", "where= of shape 3"):
+        statistics.update(statistics.init((1,)), jnp.ones(3), where=np.arange(3, dtype=np.int32))
     listed = [True] * case.x.shape[0]
     _, one = qj.observe(case.f, plan)(qj.init(plan), case.params, case.x, where=listed)
     _, other = qj.observe(case.f, plan)(qj.init(plan), case.params, case.x, where=mask == 1)

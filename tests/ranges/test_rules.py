@@ -151,3 +151,11 @@ def test_stacks_are_values_and_never_empty():
     assert ranges.stack(RULES).names == ("min_max", "moving_average", "half")
     with pytest.raises(errors.PolicyError, match="no rules"):
         ranges.stack([])
+
+
+def test_equal_rules_have_the_same_hash_whatever_their_numbers_were_made_of():
+    for made in (ranges.percentile, ranges.l_p, ranges.sqnr, ranges.sigma):
+        one, other = made(np.float32(0.99)), made(0.99)
+        assert one != other or hash(one) == hash(other)
+        assert made(np.float64(0.5)) == made(0.5) == made(np.float32(0.5))
+        assert hash(made(np.float32(0.5))) == hash(made(0.5))

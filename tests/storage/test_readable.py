@@ -351,3 +351,20 @@ def test_states_of_stacked_layers(tmp_path):
     back = trip(tmp_path, qstate={"layers": {"weight": stacked}})
     models.assert_same_bits(back.qstate["layers"]["weight"], stacked)
     assert np.shape(back.qstate["layers"]["weight"].scale) == (3, 2, 1)
+
+
+def test_what_is_no_policy_plan_or_qstate_is_refused_and_the_file_stays(path):
+    policy = qj.uniform_policy()
+    save_quantization(path, policy=policy)
+    before = path.read_bytes()
+    scheme = qj.Scheme(weights=qj.weight_quantizer())
+    for part, fragment in (
+        ({"policy": 3}, "policy is an int, and a Policy is needed"),
+        ({"policy": scheme}, "policy is a Scheme"),
+        ({"plan": policy}, "plan is a Policy, and a Plan is needed"),
+        ({"qstate": [1]}, "qstate is a list"),
+        ({"qstate": {"w": 3}}, "an entry is an int"),
+    ):
+        with refused(errors.ArgumentError, fragment):
+            save_quantization(path, **part)
+    assert path.read_bytes() == before

@@ -5,6 +5,7 @@ companions, which scripts/test sets.
 """
 
 import collections
+import functools
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("ci")
 
 MAPS = Path("/proc/self/maps")
+LONG = Path(__file__).with_name("tests") / "long_tests.txt"
 ENOUGH_MAPS = 20_000  # Linux stops a process at 65,530, and each compiled program has some
 
 
@@ -56,6 +58,19 @@ def pytest_collection_finish() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--thin N``: only every N-th parameter set of each test, besides what is thinned already."""
     parser.addoption("--thin", type=int, default=1, help="keep every N-th parameter set")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What scripts/long_tests.py found to take long, with nothing compiled yet."""
+    test = item.nodeid.partition("[")[0]
+    if {test, test.partition("::")[0]} & _long_ones():
+        item.add_marker(pytest.mark.long)
+
+
+@functools.cache
+def _long_ones() -> frozenset[str]:
+    return frozenset(LONG.read_text(encoding="utf-8").splitlines())
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -129,7 +129,6 @@ def test_a_scale_at_the_parameter_means_the_same_as_in_the_product(chain):
     np.testing.assert_array_equal(spread(at_parameter, chain.shape), back(expanded, chain))
 
 
-@pytest.mark.long
 @given(chains())
 def test_there_and_back_again(chain):
     scale = distinct(chain)

@@ -21,7 +21,6 @@ def namespace():
     return names
 
 
-@pytest.mark.long
 def test_another_grid_of_the_same_size_is_not_traced_again(namespace):
     names = dict(namespace)
     traces, error = [], names["error"]

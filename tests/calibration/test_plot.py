@@ -89,7 +89,6 @@ def assert_legible(operand):
         assert across < 1 or along < 3, f"{one!r} is written over {other!r}"
 
 
-@pytest.mark.long
 def test_all_rules_of_one_sided_data_are_legible(everything):
     assert_legible(everything)
 

@@ -178,7 +178,6 @@ def test_how_the_data_was_cut_into_batches_does_not_matter():
         assert one.saturated == pytest.approx(other.saturated, abs=1e-3)
 
 
-@pytest.mark.long
 def test_layers_of_a_stack_are_reported_each():
     stack = (
         jnp.asarray(tiny.draws("normal", 3, 8, 8, seed=1))

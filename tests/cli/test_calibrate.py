@@ -155,7 +155,6 @@ def test_rules_of_ones_own_stand_beside_the_librarys(tmp_path):
     assert half == whole / 2
 
 
-@pytest.mark.long
 def test_a_folder_reaches_data_that_asks_for_one(tmp_path, capsys):
     np.save(tmp_path / "rows.npy", 3.0 * tiny.array)
     folder = ["--data-dir", str(tmp_path)]

@@ -71,7 +71,6 @@ def test_what_draws_nothing_needs_no_matplotlib(monkeypatch, capsys):
 # What the output cannot take
 
 
-@pytest.mark.long
 def test_a_stream_without_the_letters_has_others(swept):
     """UnicodeEncodeError, in place of the results."""
     ended = run(*swept, PYTHONIOENCODING="ascii")

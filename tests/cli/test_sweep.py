@@ -34,7 +34,6 @@ def test_a_sweep_prints_a_table_and_says_where_the_files_are(tmp_path, capsys):
     assert "0 of 6 cells computed, 0 models trained" in capsys.readouterr().out
 
 
-@pytest.mark.long
 def test_every_named_range_rule_can_be_swept(tmp_path, capsys):
     arguments = ["sweep", "--study", TINY, *SMALL, "--output", str(tmp_path)]
     assert cli.main([*arguments, "--rules", "sigma-3", "aciq-gaussian"]) == 0

@@ -67,7 +67,6 @@ ROUNDED = {("gelu", Convolutional)}
 SHAPES = {Dense: (9, 13), Convolutional: (3, 9, 9, 2), Gated: (6, 11)}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("model", SHAPES, ids=lambda model: model.__name__)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_width_zero_changes_no_bit(model, activation):

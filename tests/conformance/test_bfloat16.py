@@ -37,7 +37,6 @@ def case(params: jnp.dtype) -> Case:
     return Case(module.apply, jax.tree.unflatten(jax.tree.structure(variables), moved), IDS)
 
 
-@pytest.mark.long
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("params", [jnp.bfloat16, jnp.float32], ids=str)
 def test_from_end_to_end(params):

@@ -165,7 +165,6 @@ def assert_cells_equal(run: Run, alone: Callable[..., Any], cells: Any) -> None:
             assert_same_bits(got, alone(*CELLS[cell], RULES.rules[rule]))
 
 
-@pytest.mark.long
 def test_a_spread_of_cells_equals_each_cell_alone(run, alone):
     assert_cells_equal(run, alone, SPREAD)
 

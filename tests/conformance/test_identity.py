@@ -163,7 +163,6 @@ def assert_close(got: Any, want: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.long
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize(("rows", "width"), [(6, 48), (16, 16)])
 def test_width_zero_changes_no_bit_of_a_bias_gradient(rows, width):

@@ -99,7 +99,6 @@ def test_temperature_and_alpha_are_axes_of_a_sweep():
     assert np.isnan(run(student, teacher, labels, 2.0, 1.5))
 
 
-@pytest.mark.long
 def test_padding_does_not_count():
     student, teacher, labels = drawn(5, 3, 4, 6)
     mask = np.arange(4) < np.array([[4], [2], [0]])

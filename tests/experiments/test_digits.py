@@ -62,37 +62,31 @@ def test_both_halves_have_all_classes_in_equal_shares():
     np.testing.assert_allclose(shares[0], shares[1], atol=0.005)
 
 
-@pytest.mark.long
 def test_every_cell_was_evaluated_on_all_held_out_digits(swept):
     assert len(swept.rows) == (1 + 2 * 16) * 3
     assert {row.total for row in swept.rows} == {HELD_OUT}
 
 
-@pytest.mark.long
 def test_float_accuracy(means):
     assert means[FLOAT_CELL] >= 0.975
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("rule", ["min_max", "moving_average"])
 def test_eight_bits_lose_at_most_half_a_point(means, rule):
     assert means[FLOAT_CELL] - means[Cell(8, 8, rule)] <= 0.005
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("rule", ["min_max", "moving_average"])
 def test_two_bits_lose_at_least_ten_points(means, rule):
     assert means[Cell(8, 8, rule)] - means[Cell(2, 2, rule)] >= 0.10
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("rule", ["min_max", "moving_average"])
 def test_more_weight_bits_help_on_the_whole(means, rule):
     curve = [means[Cell(bits, 8, rule)] for bits in (2, 3, 4, 8)]
     assert curve == sorted(curve) or max(np.diff(curve) * -1) < 0.005
 
 
-@pytest.mark.long
 def test_the_float_cell_equals_the_float_model(swept, tmp_path):
     digits, network = load(), study()
     params = network.train(SEEDS[0], lambda steps: None)

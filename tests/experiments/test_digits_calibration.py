@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import pytest
 
 from experiments.digits import calibration
 from experiments.digits.data import load
@@ -13,7 +12,6 @@ from quantjax.policy import uniform_policy
 from quantjax.ranges import MIN_MAX
 
 
-@pytest.mark.long
 def test_the_model_is_the_study_s_first_one_and_is_calibrated_on_training_images(monkeypatch):
     # One epoch instead of sixty: the same code, in a second.
     monkeypatch.setattr(calibration, "study", lambda: study(Training(epochs=1)))

@@ -43,7 +43,6 @@ def accuracy(logits, labels):
     return float(jnp.mean(jnp.argmax(logits, axis=-1) == labels))
 
 
-@pytest.mark.long
 @pytest.mark.thinned(3)
 def test_w8a8_predicts_as_simulated(digits, trained):
     """Acceptance: at most one prediction of 900 differs. On CPU no logit does."""
@@ -59,7 +58,6 @@ def test_w8a8_predicts_as_simulated(digits, trained):
     )
 
 
-@pytest.mark.long
 @pytest.mark.thinned(3)
 def test_w4a8_in_groups_predicts_as_simulated(digits, trained):
     policy = qj.Policy([FIRST, *GROUPS.rules])  # one input channel makes no group

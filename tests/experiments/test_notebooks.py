@@ -40,7 +40,6 @@ def executed():
     plt.close("all")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore:.*non-interactive:UserWarning")
 def test_it_runs_from_the_first_cell_to_the_last(executed, path):
@@ -79,7 +78,6 @@ def test_a_clone_beside_the_notebook_is_no_package(path, is_there, tmp_path, mon
     assert len(installs) == (not is_there)
 
 
-@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*non-interactive:UserWarning")
 def test_training_is_that_of_the_readme_and_ends_where_it_says(executed):
     path = next(path for path in NOTEBOOKS if path.stem == "qat")

@@ -51,7 +51,6 @@ def stepped(learned, state, data, steps):
     return state, metrics
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("method", EVERY, ids=lambda m: m.name.replace(" ", "-"))
 def test_every_method_trains(method, data, model, floats):
     """Finite, what it learns has moved, what it does not learn has not."""
@@ -117,7 +116,6 @@ def test_entries_are_those_of_the_kernels(data, model, floats):
     assert sum(plan_entries(learned.plan).values()) == sum(leaf.size for leaf in kernels)
 
 
-@pytest.mark.long
 def test_a_mask_stays_through_training_with_a_teacher(data, model, floats):
     learned = learner(
         model, floats, data.train[0], methods.METHODS[2], RECIPE, distillation=Distillation()

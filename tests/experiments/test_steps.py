@@ -20,7 +20,6 @@ def test_every_case_has_ten_classes(name):
     assert jax.eval_shape(case.model.apply, variables, x).shape == (4, 10)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "quantized"])
 def test_a_step_lowers_the_loss(quantized):
     case = Case(Transformer(layers=1, width=16), (8, 4, 16))

@@ -73,7 +73,6 @@ def test_the_formula_by_an_independent_model(seed, epsilon, bias):
     assert after["other"] is params["other"]
 
 
-@pytest.mark.long
 @given(
     seed=st.integers(0, 99),
     form=st.sampled_from(cases.FORMS[:4]),

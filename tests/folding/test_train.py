@@ -244,7 +244,6 @@ def reestimated(plan, qstate, variables, batches):
     return {**variables, "batch_stats": reestimate(pass_of, variables["batch_stats"], batches)}
 
 
-@pytest.mark.long
 def test_training_mode_reestimation_and_what_is_deployed():
     """QAT with statistics of the batch, statistics anew, folded, frozen, executed: as simulated.
 

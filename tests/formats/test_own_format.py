@@ -102,7 +102,6 @@ def planned():
     return case, plan, qj.calibrate(plan, state, case.params)
 
 
-@pytest.mark.long
 def test_a_model_runs_in_it_and_is_frozen_in_it(planned, tmp_path):
     case, plan, qstate = planned
     simulated = jax.jit(qj.fake_quantize(case.f, plan))(qstate, case.params, case.x)

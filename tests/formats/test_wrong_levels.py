@@ -43,11 +43,11 @@ class Lost(Descending):
 @pytest.mark.parametrize(
     ("format", "words"),
     [
-        (Descending, "levels have to ascend"),
-        (Fixed, "a width that has fewer codes has fewer of them"),
-        (Lost, "decodes to NaN"),
+        (Descending, ("the level 2 comes behind 3", "they have to ascend")),
+        (Fixed, ("has ", "a width that has fewer codes has fewer of them")),
+        (Lost, ("has ", "decodes to NaN")),
     ],
 )
 def test_it_says_what_is_wrong_with_them(format, words):
-    with refused(errors.FormatError, "has ", words):
+    with refused(errors.FormatError, *words):
         check_format(format())

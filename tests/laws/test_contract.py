@@ -29,7 +29,6 @@ def broken_laws(row: Row, *, exact: bool, bits: int) -> dict:
     return {law: text for law, text in broken.items() if law in row.format.laws}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("row", pairwise(), ids=lambda row: row.name)
 def test_declared_laws_hold_pairwise(row):
     # One kind of scale a row, so that each needs one program.

@@ -68,7 +68,6 @@ print("formats:", done)
 """
 
 
-@pytest.mark.long
 @pytest.mark.thinned(8)
 @pytest.mark.parametrize("part", range(8))
 def test_every_format_keeps_its_laws_for_float64(part):

@@ -67,7 +67,6 @@ def both():
     return printed("float32"), printed("float64")
 
 
-@pytest.mark.long
 def test_float64_mode_changes_no_number(both):
     narrow, wide = both
     assert len(narrow) == len(wide) > 80

@@ -47,7 +47,6 @@ def net() -> Case:
     return linen(Net(), normal(4, 2, 4, 4, 3))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_model_runs_and_is_executed_as_simulated(name):
     make, bound = PRESETS[name]

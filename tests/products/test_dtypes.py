@@ -67,7 +67,6 @@ def test_width_zero_is_the_models_own_product(dtype, granularity):
     assert_same_bits(jax.jit(run)(qstate, case.params, case.x), want(case.params, case.x))
 
 
-@pytest.mark.long
 def test_a_bfloat16_model_runs_and_keeps_its_dtypes(half_model):
     plan, _, qstate = ready(half_model, qj.uniform_policy())
     # The name is that of the float32 parameter behind the cast.

@@ -82,7 +82,6 @@ def test_values_and_gradients_are_those_of_float32(bits, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.long
 def test_second_derivatives_do_not_pass_through_bfloat16(monkeypatch):
     case = dense(7)
     plan, qstate = calibrated(case, qj.uniform_policy(), weight_bits=8, activation_bits=8)

@@ -42,7 +42,6 @@ def close(got: Range, want: Range) -> None:
     assert_array_equal(*np.broadcast_arrays(got.calibrated, want.calibrated))
 
 
-@pytest.mark.long
 @ANY_RULE
 def test_traced_widths_are_static_widths(rule):
     target = SYMMETRIC if rule is ranges.SQNR else ASYMMETRIC
@@ -105,7 +104,6 @@ def test_all_rules_and_widths_are_one_program():
         close(jax.tree.map(lambda leaf, i=place: leaf[i], found), want)
 
 
-@pytest.mark.long
 @ANY_RULE
 def test_many_operands_together_are_each_alone(rule):
     """Groups, widths and samples of several lengths and formats in one program."""
@@ -166,7 +164,6 @@ def test_a_rule_of_ones_own_is_ten_lines():
         jax.jit(lambda x: encode(rule._replace(parameters=(x,))))(2.0)
 
 
-@pytest.mark.long
 def test_weights_and_activations_have_rules_of_their_own():
     case = models.mlp()
     plan = models.planned(case, qj.uniform_policy(weight_bits=4, activation_bits=4))
@@ -198,7 +195,6 @@ def test_a_rule_that_reads_a_histogram_that_was_left_out_is_named():
         qj.calibrate(plan, state, case.params, activation_rule=ranges.KL_TENSORRT)
 
 
-@pytest.mark.long
 def test_live_ranges_take_rules_that_read_the_values():
     """Dynamic quantization: the range of each tensor as it comes, by its own values."""
     case = models.mlp()
@@ -225,7 +221,6 @@ def test_a_quantizer_holds_numbers_and_no_arrays():
             make(bits=8, rule=ranges.percentile(jnp.float32(0.99)))
 
 
-@pytest.mark.long
 def test_rules_of_one_family_are_one_branch_and_give_what_each_gives_alone():
     """A function that is traced for each of its rules would be compiled as often."""
     traced = []

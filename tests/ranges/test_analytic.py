@@ -68,7 +68,6 @@ def test_aciq_is_about_the_best_of_brute_force_on_its_own_distribution(rule, kin
     assert mine <= cases.least(x, SYMMETRIC, bits, tries=100) * (1.05 if bits < 6 else 1.02)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("rule", [ACIQ_GAUSSIAN, ACIQ_LAPLACIAN], ids=lambda rule: rule.name)
 def test_after_a_relu_it_is_half_of_the_distribution(rule, bits):

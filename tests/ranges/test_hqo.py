@@ -170,7 +170,6 @@ def test_formats_without_a_zero_point_are_refused(format):
         HQO_ZERO_POINT.fit(jnp.ones((2, 2)), (1, 1), format, jnp.float32(format.max_bits))
 
 
-@pytest.mark.long
 def test_live_ranges_take_it():
     case = models.dense()
     live = qj.activation_quantizer(bits=4, rule=HQO_ZERO_POINT, range=qj.RangeMode.LIVE)

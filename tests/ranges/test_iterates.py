@@ -146,7 +146,6 @@ def test_the_order_of_entries_matters_by_rounding_alone(rule, bits):
         assert_array_equal(other.zero_point, one.zero_point)
 
 
-@pytest.mark.long
 @ANY_RULE
 def test_traced_widths_are_static_widths(rule):
     x, widths = jnp.asarray(drawn("laplace", 6)), jnp.float32([1, 2, 3, 8])

@@ -298,7 +298,6 @@ def test_rules_are_named_and_made_once():
     assert (K_MEANS.name, k_means(iterations=7).name) == ("k_means", "k_means-7")
 
 
-@pytest.mark.long
 def test_a_model_runs_with_it():
     """Plan, calibrate, simulate, freeze, execute."""
     case = models.mlp()

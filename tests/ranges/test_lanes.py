@@ -152,7 +152,6 @@ def test_branches_have_to_be_alike():
         choose(jnp.int32(0), [lambda: jnp.zeros(2), lambda: jnp.zeros(3)], apart=2)
 
 
-@pytest.mark.long
 def test_rules_that_close_over_a_lane_are_that_lanes():
     """A rule is a function of the caller's, and knows of the caller's arrays."""
     seen = statistics.of_tensor(jnp.asarray([-1.0, 4.0]), (1,), with_values=True)
@@ -173,7 +172,6 @@ def test_rules_that_close_over_a_lane_are_that_lanes():
     assert_array_equal(got[2], ranges.derive(ranges.MSE, seen, target).high[0])
 
 
-@pytest.mark.long
 def test_fits_of_a_stack_are_each_alone():
     fits = [ranges.MIN_MAX, ranges.MSE, ranges.LEAST_SQUARES, ranges.ADMM, ranges.HQO_SCALE]
     quantizer = qj.Quantizer(
@@ -254,7 +252,6 @@ def test_no_trace_outlives_its_function():
     assert got.shape == (4,)
 
 
-@pytest.mark.long
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("chosen", [0, 2, 3])
 def test_derivatives_pass_rules_that_have_none(chosen):

@@ -85,7 +85,6 @@ def test_a_rule_that_does_not_say_that_it_reads_has_nothing_to_read(calibrated):
             qj.calibrate(plan, state, case.params, **{argument: rule})
 
 
-@pytest.mark.long
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("other", [MSE, ranges.KL_ONNXRUNTIME])
 def test_a_rule_for_all_groups_sees_them_all_in_a_stack_too(calibrated, other):

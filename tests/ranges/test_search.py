@@ -80,7 +80,6 @@ def test_each_norm_has_the_smallest_error_in_its_own(p):
     assert highs == sorted(highs)  # the larger the power, the less is clipped
 
 
-@pytest.mark.long
 def test_the_second_power_is_mse():
     x = drawn("student", 3)
     for target in (SYMMETRIC, ASYMMETRIC):
@@ -130,7 +129,6 @@ def test_powers_of_two_go_into_the_range(rule):
         )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("rule", cases.SEARCHED, ids=lambda rule: rule.name)
 def test_a_histogram_gives_about_the_range_of_the_values(rule):
     """By what counts, the error of the range that comes out."""
@@ -186,7 +184,6 @@ LEFT_EARLY = [
 ]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("format", "symmetric"), LEFT_EARLY, ids=lambda it: it.name if hasattr(it, "name") else str(it)
 )
@@ -300,7 +297,6 @@ def test_the_cosine_decides_alike_in_every_program(target, kind):
             assert np.asarray(mapped.high)[index] == pytest.approx(np.asarray(other.high), rel=1e-5)
 
 
-@pytest.mark.long
 @pytest.mark.thinned(5)
 @pytest.mark.parametrize("rule", [*cases.SEARCHED, ranges.ADMM, ranges.LEAST_SQUARES])
 def test_ranges_that_were_searched_for_are_constant_to_a_gradient(rule):

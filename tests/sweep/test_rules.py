@@ -61,7 +61,6 @@ def test_a_rule_that_the_policy_names_stays(tmp_path, rule):
     assert own != others
 
 
-@pytest.mark.long
 def test_levels_are_fitted_as_the_policy_says(tmp_path):
     study = study_of(LEARNED)
     rows = run_sweep(study, GRID, tmp_path, execution=Execution.MAP).rows

@@ -46,7 +46,6 @@ def test_every_cell_of_every_seed_has_a_row(swept):
     }
 
 
-@pytest.mark.long
 def test_cells_equal_the_same_cell_run_alone(swept):
     _, _, result = swept
     rules = {rule.name: rule for rule in RULES}
@@ -179,7 +178,6 @@ def test_what_cannot_be_swept_is_refused_before_any_work(tmp_path, weights, grid
     assert calls.trained == []
 
 
-@pytest.mark.long
 def test_rules_of_a_family_are_themselves(tmp_path):
     rules = (qj.ranges.percentile(0.99), qj.ranges.sigma(2.0), qj.ranges.constant(-1.0, 1.0))
     rules = (*rules, qj.ranges.SAWB._replace(name="sigma"))  # no name of the library's
@@ -187,7 +185,6 @@ def test_rules_of_a_family_are_themselves(tmp_path):
     assert run_sweep(tiny_study(), grid, tmp_path).computed == 5
 
 
-@pytest.mark.long
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "behind",
@@ -264,7 +261,6 @@ def test_a_model_that_returns_more_than_logits_is_refused(tmp_path):
         run_sweep(both, grid, tmp_path)
 
 
-@pytest.mark.long
 def test_sequences_have_a_label_at_each_place(tmp_path):
     study = tiny_study()
     inputs, labels = study.test()

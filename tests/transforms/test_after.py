@@ -168,7 +168,6 @@ SCHEMES = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.thinned(7)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_whole_net_is_executed_as_it_is_simulated(name):
@@ -185,7 +184,6 @@ def test_a_whole_net_is_executed_as_it_is_simulated(name):
     assert jax.tree.structure(seen) == jax.tree.structure(state)
 
 
-@pytest.mark.long
 @pytest.mark.thinned(8)
 @pytest.mark.parametrize("name", ["outputs", "biases", "sums", "rows"])
 def test_at_width_zero_the_model_is_the_float_model(name):
@@ -307,7 +305,6 @@ def test_random_roundings_draw_each_their_own():
     assert float(jnp.max(jnp.abs(mean - expected))) < 0.15 * scale
 
 
-@pytest.mark.long
 def test_compare_has_rows_for_both():
     case = net()
     scheme = qj.Scheme(

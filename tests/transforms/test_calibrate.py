@@ -189,7 +189,6 @@ def test_the_granularity_of_the_state_is_that_of_the_plan(observed):
     assert qj.init(planned(case, channel))["w"]["activation"].scale_shape == (1, 6)
 
 
-@pytest.mark.long
 def test_traced_verbs_move_nothing_to_the_device(case, observed):
     """Widths are checked while tracing, by arrays of one number, which a guard has to let pass."""
     plan, state, _ = observed

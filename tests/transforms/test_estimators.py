@@ -107,7 +107,6 @@ def test_activations_execute_as_they_were_simulated(name, estimator):
     assert_array_equal(jax.jit(qj.execute(f, plan))(qstate, frozen, X, key=key), simulated)
 
 
-@pytest.mark.long
 @NAMES
 def test_everything_that_is_learned_gets_a_gradient(name):
     for weights, activations, learned in [
@@ -152,7 +151,6 @@ def test_zero_points_of_symmetric_quantizers_are_not_moved(name):
     qj.freeze(plan, moved, params)
 
 
-@pytest.mark.long
 def test_descending_lowers_the_loss_of_what_is_learned():
     """The gradients point downhill: each method's parameters alone, the weights held."""
     for weights, activations in [

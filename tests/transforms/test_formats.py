@@ -192,7 +192,6 @@ def eight_bits() -> qj.Quantizer:
     return qj.activation_quantizer(bits=8, format=power, symmetric=True)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("weight_bits", [8, 4, 2])
 @pytest.mark.parametrize("granularity", [qj.PerTensor(), qj.PerChannel(), qj.PerGroup(16)])
 def test_scales_that_are_powers_of_two_are_integers_bit_for_bit(weight_bits, granularity):
@@ -238,7 +237,6 @@ def granularity_of(tensor: QTensor) -> qj.Granularity:
     return qj.PerChannel() if rows == 1 else qj.PerGroup(tensor.shape[0] // rows)
 
 
-@pytest.mark.long
 def test_exponent_bits_are_swept_in_one_program():
     plan = planned(Kind(formats.E4M3FN))
     traces = []

@@ -45,7 +45,6 @@ QUANTIZERS = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_negative_values_without_codes_are_no_numbers(name):

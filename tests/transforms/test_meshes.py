@@ -12,7 +12,6 @@ def report():
     return report_of("tests.transforms.on_a_mesh")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_a_mesh_has_the_results_of_one_device(report, name):
     assert f"{name} holds" in report.splitlines(), report

@@ -88,7 +88,6 @@ def planned(f: Callable[..., Any], x: jax.Array, biases: Any) -> Ready:
     return ready(Case(f, P, x), qj.Policy([qj.rule(qj.everything(), scheme)]))
 
 
-@pytest.mark.long
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("biases", BIASES.values(), ids=list(BIASES))
 @pytest.mark.parametrize("name", PAIRS)

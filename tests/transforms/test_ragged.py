@@ -152,7 +152,6 @@ def test_gradients_are_those_of_the_rounded_operands():
     np.testing.assert_allclose(dp["w"], np.asarray(ep["w"]) * inside, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.long
 def test_stacked_layers_of_experts():
     params = {"w": 0.3 * normal(5, 2, GROUPS, DEPTH, DEPTH)}
 

@@ -97,7 +97,6 @@ def exported(run: Any, one: Exported, **given: Any) -> Any:
     return jax.export.export(jax.jit(run))(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_any_batch_is_simulated_and_executed_as_that_batch_is(name):
     one = CASES[name]

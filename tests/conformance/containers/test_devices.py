@@ -12,7 +12,6 @@ def report() -> str:
     return report_of("tests.conformance.containers.sharded")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_eight_devices_give_what_one_gives(report, name):
     assert f"{name} holds" in report.splitlines(), report

@@ -30,7 +30,6 @@ def with_length(case: Case, length: int) -> tuple[Any, ...]:
     return (*state, jnp.concatenate([short, 0.9 * short], axis=1)[:, :length])
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", RECURRENT)
 def test_a_network_calibrated_at_one_length_runs_at_another(name):
     case = build(name)

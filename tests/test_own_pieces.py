@@ -210,7 +210,20 @@ def test_what_an_estimator_makes_is_looked_at_where_it_is_used(name):
 
 
 def test_a_slope_may_be_one_number_for_all():
-    own = qj.estimators.Estimator("mine", lambda point: 0.5)
     x = jnp.linspace(-1.0, 1.0, 9)
-    slope = jax.grad(lambda x: qj.fake_quant(x, 0.1, bits=8, estimator=own).sum())(x)
-    np.testing.assert_allclose(slope, 0.5)
+    for number in (0.5, 1, np.float32(2.0)):
+        own = qj.estimators.Estimator("mine", lambda point, n=number: n)
+        slope = jax.grad(lambda x, e=own: qj.fake_quant(x, 0.1, bits=8, estimator=e).sum())(x)
+        np.testing.assert_allclose(slope, number)
+
+
+def test_parameters_may_have_the_shape_of_the_weight():
+    """Those of AdaRound, say."""
+
+    def begin(qparams, format):
+        return {"v": jnp.zeros(CASE.params["w"].shape, jnp.float32)}
+
+    own = qj.estimators.Estimator("mine", soft, ("v",), start=begin)
+    plan = planned(CASE, policy(qj.weight_quantizer(estimator=own)))
+    found = qj.calibrate(plan, {}, CASE.params)["w"]["weight"].theta["v"]
+    assert found.shape == CASE.params["w"].shape

@@ -164,7 +164,7 @@ class Estimator(NamedTuple):
         if not isinstance(begun, Mapping) or {*begun} != {*self.parameters}:
             raise self.wrong("start", begun, f"arrays by the names {', '.join(self.parameters)}")
         for value in begun.values():
-            self.expect_array("start", value, like.shape)
+            self.expect_array("start", value, like.shape, may_be_larger=True)
         found = {name: jnp.asarray(value, jnp.float32) + like for name, value in begun.items()}
         return qparams._replace(theta={**(qparams.theta or {}), **found})
 
@@ -183,16 +183,19 @@ class Estimator(NamedTuple):
         self.expect_array("transform", found, x.shape)
         return found
 
-    def expect_array(self, part: str, found: Any, shape: tuple[int, ...]) -> None:
+    def expect_array(
+        self, part: str, found: Any, shape: tuple[int, ...], *, may_be_larger: bool = False
+    ) -> None:
         """Raise ``EstimatorError`` unless what one of its functions made is floats of that shape.
 
-        What broadcasts to it serves; more axes or longer ones do not.
+        What broadcasts to it serves. Parameters may be larger, of a weight's shape.
         """
-        fits = isinstance(found, float)
+        fits = isinstance(found, float | int) and not isinstance(found, bool)
         if isinstance(found, jax.Array | np.ndarray | np.generic):
             own = found.shape
             pairs = zip(own[::-1], shape[::-1], strict=False)
-            fits = len(own) <= len(shape) and all(a in (1, b) for a, b in pairs)
+            fits = all(a in (1, b) or (may_be_larger and b == 1) for a, b in pairs)
+            fits = fits and (may_be_larger or len(own) <= len(shape))
             fits = fits and jnp.issubdtype(found.dtype, jnp.floating)
         if not fits:
             raise self.wrong(part, found, f"floats that broadcast to {shape}")

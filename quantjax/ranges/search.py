@@ -98,13 +98,12 @@ def search(
 
     The whole range, with zero, is tried first, and another one replaces it only if it is better, so
     that no result is worse than :data:`MIN_MAX` by the loss of the sample. Then both ends shrink
-    together, by 40 factors from 1 to 2^-10, each 1.19 times the next. Where a
-    wider range may be better, six are tried, up to twice as wide: where the outermost levels of the
-    whole range may lie below its ends, as the upper one of two's complement does, and those of
-    powers of two, and where levels are not evenly spaced. In an asymmetric range, the
-    lower, the upper and again the lower end are tried at 16 places from zero to what was seen.
-    Around the best, first the upper end moves, then the lower one, then both again by finer steps.
-    Symmetric quantizers have one end.
+    together, by 40 factors from 1 to 2^-10, each 1.19 times the next. Six wider ones, up to twice
+    what was seen, are tried where they may be better: where the outermost levels may lie below the
+    ends of their range (the upper one of two's complement does, those of powers of two may), and
+    where levels are not evenly spaced. In an asymmetric range, the lower, the upper and again the
+    lower end are tried at 16 places from zero to what was seen. Around the best, first the upper
+    end moves, then the lower one, then both again by finer steps. Symmetric quantizers have one.
 
     Args:
       is_sum: whether the loss is a sum over values, of terms that are not negative and grow with
@@ -127,12 +126,11 @@ def search(
         high = jnp.maximum(-low, high)
         low = -high
     leaves_early = is_sum and (target.symmetric or target.format.scale_rule == REAL)
-    widens = _widens(target)
-    rounds, coarse = _schedule(symmetric=target.symmetric, leaves_early=leaves_early, widens=widens)
-    limits = widest = low, high
-    if widens:
-        wider = _widest(target)
-        widest = wider * low, wider * high
+    wider, limits = _widest(target), (low, high)
+    widest = limits if wider is None else (wider * low, wider * high)
+    rounds, coarse = _schedule(
+        symmetric=target.symmetric, leaves_early=leaves_early, widens=wider is not None
+    )
 
     # All alike: of a remainder, the quantizer would be compiled again.
     parts = [part for part in range(1, TOGETHER + 1) if TOGETHER % part == 0]
@@ -177,24 +175,19 @@ def search(
     return where_seen(statistics, best.low, best.high)
 
 
-def _widens(target: Target) -> bool:
-    """Whether a range that is wider than what was seen may be better.
+def _widest(target: Target) -> jax.Array | None:
+    """How many times what was seen a range may be; None where no wider one can be better.
 
-    Evenly spaced levels that reach both ends are at their closest there.
+    Evenly spaced levels are at their closest where they just reach both ends.
     """
     format = target.format
     if not isinstance(format, IntegerFormat) or format.scale_rule != REAL:
-        return True
-    return target.symmetric and format.signed and not format.narrow
-
-
-def _widest(target: Target) -> jax.Array:
-    """How many times what was seen a range may be: until both ends have a level, at most twice."""
-    if not isinstance(target.format, IntegerFormat) or target.format.scale_rule != REAL:
-        return jnp.float32(2.0)  # the next power of two; and floats have their levels anew there
-    lowest, highest = target.format.level_range(target.bits, target.theta)
+        return jnp.float32(2.0)  # the next power of two; floats have the same levels there
+    if not target.symmetric or not format.signed or format.narrow:
+        return None
+    lowest, highest = format.level_range(target.bits, target.theta)
     outer = jnp.minimum(highest, -lowest)
-    steps = target.format.steps(target.bits, symmetric=True, theta=target.theta)
+    steps = format.steps(target.bits, symmetric=True, theta=target.theta)
     # One bit of two's complement has no level above 0.
     needed = divide_by_scale(steps, jnp.where(outer > 0.0, outer, steps))
     return jnp.where(needed > 1.0, jnp.minimum(needed, 2.0), 1.0)  # of NaN, too

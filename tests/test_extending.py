@@ -10,6 +10,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import quantjax as qj
+from quantjax import errors
+from tests.refused import refused
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -73,6 +75,22 @@ def test_roundings_and_estimators(after):
     assert np.any(names["gradient"]["a"]["weight"].theta["log_scale"] != 0.0)
     slope = jax.grad(lambda x: qj.fake_quant(x, 1.0, bits=2, estimator=names["leaky"]).sum())
     assert_allclose(slope(jnp.array([0.2, 9.0])), [1.0, 0.1])
+
+
+def test_a_granularity_is_simulated_executed_and_refused_where_it_does_not_divide(after):
+    names = behind(after, "class PerHead")
+    assert names["scales"].shape == (1, 4)
+    own, f, params, x = (names[name] for name in ("PerHead", "f", "params", "x"))
+    weights = qj.weight_quantizer(bits=4, granularity=own(4))
+    plan = names["planned"](weights, qj.activation_quantizer(bits=8))
+    assert "int4/head" in str(plan)
+    _, state = qj.observe(f, plan)(qj.init(plan), params, x)
+    qstate = qj.calibrate(plan, state, params)
+    run = qj.execute(f, plan)(qstate, qj.freeze(plan, qstate, params), x)
+    assert_array_equal(run, qj.fake_quantize(f, plan)(qstate, params, x))
+    plan = names["planned"](qj.weight_quantizer(granularity=own(64)))
+    with refused(errors.GranularityError, "a scale of shape (1, 64)"):
+        qj.calibrate(plan, {}, params)
 
 
 def test_selectors_and_observers(after):

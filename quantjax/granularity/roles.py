@@ -54,7 +54,7 @@ class OperandAxes:
 
 @dataclasses.dataclass(frozen=True)
 class Granularity:
-    """Base of the others: :class:`PerTensor` to :class:`PerBlock`."""
+    """Base of the others, :class:`PerTensor` to :class:`PerBlock`, and of your own."""
 
     @property
     def name(self) -> str:

@@ -81,6 +81,14 @@ class Chosen(Listed):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Fetched(Listed):
+    """Levels of a table of NumPy's."""
+
+    def levels(self, bits, theta=()):
+        return jnp.asarray(np.float32([[0, 0, 0, 1]] * 3)[np.asarray(bits).astype(int)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Nothing(Listed):
     """No levels."""
 
@@ -89,7 +97,8 @@ class Nothing(Listed):
 
 
 def test_levels_that_are_none_or_depend_on_a_python_if_are_refused():
-    for format, problem in ((Chosen(), "Python's if"), (Nothing(), "levels makes None")):
+    wrong = ((Chosen(), "the number of a width"), (Fetched(), "the number of a width"))
+    for format, problem in (*wrong, (Nothing(), "levels makes None")):
         with refused(errors.FormatError, problem, f"{type(format).__name__}.levels"):
             qj.weight_quantizer(bits=2, format=format)
         with refused(errors.FormatError, problem):
@@ -155,7 +164,6 @@ def begun(qparams, format):
 MEANT = {
     "a name in place of names": ({"parameters": "a", "start": begun}, "parameters 'a'"),
     "a slope of two": ({"slope": 2.0}, "a slope that is no function"),
-    "nothing to start from": ({"parameters": ("a",)}, "no start for a"),
 }
 MADE_WRONG = {
     "no slope": ({"slope": lambda point: None}, "slope .* makes None"),
@@ -163,7 +171,8 @@ MADE_WRONG = {
         {"slope": lambda point: jnp.stack([soft(point)] * 2)},
         r"slope .* makes float32\[2, ",
     ),
-    "a mask for a slope": ({"slope": lambda point: point.is_inside}, "slope .* makes bool"),
+    "nothing to start from": ({"parameters": ("a",)}, "mine has no start for a"),
+    "text for a slope": ({"slope": lambda point: "one"}, "slope .* makes a str"),
     "another name": (
         {"parameters": ("a",), "start": lambda qparams, format: {"b": qparams.scale}},
         "start .* makes a dict, and arrays by the names a are",
@@ -211,10 +220,33 @@ def test_what_an_estimator_makes_is_looked_at_where_it_is_used(name):
 
 def test_a_slope_may_be_one_number_for_all():
     x = jnp.linspace(-1.0, 1.0, 9)
-    for number in (0.5, 1, np.float32(2.0)):
+    for number in (0.5, 1, True, np.float32(2.0), np.int64(3), jnp.int32(4)):
         own = qj.estimators.Estimator("mine", lambda point, n=number: n)
         slope = jax.grad(lambda x, e=own: qj.fake_quant(x, 0.1, bits=8, estimator=e).sum())(x)
         np.testing.assert_allclose(slope, number)
+
+
+def test_masks_are_slopes_and_further_parameters_are_kept():
+    x = jnp.array([0.2, 9.0])
+    own = qj.estimators.Estimator("mine", lambda point: point.is_inside)
+    slope = jax.grad(lambda x: qj.fake_quant(x, 1.0, bits=2, estimator=own).sum())(x)
+    np.testing.assert_array_equal(slope, [1.0, 0.0])
+    begin = lambda qparams, format: {"a": jnp.int32(1), "b": [[2.0]]}  # noqa: E731
+    own = qj.estimators.Estimator("mine", soft, ("a",), start=begin)
+    plan = planned(CASE, policy(qj.weight_quantizer(estimator=own)))
+    theta = qj.calibrate(plan, {}, CASE.params)["w"]["weight"].theta
+    assert {name: float(leaf.mean()) for name, leaf in theta.items()} == {"a": 1.0, "b": 2.0}
+
+
+def test_levels_may_be_a_list():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Plain(Listed):
+        def levels(self, bits, theta=()):
+            return [-1.0, 0.0, 1.0, 2.0]
+
+    x = jnp.array([-3.0, 0.4, 1.7])
+    assert qj.weight_quantizer(bits=2, format=Plain()).format == Plain()
+    assert qj.fake_quant(x, 1.0, bits=2, format=Plain()).tolist() == [-1.0, 0.0, 2.0]
 
 
 def test_parameters_may_have_the_shape_of_the_weight():

@@ -154,6 +154,12 @@ class Estimator(NamedTuple):
         >>> float(PACT.started(qparams, integer(signed=False)).theta["clip"])
         1.5
         """
+        if self.start is None and self.parameters:
+            raise errors.EstimatorError(
+                f"the estimator {self.name} has no start for {', '.join(self.parameters)}",
+                why="qj.calibrate starts what an estimator learns",
+                fix=f'start=lambda qparams, format: {{"{self.parameters[0]}": qparams.scale}}',
+            )
         if self.start is None:
             return qparams
         like = jnp.zeros_like(qparams.scale)
@@ -161,44 +167,46 @@ class Estimator(NamedTuple):
         # The scale of bypass, 1, says nothing of a range: that of a range up to 1.
         scale = where_bypassed(qparams.bits, 1.0 / highest(format, usable), qparams.scale)
         begun = self.start(usable._replace(scale=scale), format)
-        if not isinstance(begun, Mapping) or {*begun} != {*self.parameters}:
+        if not isinstance(begun, Mapping) or not {*self.parameters} <= {*begun}:
             raise self.wrong("start", begun, f"arrays by the names {', '.join(self.parameters)}")
-        for value in begun.values():
-            self.expect_array("start", value, like.shape, may_be_larger=True)
-        found = {name: jnp.asarray(value, jnp.float32) + like for name, value in begun.items()}
+        found = {
+            name: self.made("start", value, like.shape, may_be_larger=True) + like
+            for name, value in begun.items()
+        }
         return qparams._replace(theta={**(qparams.theta or {}), **found})
 
     def slope_at(self, point: Point) -> jax.Array:
         """``slope`` of a point."""
-        found = self.slope(point)
-        self.expect_array("slope", found, point.position.shape)
-        return found
+        return self.made("slope", self.slope(point), point.position.shape)
 
     def transformed(
         self, x: jax.Array, qparams: QParams, own: Parameters, format: Format
     ) -> jax.Array:
         """``transform`` of a tensor, where there is one."""
         assert self.transform is not None
-        found = self.transform(x, qparams, own, format)
-        self.expect_array("transform", found, x.shape)
-        return found
+        return self.made("transform", self.transform(x, qparams, own, format), x.shape)
 
-    def expect_array(
+    def made(
         self, part: str, found: Any, shape: tuple[int, ...], *, may_be_larger: bool = False
-    ) -> None:
-        """Raise ``EstimatorError`` unless what one of its functions made is floats of that shape.
+    ) -> jax.Array:
+        """What one of its functions made, as floats; ``EstimatorError`` for another shape.
 
-        What broadcasts to it serves. Parameters may be larger, of a weight's shape.
+        What broadcasts to the shape serves. Parameters may be larger, of a weight's shape.
         """
-        fits = isinstance(found, float | int) and not isinstance(found, bool)
-        if isinstance(found, jax.Array | np.ndarray | np.generic):
-            own = found.shape
-            pairs = zip(own[::-1], shape[::-1], strict=False)
-            fits = all(a in (1, b) or (may_be_larger and b == 1) for a, b in pairs)
-            fits = fits and (may_be_larger or len(own) <= len(shape))
-            fits = fits and jnp.issubdtype(found.dtype, jnp.floating)
-        if not fits:
-            raise self.wrong(part, found, f"floats that broadcast to {shape}")
+        wanted = f"numbers that broadcast to {shape}"
+        if isinstance(found, jax.Array) and found.dtype == jnp.float32:
+            array = found
+        else:  # a mask, a number, a list of them
+            try:
+                array = jnp.asarray(found, jnp.float32)
+            except (TypeError, ValueError):
+                raise self.wrong(part, found, wanted) from None
+        own = array.shape
+        pairs = zip(own[::-1], shape[::-1], strict=False)
+        fits = all(a in (1, b) or (may_be_larger and b == 1) for a, b in pairs)
+        if found is None or not fits or (len(own) > len(shape) and not may_be_larger):
+            raise self.wrong(part, found, wanted)
+        return array
 
     def wrong(self, part: str, found: Any, wanted: str) -> errors.EstimatorError:
         """What to raise where one of its functions makes something else."""

@@ -61,9 +61,6 @@ def _check_fields(estimator: Estimator) -> None:
         problem, fix = f"parameters {names!r}, which is no tuple of names", 'parameters=("clip",)'
     elif not callable(estimator.slope):
         problem, fix = "a slope that is no function", "slope=lambda point: point.is_inside * 1.0"
-    elif names and estimator.start is None:
-        problem = f"no start for {', '.join(names)}"
-        fix = f'start=lambda qparams, format: {{"{names[0]}": qparams.scale}}'
     else:
         return
     raise errors.EstimatorError(f"the estimator {estimator.name} has {problem}", fix=fix)

@@ -80,6 +80,7 @@ def looked_at(counts: jax.Array, levels: jax.Array, tried: jax.Array) -> jax.Arr
     outliers = jnp.sum(counts) - jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(counts)])
     last_bin = jnp.concatenate([jnp.zeros(1, jnp.float32), scaled])
     least = _of_last_run(sums, levels, kept, last_bin)
+    least = jnp.maximum(least, 0.0)  # no divergence is below 0: where too little is kept for digits
     lost = (last_bin == 0.0) & (outliers > 0.0)
     least = jnp.where(tried & ~lost & (sums.both[:, 0] > 0), least, jnp.inf)
     # One histogram after another: each has its own number of passes.

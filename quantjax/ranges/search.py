@@ -24,6 +24,7 @@ PLACES = 16
 FINE = 12
 TOGETHER = 6  # ranges, before a look whether one of the others may be better
 TRIED_AT_ONCE = 1 << 22  # entries, of one group under several ranges
+_TINY = -100  # the exponent of ranges that are not widened
 
 
 class Outcome(NamedTuple):
@@ -73,6 +74,8 @@ class _Round(NamedTuple):
       low, high: which ends move.
       opens: whether a move begins.
       shrinks: whether the last range only says whether narrower ones may be better.
+      widens: whether factors say how far from what was seen to the widest range the ends are.
+      is_wider: whether ranges may be wider than what was seen.
     """
 
     factors: Any
@@ -81,12 +84,21 @@ class _Round(NamedTuple):
     high: Any
     opens: Any
     shrinks: Any
+    widens: Any
+    is_wider: Any
 
 
 class _Search(NamedTuple):
-    """The best so far, the range that the move started from, and how many rounds are done."""
+    """The best of all and of narrower or wider ranges alone, and where the search is.
+
+    Attributes:
+      mine: the best of those that are no wider than what was seen; then of those that may be.
+      start: the range that the move started from.
+      done: how many rounds are.
+    """
 
     best: _Best
+    mine: _Best
     start: _Pair
     done: jax.Array
 
@@ -98,12 +110,13 @@ def search(
 
     The whole range, with zero, is tried first, and another one replaces it only if it is better, so
     that no result is worse than :data:`MIN_MAX` by the loss of the sample. Then both ends shrink
-    together, by 40 factors from 1 to 2^-10, each 1.19 times the next. Six wider ones, up to twice
-    what was seen, are tried where they may be better: where the outermost levels may lie below the
-    ends of their range (the upper one of two's complement does, those of powers of two may), and
-    where levels are not evenly spaced. In an asymmetric range, the lower, the upper and again the
-    lower end are tried at 16 places from zero to what was seen. Around the best, first the upper
-    end moves, then the lower one, then both again by finer steps. Symmetric quantizers have one.
+    together, by 40 factors from 1 to 2^-10, each 1.19 times the next. In an asymmetric range, the
+    lower, the upper and again the lower end are tried at 16 places from zero to what was seen.
+    Around the best, first the upper end moves, then the lower one, then both again by finer steps.
+    Symmetric quantizers have one end. Last, wider ranges are tried, up to twice what was seen,
+    where the outermost levels may lie below the ends (the upper one of two's complement does, those
+    of powers of two may), and where levels are not evenly spaced: six, and 12 around the best of
+    those. A result is never worse by the sample than it were without them.
 
     Args:
       is_sum: whether the loss is a sum over values, of terms that are not negative and grow with
@@ -126,10 +139,12 @@ def search(
         high = jnp.maximum(-low, high)
         low = -high
     leaves_early = is_sum and (target.symmetric or target.format.scale_rule == REAL)
-    wider, limits = _widest(target), (low, high)
-    widest = limits if wider is None else (wider * low, wider * high)
+    wider, limits = _widest(target, high - low), (low, high)
+    is_real = target.format.scale_rule == REAL
     rounds, coarse = _schedule(
-        symmetric=target.symmetric, leaves_early=leaves_early, widens=wider is not None
+        symmetric=target.symmetric,
+        leaves_early=leaves_early,
+        wider=0 if wider is None else 2 if is_real else 1,
     )
 
     # All alike: of a remainder, the quantizer would be compiled again.
@@ -150,10 +165,12 @@ def search(
     def some_more(state: _Search) -> _Search:
         """One round. All of them are one loop: a quantizer is slow to compile a second time."""
         this: _Round = jax.tree.map(lambda rows: jnp.asarray(rows)[state.done], rounds)
-        best = state.best
-        start = jax.tree.map(lambda a, b: jnp.where(this.opens, a, b), tuple(best[1:]), state.start)
+        best, mine = state.best, state.mine
+        if wider is not None:  # anew, so that a wider one does not end the search of narrower ones
+            mine = mine._replace(loss=jnp.where(this.widens, jnp.inf, mine.loss))
+        start = jax.tree.map(lambda a, b: jnp.where(this.opens, a, b), tuple(mine[1:]), state.start)
         # A barrier: fused into whatever reads them, they are found again in half a dozen kernels.
-        lows, highs = lax.optimization_barrier(_moved(this, start, limits, widest))
+        lows, highs = lax.optimization_barrier(_moved(this, start, limits, wider))
         of_clipped = this.shrinks & (jnp.arange(TOGETHER) == TOGETHER - 1)
         costs = lax.map(lambda each: cost(*each), (lows, highs, of_clipped), batch_size=at_once)
         none = jnp.isnan(costs) | ((lows == 0.0) & (highs == 0.0)) | of_clipped
@@ -163,56 +180,69 @@ def search(
         good = losses <= jnp.min(losses) * (1.0 + margin)
         first = lax.top_k(good.astype(jnp.float32), 1)[1][0]
         found = _Best(losses[first], lows[first], highs[first])
-        better = found.loss < best.loss * (1.0 - margin)
-        best = jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
-        is_over = this.shrinks & (costs[-1] >= best.loss)
-        return _Search(best, start, jnp.where(is_over, coarse, state.done + 1))
+        mine = _better(found, mine, margin)
+        best = mine if wider is None else _better(mine, best, margin)
+        is_over = this.shrinks & (costs[-1] >= mine.loss)
+        return _Search(best, mine, start, jnp.where(is_over, coarse, state.done + 1))
 
-    begin = _Search(_Best(jnp.float32(jnp.inf), low, high), (low, high), jnp.int32(0))
+    nothing = _Best(jnp.float32(jnp.inf), low, high)
+    begin = _Search(nothing, nothing, (low, high), jnp.int32(0))
     begin = varying_like(begin, (statistics, target.bits, target.theta))
     number = rounds.opens.shape[0]
     best = lax.while_loop(lambda state: state.done < number, some_more, begin).best
     return where_seen(statistics, best.low, best.high)
 
 
-def _widest(target: Target) -> jax.Array | None:
-    """How many times what was seen a range may be; None where no wider one can be better.
+def _better(found: _Best, best: _Best, margin: float) -> _Best:
+    better = found.loss < best.loss * (1.0 - margin)
+    return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
 
-    Evenly spaced levels are at their closest where they just reach both ends.
+
+def _widest(target: Target, span: jax.Array) -> jax.Array | None:
+    """How many times what was seen a range may be; None where wider ones are not tried.
+
+    Evenly spaced levels that reach both ends are further apart in a wider range, which is seldom
+    better: where many values happen to lie on levels. In two's complement ranges are as wide as the
+    upper end needs to have a level.
     """
     format = target.format
-    if not isinstance(format, IntegerFormat) or format.scale_rule != REAL:
-        return jnp.float32(2.0)  # the next power of two; floats have the same levels there
-    if not target.symmetric or not format.signed or format.narrow:
-        return None
-    lowest, highest = format.level_range(target.bits, target.theta)
-    outer = jnp.minimum(highest, -lowest)
-    steps = format.steps(target.bits, symmetric=True, theta=target.theta)
-    # One bit of two's complement has no level above 0.
-    needed = divide_by_scale(steps, jnp.where(outer > 0.0, outer, steps))
-    return jnp.where(needed > 1.0, jnp.minimum(needed, 2.0), 1.0)  # of NaN, too
+    needed = jnp.float32(2.0)  # the next power of two; floats have the same levels there
+    if isinstance(format, IntegerFormat) and format.scale_rule == REAL:
+        if not target.symmetric or not format.signed or format.narrow:
+            return None
+        steps = format.steps(target.bits, symmetric=True, theta=target.theta)
+        highest = format.level_range(target.bits, target.theta)[1]
+        needed = jnp.minimum(divide_by_scale(steps, highest), 2.0)
+    # Squares of what is next to float32's smallest numbers say nothing of a range.
+    return jnp.where((needed > 1.0) & (unit_of(span) > _TINY), needed, 1.0)  # of NaN, too
 
 
-def _moved(this: _Round, start: _Pair, limits: _Pair, widest: _Pair) -> _Pair:
-    """The ranges of a round, none of them beyond the widest."""
+def _moved(this: _Round, start: _Pair, limits: _Pair, wider: jax.Array | None) -> _Pair:
+    """The ranges of a round, none of them beyond what was seen, or the widest."""
+    factors, most = this.factors, limits
+    if wider is not None:
+        factors = jnp.where(this.widens, 1.0 + (wider - 1.0) * factors, factors)
+        reach = jnp.where(this.is_wider, wider, 1.0)
+        most = reach * limits[0], reach * limits[1]
     ends = []
-    for moves, mine, limit, most, narrower in zip(
-        (this.low, this.high), start, limits, widest, (jnp.maximum, jnp.minimum), strict=True
+    for moves, mine, limit, end, narrower in zip(
+        (this.low, this.high), start, limits, most, (jnp.maximum, jnp.minimum), strict=True
     ):
-        moved = narrower(this.factors * jnp.where(this.of_limits, limit, mine), most)
+        moved = narrower(factors * jnp.where(this.of_limits, limit, mine), end)
         ends.append(jnp.where(moves, moved, mine))
     return ends[0], ends[1]
 
 
-def _schedule(*, symmetric: bool, leaves_early: bool, widens: bool) -> tuple[_Round, int]:
-    """All rounds, along a leading axis, and how many of them shrink the whole range."""
+def _schedule(*, symmetric: bool, leaves_early: bool, wider: int) -> tuple[_Round, int]:
+    """All rounds, along a leading axis, and how many of them shrink the whole range.
+
+    Args:
+      wider: moves to ranges that are wider than what was seen; the second one is a finer one.
+    """
     shares = np.arange(PLACES - 1, -1, -1) / PLACES
     shrinking = _RATIO ** np.arange(COARSE)
     rows = _rounds(shrinking, of_limits=True, low=True, high=True, shrinks=leaves_early)
     coarse = len(rows)
-    if widens:
-        widening = 2.0 ** (np.arange(TOGETHER, 0, -1) / TOGETHER)
-        rows += _rounds(widening, of_limits=True, low=True, high=True)
     if not symmetric:
         for low in (True, False, True):
             rows += _rounds(shares, of_limits=True, low=low, high=not low)
@@ -220,19 +250,33 @@ def _schedule(*, symmetric: bool, leaves_early: bool, widens: bool) -> tuple[_Ro
     for reach in (1.0 / _RATIO, _RATIO ** (-2.0 / FINE)):
         for low, high in [(True, True)] if symmetric else [(False, True), (True, False)]:
             rows += _rounds(reach**places, of_limits=False, low=low, high=high)
+    if wider:
+        widening = np.arange(TOGETHER, 0, -1) / TOGETHER
+        rows += _rounds(widening, of_limits=True, low=True, high=True, widens=True, is_wider=True)
+    if wider > 1:
+        finer = (1.0 + 1.0 / TOGETHER) ** places
+        rows += _rounds(finer, of_limits=False, low=True, high=True, is_wider=True)
     return _Round(*map(np.stack, zip(*rows, strict=True))), coarse
 
 
 def _rounds(
-    factors: np.ndarray, *, of_limits: bool, low: bool, high: bool, shrinks: bool = False
+    factors: np.ndarray,
+    *,
+    of_limits: bool,
+    low: bool,
+    high: bool,
+    shrinks: bool = False,
+    widens: bool = False,
+    is_wider: bool = False,
 ) -> list[_Round]:
     """Those of one move; the last range of the move is tried again where a round has room."""
     each = TOGETHER - 1 if shrinks else TOGETHER
     found = []
     for first in range(0, factors.size, each):
         some = factors[first : first + each]
-        some = np.pad(some, (0, TOGETHER - some.size), mode="edge")
-        found.append(_Round(some.astype(np.float32), of_limits, low, high, first == 0, shrinks))
+        some = np.pad(some, (0, TOGETHER - some.size), mode="edge").astype(np.float32)
+        opens = first == 0
+        found.append(_Round(some, of_limits, low, high, opens, shrinks, widens, is_wider))
     return found
 
 

@@ -1,6 +1,7 @@
 """Ranges that are wider than what was seen, where the levels of that would not reach its ends."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantjax as qj
-from quantjax import formats, ranges
+from quantjax import formats, ranges, statistics
 from quantjax.formats import LevelFormat
 from quantjax.ranges import COSINE, MIN_MAX, MSE, SQNR, Target
 from tests.ranges import cases
@@ -76,11 +77,41 @@ def test_zeros_and_ones_have_two_bits_without_error(rule):
     assert derived(rule, at_hand(x), MXFP4, 4)[1] > 8.0
 
 
+@pytest.mark.parametrize("rule", [MSE, COSINE], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("name", [*SHORT, "nf4"])
+def test_no_group_is_worse_than_without(name, rule, monkeypatch):
+    """Where a wider range was better by a hair, the search went on there and not where it was best.
+
+    Of 1000 groups of 16 normal numbers in E2M1 the worst had 1.6 times the error.
+    """
+    target, bits = (NF4, [4]) if name == "nf4" else SHORT[name]
+    x = jnp.asarray(np.random.default_rng(27).normal(size=(16, 200)), jnp.float32)
+    seen = jax.jit(lambda x: statistics.of_tensor(x, (1, 200), with_values=True))(x)
+    target = target._replace(bits=jnp.float32(bits[-1]))
+
+    def error(rule):
+        found = ranges.derive(rule, seen, target)
+        run = jax.vmap(lambda x, low, high: target.quantize(x, low, high)[0], (1, 0, 0), 1)
+        y = np.float64(run(x, found.low[0], found.high[0]))
+        if rule.name == "cosine":
+            dots = (y * x).sum(0) / np.sqrt((y * y).sum(0) * np.square(np.float64(x)).sum(0))
+            return 1.0 - dots
+        return np.square(y - x).sum(0)
+
+    mine = error(rule)
+    search = importlib.import_module("quantjax.ranges.search")
+    monkeypatch.setattr(search, "_widest", lambda target, span: None)
+    without = error(rule._replace(range=lambda *a: rule.range(*a)))
+    assert (mine <= without * (1 + 1e-4) + 1e-6).all()
+    assert mine.sum() < without.sum() or name == "even powers"  # of which none was better
+
+
+NF4 = Target(formats.NF4, True, jnp.float32(4))
 NARROW = Target(qj.integer(narrow=True), True, jnp.float32(4))
 
 
 @pytest.mark.parametrize("kind", cases.DRAWS)
-def test_even_levels_that_reach_both_ends_leave_nothing_to_gain(kind):
+def test_even_levels_that_reach_both_ends_leave_little_to_gain(kind):
     x = drawn(kind, 3, 512)
     found = derived(MSE, at_hand(x), NARROW, 4)
     assert found[1] <= np.abs(x).max()
@@ -88,7 +119,7 @@ def test_even_levels_that_reach_both_ends_leave_nothing_to_gain(kind):
     assert mine <= brute_force(x, NARROW, 4) * 1.05
 
 
-def test_one_bit_of_twos_complement_has_no_level_above_zero():
+def test_one_bit_has_levels_at_both_ends():
     for x in (drawn("gaussian", 2, 128), np.abs(drawn("gaussian", 2, 128))):
         for rule in (MSE, COSINE):
             low, high = derived(rule, at_hand(x), SYMMETRIC, 1)

@@ -60,7 +60,8 @@ def looked_at(counts: jax.Array, levels: jax.Array, tried: jax.Array) -> jax.Arr
     ``D = Σ c log c - S log(S / N)`` of the ``N`` bins of a run that are not empty and their sum
     ``S``. So a sum over some runs is a bound, and blocks of clips are left where it is above the
     smallest divergence found, by more than the digits that this look has. Prefix sums are of
-    integers, which lose no digits to one another.
+    integers, which lose no digits to one another; where the kept bins hold less than 2^-28 of all
+    counts they have none, and clips there may be taken for others.
 
     Args:
       counts: ``[bins]``, float32.

@@ -136,7 +136,7 @@ def test_a_histogram_gives_about_the_range_of_the_values(rule):
     for target, bits in ((SYMMETRIC, 4), (ASYMMETRIC, 4), (SYMMETRIC, 8)):
         ends = [derived(rule, seen, target, bits) for seen in (observed(x), at_hand(x))]
         mine, theirs = losses(x, target, bits, *map(np.array, zip(*ends, strict=True)))
-        assert mine <= theirs * 1.03
+        assert mine <= theirs * 1.05  # at 8 bits steps are as wide as some bins
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from quantjax.affine import QParams
 from quantjax.arguments import expect_declared
 from quantjax.arithmetic import Arithmetic
 from quantjax.formats import ALL_LAWS, Format, Law, Theta
-from quantjax.formats.levels import check_ascending
+from quantjax.formats.levels import check_levels
 from quantjax.granularity import expand
 from quantjax.qtensor import encode
 from quantjax.rounding import HALF_EVEN, Rounding
@@ -301,7 +301,7 @@ def check_format(
     every = widths(format, theta)
     if not every:
         raise errors.FormatError(f"{format.name} has no width", fix="valid_bits up to max_bits")
-    check_ascending(format, every[-1])
+    check_levels(format, every[-1])
     held = set(ALL_LAWS)
     for trial in trials:
         for bits in every:

@@ -18,7 +18,7 @@ from quantjax.arguments import expect, expect_declared
 from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED, Estimator, check_needs
 from quantjax.formats import Format, Theta, integer, known_overflow, levels_overflow
-from quantjax.formats.levels import check_ascending
+from quantjax.formats.levels import check_levels
 from quantjax.formats.widths import check_bits
 from quantjax.granularity import Granularity, PerChannel, PerTensor, PerToken, reduce_to
 from quantjax.printing import shape_text
@@ -105,7 +105,7 @@ class Quantizer:
                 fix="symmetric=True, or an integer format",
             )
         check_bits(self.format, self.bits, argument="bits", where="a quantizer")
-        check_ascending(self.format, self.bits)
+        check_levels(self.format, self.bits)
         expect_whole(self.rounding, where="a quantizer")
         if known_overflow(self.format, self.bits):
             raise errors.QuantizerError(

@@ -154,39 +154,39 @@ class Estimator(NamedTuple):
         >>> float(PACT.started(qparams, integer(signed=False)).theta["clip"])
         1.5
         """
-        if self.start is None and self.parameters:
+        if self.start is None and not self.parameters:
+            return qparams
+        if self.start is None:
             raise errors.EstimatorError(
                 f"the estimator {self.name} has no start for {', '.join(self.parameters)}",
                 why="qj.calibrate starts what an estimator learns",
                 fix=f'start=lambda qparams, format: {{"{self.parameters[0]}": qparams.scale}}',
             )
-        if self.start is None:
-            return qparams
         like = jnp.zeros_like(qparams.scale)
         usable = at_a_width(qparams, format)
         # The scale of bypass, 1, says nothing of a range: that of a range up to 1.
         scale = where_bypassed(qparams.bits, 1.0 / highest(format, usable), qparams.scale)
         begun = self.start(usable._replace(scale=scale), format)
         if not isinstance(begun, Mapping) or not {*self.parameters} <= {*begun}:
-            raise self.wrong("start", begun, f"arrays by the names {', '.join(self.parameters)}")
+            raise self._wrong("start", begun, f"arrays by the names {', '.join(self.parameters)}")
         found = {
-            name: self.made("start", value, like.shape, may_be_larger=True) + like
+            name: self._made("start", value, like.shape, may_be_larger=True) + like
             for name, value in begun.items()
         }
         return qparams._replace(theta={**(qparams.theta or {}), **found})
 
     def slope_at(self, point: Point) -> jax.Array:
         """``slope`` of a point."""
-        return self.made("slope", self.slope(point), point.position.shape)
+        return self._made("slope", self.slope(point), point.position.shape)
 
     def transformed(
         self, x: jax.Array, qparams: QParams, own: Parameters, format: Format
     ) -> jax.Array:
         """``transform`` of a tensor, where there is one."""
         assert self.transform is not None
-        return self.made("transform", self.transform(x, qparams, own, format), x.shape)
+        return self._made("transform", self.transform(x, qparams, own, format), x.shape)
 
-    def made(
+    def _made(
         self, part: str, found: Any, shape: tuple[int, ...], *, may_be_larger: bool = False
     ) -> jax.Array:
         """What one of its functions made, as floats; ``EstimatorError`` for another shape.
@@ -200,15 +200,15 @@ class Estimator(NamedTuple):
             try:
                 array = jnp.asarray(found, jnp.float32)
             except (TypeError, ValueError):
-                raise self.wrong(part, found, wanted) from None
+                raise self._wrong(part, found, wanted) from None
         own = array.shape
         pairs = zip(own[::-1], shape[::-1], strict=False)
         fits = all(a in (1, b) or (may_be_larger and b == 1) for a, b in pairs)
         if found is None or not fits or (len(own) > len(shape) and not may_be_larger):
-            raise self.wrong(part, found, wanted)
+            raise self._wrong(part, found, wanted)
         return array
 
-    def wrong(self, part: str, found: Any, wanted: str) -> errors.EstimatorError:
+    def _wrong(self, part: str, found: Any, wanted: str) -> errors.EstimatorError:
         """What to raise where one of its functions makes something else."""
         is_array = isinstance(found, jax.Array | np.ndarray | np.generic)
         made = f"{found.dtype}{[*found.shape]}" if is_array else kind_of(found)
@@ -232,7 +232,7 @@ class Estimator(NamedTuple):
             usable = at_a_width(qparams._replace(theta=self.rest(qparams.theta)), format)
             found = self.resolve(usable, own, format, shape)
             if not isinstance(found, QParams):
-                raise self.wrong("resolve", found, "QParams")
+                raise self._wrong("resolve", found, "QParams")
             bits = qparams.bits
             if found.bits is not usable.bits:
                 bits = where_bypassed(bits, 0.0, found.bits)

@@ -306,8 +306,11 @@ def _borders(table: jax.Array) -> jax.Array:
     return jnp.where(middle < following, middle, table)
 
 
-def check_ascending(format: Format, bits: int) -> None:
-    """Raise ``FormatError`` where the levels of a known width descend; some levels come later."""
+def check_levels(format: Format, bits: int) -> None:
+    """Raise ``FormatError`` for levels of one's own that descend, or of which no trace can be made.
+
+    Levels that come from ``theta`` are not there yet.
+    """
     if not isinstance(format, LevelFormat) or type(format).__module__.startswith(_OURS):
         return  # ours are tested, and a program for each would be compiled here
     where = f"{type(format).__name__}.levels"

@@ -96,6 +96,20 @@ def narrowed(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
     return x.astype(dtype)
 
 
+def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x`` in float32, of the values that its own dtype has.
+
+    Where a model casts to bfloat16, and this back, XLA may leave out both, in one program and not
+    in the next, as for :func:`narrowed`.
+
+    >>> widened(jnp.bfloat16(1.5)).dtype.name
+    'float32'
+    """
+    rounded = x.dtype == jnp.bfloat16
+    x = x.astype(jnp.float32)
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if rounded else x
+
+
 def wide(*dtypes: DTypeLike) -> DTypeLike:
     """float32, or float64 where one of them is.
 

@@ -43,29 +43,43 @@ class Plan:
         """The sites at which anything is quantized."""
         return tuple(site for site in self.sites if site.status is PlanStatus.QUANTIZED)
 
-    def check_params(self, params: Any) -> None:
-        """Raise ``PlanMismatchError`` unless every planned weight is there in its shape."""
-        shapes = {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items()}
-        planned = dict(self.shapes)
-        frozen = leaves_by_path(params, is_leaf=is_quantized)
-        for entry in self.quantized:
-            for path in entry.site.weight_paths:
-                if shapes.get(path) == planned[path]:
-                    continue
-                if is_quantized(frozen.get(path)):
-                    where = f"site {entry.site.name} ({entry.site.op.value}), parameter {path}"
-                    raise frozen_error(errors.PlanMismatchError, where)
-                found = (
-                    f"it has {shape_text(shapes[path])}" if path in shapes else "it is not there"
-                )
-                close = difflib.get_close_matches(path, shapes, n=1, cutoff=0.5)
-                hint = f"; closest path: {close[0]}" if close and path not in shapes else ""
-                raise errors.PlanMismatchError(
-                    "this is not the parameter tree that was planned for",
-                    where=f"site {entry.site.name} ({entry.site.op.value}), parameter {path}",
-                    why=f"planned with {shape_text(planned[path])}; {found}{hint}",
-                    fix="plan again: qj.plan(policy, qj.sites(f, params, x))",
-                )
+    def check_params(self, params: Any, *, ahead: Any = None, call: str = "") -> None:
+        """Raise ``PlanMismatchError`` unless every planned weight is there in its shape.
+
+        Args:
+          ahead: the argument ahead of the parameters; ``ArgumentError`` where it is the parameters.
+          call: how the function is called, for that error.
+        """
+        misfit = self._misfit(params)
+        if misfit is None:
+            return
+        entry, path = misfit
+        where = f"site {entry.site.name} ({entry.site.op.value}), parameter {path}"
+        if ahead is not None and self._misfit(ahead) is None:
+            raise errors.ArgumentError(
+                "the parameters come one place too early",
+                where=where,
+                why="it is in the argument ahead of them",
+                fix=call,
+            )
+        if is_quantized(leaves_by_path(params, is_leaf=is_quantized).get(path)):
+            raise frozen_error(errors.PlanMismatchError, where)
+        shapes = _shapes(params)
+        found = f"it has {shape_text(shapes[path])}" if path in shapes else "it is not there"
+        close = difflib.get_close_matches(path, shapes, n=1, cutoff=0.5)
+        hint = f"; closest path: {close[0]}" if close and path not in shapes else ""
+        raise errors.PlanMismatchError(
+            "this is not the parameter tree that was planned for",
+            where=where,
+            why=f"planned with {shape_text(dict(self.shapes)[path])}; {found}{hint}",
+            fix="plan again: qj.plan(policy, qj.sites(f, params, x))",
+        )
+
+    def _misfit(self, params: Any) -> tuple[SitePlan, str] | None:
+        """The first planned weight that is not there in its shape; None where all are."""
+        shapes, planned = _shapes(params), dict(self.shapes)
+        pairs = ((entry, path) for entry in self.quantized for path in entry.site.weight_paths)
+        return next((pair for pair in pairs if shapes.get(pair[1]) != planned[pair[1]]), None)
 
     def __repr__(self) -> str:
         """Its size alone: fields of a deep network are a megabyte of text."""
@@ -201,6 +215,10 @@ def plan(policy: Policy, table: SiteTable) -> Plan:
     _check_rules(policy, table, chosen)
     entries = tuple(plan_site(site, chosen[site.name]) for site in table.sites)
     return Plan(policy, entries, table.weights, table.others, table.shapes, table.biases)
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    return {path: np.shape(leaf) for path, leaf in leaves_by_path(params).items()}
 
 
 def first_difference(

@@ -24,7 +24,7 @@ from quantjax.estimators.clipped import inside
 from quantjax.estimators.gradients import by_sign, round_through
 from quantjax.formats import IntegerFormat, Snapped, Theta, divide_by_scale
 from quantjax.granularity import expand
-from quantjax.lean import elementwise, narrowed
+from quantjax.lean import elementwise, narrowed, widened
 from quantjax.rounding import HALF_AWAY, HALF_EVEN
 from quantjax.symbolic import at_most
 from quantjax.tangents import instantiated, moves, moving_as_product, sum_of
@@ -253,7 +253,7 @@ def transformed(
     format, own = arithmetic.format, jax.tree.map(spread, estimator.own(qparams.theta))
     theta = format.map_groups(estimator.rest(qparams.theta), spread)
     wide = at_a_width(qparams._replace(scale=spread(qparams.scale), theta=theta), format)
-    return estimator.transformed(x.astype(jnp.float32), wide, own, format)
+    return estimator.transformed(widened(x), wide, own, format)
 
 
 def _given(
@@ -271,7 +271,7 @@ def _given(
     bits = jnp.asarray(qparams.bits, jnp.float32)
     zero_point = None if arithmetic.has_no_zero_point else spread(qparams.zero_point)
     given = _Given(spread(qparams.scale), zero_point, bits, theta, own, noise)
-    return x.astype(jnp.float32), given
+    return widened(x), given
 
 
 def _by_sign(arithmetic: Arithmetic, x: jax.Array, given: _Given) -> jax.Array:
@@ -344,7 +344,7 @@ def codes_or_values(
         codes = _traced_once(arithmetic, jnp.asarray(prepared), resolved, key)
         if estimator.transform is None:
             return codes, resolved
-    return where_bypassed(resolved.bits, x.astype(jnp.float32), codes), resolved
+    return where_bypassed(resolved.bits, widened(x), codes), resolved
 
 
 def is_clipped(
@@ -354,7 +354,7 @@ def is_clipped(
     key: PRNGKeyArray | None = None,
 ) -> Bool[Array, "..."]:
     """Where the range has no level for ``x``, and the outermost one stands in."""
-    raw = jnp.asarray(x).astype(jnp.float32)
+    raw = widened(jnp.asarray(x))
     x, given = _given(*prepare(x, qparams, arithmetic), arithmetic, key)
     low, high = arithmetic.format.level_range(given.bits, given.theta)
     unclipped = _snapped(arithmetic, x, given)[1].unclipped

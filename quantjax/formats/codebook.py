@@ -141,7 +141,8 @@ def codebook(
 
     Sharp edge: the larger end of a range is put on the largest level of either sign. Where levels
     do not reach equally far to both sides (-1 to 0.25), values beyond the nearer end are clipped;
-    ranges that are searched for only shrink, ``qj.ranges.LEAST_SQUARES`` fits the scale itself.
+    a search widens ranges to twice what was seen at most, ``qj.ranges.LEAST_SQUARES`` fits the
+    scale itself.
 
     Args:
       levels: 2 to 256 numbers, distinct in float32, in any order.

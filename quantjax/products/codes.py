@@ -27,7 +27,7 @@ from quantjax.formats import IntegerFormat
 from quantjax.granularity import expand
 from quantjax.interpreter import Op, Product
 from quantjax.interpreter.product import HIGHEST
-from quantjax.lean import narrowed, select
+from quantjax.lean import narrowed, select, widened
 from quantjax.products import blocks
 from quantjax.products.either import either
 from quantjax.products.exactness import BFLOAT16_EXACT, FLOAT32_EXACT, Exactness, Sizing
@@ -85,7 +85,7 @@ def _coded(
 
 def in_float(x: Float[Array, "..."]) -> Coded:
     """An operand without a quantizer."""
-    return Coded(x.astype(jnp.float32))
+    return Coded(widened(x))
 
 
 def multiply(

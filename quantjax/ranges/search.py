@@ -25,6 +25,7 @@ FINE = 12
 TOGETHER = 6  # ranges, before a look whether one of the others may be better
 TRIED_AT_ONCE = 1 << 22  # entries, of one group under several ranges
 _TINY = -100  # the exponent of ranges that are not widened
+_LARGE = 2.0**120
 
 
 class Outcome(NamedTuple):
@@ -115,8 +116,8 @@ def search(
     Around the best, first the upper end moves, then the lower one, then both again by finer steps.
     Symmetric quantizers have one end. Last, wider ranges are tried, up to twice what was seen,
     where the outermost levels may lie below the ends (the upper one of two's complement does, those
-    of powers of two may), and where levels are not evenly spaced: six, and 12 around the best of
-    those. A result is never worse by the sample than it were without them.
+    of powers of two may): six; and where levels are not evenly spaced: twelve, and 12 around the
+    best of those. A result is never worse by the sample than it were without them.
 
     Args:
       is_sum: whether the loss is a sum over values, of terms that are not negative and grow with
@@ -135,11 +136,13 @@ def search(
     values, weights = statistics.sample
     low, high = statistics.extremes
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    part = _part(target, jnp.maximum(-low, high))
+    values, low, high = values * part, low * part, high * part
     if target.symmetric:
         high = jnp.maximum(-low, high)
         low = -high
     leaves_early = is_sum and (target.symmetric or target.format.scale_rule == REAL)
-    wider, limits = _widest(target, high - low), (low, high)
+    wider, limits = _widest(target, jnp.maximum(-low, high), part), (low, high)
     is_real = target.format.scale_rule == REAL
     rounds, coarse = _schedule(
         symmetric=target.symmetric,
@@ -190,7 +193,17 @@ def search(
     begin = varying_like(begin, (statistics, target.bits, target.theta))
     number = rounds.opens.shape[0]
     best = lax.while_loop(lambda state: state.done < number, some_more, begin).best
-    return where_seen(statistics, best.low, best.high)
+    return where_seen(statistics, best.low / part, best.high / part)
+
+
+def _part(target: Target, largest: jax.Array) -> jax.Array:
+    """A power of two, times which scales have a reciprocal: beyond 2^126 that is no normal number.
+
+    Real scales and powers of two take factors along. Others end long before.
+    """
+    rule = target.format.scale_rule
+    is_large = (largest > _LARGE) & (rule == REAL or rule.is_power_of_two)
+    return jnp.where(is_large, jnp.float32(1.0 / 16.0), 1.0)
 
 
 def _better(found: _Best, best: _Best, margin: float) -> _Best:
@@ -198,7 +211,7 @@ def _better(found: _Best, best: _Best, margin: float) -> _Best:
     return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
 
 
-def _widest(target: Target, span: jax.Array) -> jax.Array | None:
+def _widest(target: Target, largest: jax.Array, part: jax.Array) -> jax.Array | None:
     """How many times what was seen a range may be; None where wider ones are not tried.
 
     Evenly spaced levels that reach both ends are further apart in a wider range, which is seldom
@@ -214,7 +227,9 @@ def _widest(target: Target, span: jax.Array) -> jax.Array | None:
         highest = format.level_range(target.bits, target.theta)[1]
         needed = jnp.minimum(divide_by_scale(steps, highest), 2.0)
     # Squares of what is next to float32's smallest numbers say nothing of a range.
-    return jnp.where((needed > 1.0) & (unit_of(span) > _TINY), needed, 1.0)  # of NaN, too
+    needed = jnp.where((needed > 1.0) & (unit_of(largest) > _TINY), needed, 1.0)  # of NaN, too
+    end = jnp.finfo(jnp.float32).max * part
+    return jnp.where(largest * needed < end, needed, 1.0)
 
 
 def _moved(this: _Round, start: _Pair, limits: _Pair, wider: jax.Array | None) -> _Pair:
@@ -251,10 +266,11 @@ def _schedule(*, symmetric: bool, leaves_early: bool, wider: int) -> tuple[_Roun
         for low, high in [(True, True)] if symmetric else [(False, True), (True, False)]:
             rows += _rounds(reach**places, of_limits=False, low=low, high=high)
     if wider:
-        widening = np.arange(TOGETHER, 0, -1) / TOGETHER
+        number = wider * TOGETHER
+        widening = np.arange(number, 0, -1) / number
         rows += _rounds(widening, of_limits=True, low=True, high=True, widens=True, is_wider=True)
     if wider > 1:
-        finer = (1.0 + 1.0 / TOGETHER) ** places
+        finer = (1.0 + 1.0 / number) ** places
         rows += _rounds(finer, of_limits=False, low=True, high=True, is_wider=True)
     return _Round(*map(np.stack, zip(*rows, strict=True))), coarse
 

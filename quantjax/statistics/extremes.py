@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from quantjax.granularity import reduce_to
-from quantjax.lean import select
+from quantjax.lean import select, widened
 from quantjax.statistics.devices import AxisName, over_devices
 
 
@@ -41,7 +41,7 @@ def of_batch(
     a CPU along the first of two axes) and over devices; sums do not. Values so large that their sum
     leaves float32 in both directions are NaN for that, too.
     """
-    x = x.astype(jnp.float32)
+    x = widened(x)
     options = {} if where is None else {"where": where}
     low = reduce_to(x, scale_shape, jnp.min, initial=jnp.inf, **options)
     high = reduce_to(x, scale_shape, jnp.max, initial=-jnp.inf, **options)

@@ -17,7 +17,7 @@ from quantjax._compat import varying_like
 from quantjax.arguments import expect
 from quantjax.formats import exponent_of, power_of_two
 from quantjax.granularity import expand
-from quantjax.lean import clip, elementwise, select
+from quantjax.lean import clip, elementwise, select, widened
 from quantjax.statistics import count
 from quantjax.statistics.count import Count
 from quantjax.statistics.devices import AxisName, over_devices
@@ -168,7 +168,7 @@ def update(
     Sharp edges: NaN is in no bin. Infinities are in none either, and widen the bins to ``2^128 /
     bins``: what holds them has no range, which ``qj.calibrate`` says.
     """
-    x = x.astype(jnp.float32)
+    x = widened(x)
     bins, groups = histogram.bins, histogram.exponent.size
     exponent, origin = _window(extremes, bins)
     moved = _moved(histogram, exponent, origin)

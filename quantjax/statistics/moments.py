@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from quantjax.formats import divide_by_scale
 from quantjax.granularity import expand, reduce_to
-from quantjax.lean import rounded_product, select
+from quantjax.lean import rounded_product, select, widened
 from quantjax.statistics.devices import AxisName, over_devices
 
 
@@ -56,7 +56,7 @@ def of_batch(
     Args:
       number: how many values count, at the shape of the scale, on all devices.
     """
-    x = x.astype(jnp.float32)
+    x = widened(x)
     options = {} if where is None else {"where": where}
     some = jnp.maximum(number, 1.0)
 

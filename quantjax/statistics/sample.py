@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from quantjax.granularity import groups_last
+from quantjax.lean import widened
 from quantjax.statistics import count
 from quantjax.statistics.histogram import Histogram
 
@@ -41,7 +42,7 @@ class Held(NamedTuple):
     @property
     def sample(self) -> Sample:
         """In float32, each value once."""
-        return Sample(self.values.astype(jnp.float32), self.counted.astype(jnp.float32))
+        return Sample(widened(self.values), self.counted.astype(jnp.float32))
 
 
 def of_tensor(x: Float[Array, "..."], scale_shape: tuple[int, ...]) -> Held:
@@ -51,7 +52,7 @@ def of_tensor(x: Float[Array, "..."], scale_shape: tuple[int, ...]) -> Held:
     [[[1.0, 3.0], [2.0, 4.0]]]
     """
     half = x.dtype in (jnp.bfloat16, jnp.float16)
-    values, some = groups_last(x if half else x.astype(jnp.float32), scale_shape)
+    values, some = groups_last(x if half else widened(x), scale_shape)
     counted = some & jnp.isfinite(values)
     return Held(jnp.where(counted, values, jnp.zeros_like(values)), counted)
 

@@ -14,6 +14,8 @@ from quantjax.arithmetic import Arithmetic
 from quantjax.estimators import CLIPPED
 from quantjax.granularity import expand
 from quantjax.interpreter import leaves_by_path
+from quantjax.lean import widened
+from quantjax.meshes import automatic
 from quantjax.planning import Plan
 from quantjax.rounding import HALF_EVEN
 from quantjax.simulation import centered_codes, prepare
@@ -66,7 +68,7 @@ def dampening_loss(plan: Plan, qstate: QState, params: PyTree) -> Float[Array, "
             if weight is None:
                 continue
             one = over_steps(partial(_distance, operand), entry.site.steps)
-            total += jnp.sum(one(weight, qstate[entry.site.name][operand.key]))
+            total += jnp.sum(automatic(one, weight, qstate[entry.site.name][operand.key]))
     return total
 
 
@@ -82,7 +84,7 @@ def _distance(operand: OperandPlan, weight: jax.Array, qparams: QParams) -> jax.
     assert quantizer is not None
     qparams = jax.lax.stop_gradient(live_qparams(operand, weight, qparams))
     x, used = prepare(weight, qparams, quantizer.arithmetic)
-    x = x.astype(jnp.float32)
+    x = widened(x)
     used = used._replace(theta=quantizer.estimator.rest(used.theta))
     spread: Any = lambda array: expand(jnp.asarray(array, jnp.float32), x.shape)  # noqa: E731
     scale, zero = spread(used.scale), jnp.round(spread(used.zero_point))

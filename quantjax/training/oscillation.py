@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from quantjax.arguments import NUMBERS, expect, first_wrong
 from quantjax.granularity import expand
 from quantjax.interpreter import leaves_by_path
 from quantjax.layout import casts, scale_in_parameter
+from quantjax.meshes import REPLICATED, automatic, mesh_of, placed, spec_of
 from quantjax.planning import Plan
 from quantjax.rounding import HALF_EVEN
 from quantjax.selectors import Selector
@@ -169,8 +171,9 @@ def freeze_oscillations(
         for path, weight in followed.items():
             place = places[path]
             qparams = parameter_qparams(weight, qstate)
-            weights[path], leaves[place] = _step(
-                weight, state.weights[path], values[place], leaves[place], qparams, limits
+            given = state.weights[path], values[place], leaves[place], qparams, limits
+            weights[path], leaves[place] = automatic(
+                partial(_step, weight), *given, specs=partial(_specs, values[place])
             )
         updates = jax.tree.unflatten(jax.tree.structure(updates), list(leaves.values()))
         return updates, OscillationState(state.step + 1, weights)
@@ -194,15 +197,21 @@ def _start(weight: StoredWeight, value: jax.Array) -> Followed:
     bits = scale_in_parameter(
         jnp.full((*steps, *(1,) * rank), jnp.nan, jnp.float32), weight.moves, len(steps)
     )
-    zeros = lambda dtype: jnp.zeros(jnp.shape(value), dtype)  # noqa: E731
+    zeros = partial(jnp.zeros_like, value)  # split as it is, along the axes of a mesh
     return Followed(
         zeros(jnp.float32),
         zeros(jnp.float32),
         zeros(jnp.int8),
         zeros(jnp.float32),
         zeros(bool),
-        bits,
+        placed(bits, mesh_of(value)),
     )
+
+
+def _specs(value: jax.Array, found: tuple[Followed, jax.Array]) -> tuple[Followed, Any]:
+    """How what :func:`_step` returns is split: as the parameter is, but for the width."""
+    like = spec_of(value)
+    return Followed(*(like for _ in found[0][:-1]), bits=REPLICATED), like
 
 
 def _step(

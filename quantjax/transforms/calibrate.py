@@ -114,7 +114,7 @@ def calibrate_by(
             why="qj.observe returns what the model does, and the state",
             fix="y, state = qj.observe(f, plan)(state, params, x)",
         )
-    plan.check_params(params)
+    plan.check_params(params, ahead=state, call="qj.calibrate(plan, state, params)")
     leaves = leaves_by_path(params)
     check_used(plan, asked)
     found: dict[tuple[str, str], QParams] = {}

@@ -164,7 +164,8 @@ def compare(f: Function, plan: Plan) -> Callable[..., Report]:
 
     def comparing(qstate: QState, params: Any, *inputs: Any, key: Key | None = None) -> Report:
         check_given(f, inputs, verb="compare", key=key)
-        plan.check_params(params)
+        form = "qj.compare(f, plan)(qstate, params, x)"
+        plan.check_params(params, ahead=qstate, call=form)
         qstate = checked_qstate(plan, qstate)
         keys = site_keys(plan, key)
         program = programs(params, *inputs)

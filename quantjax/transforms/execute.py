@@ -118,7 +118,8 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
     def executing(qstate: QState, qparams: Any, *inputs: Any, key: Key | None = None) -> Any:
         check_given(f, inputs, verb="execute", key=key)
         params = dequantize_params(qparams)
-        plan.check_params(params)
+        form = "qj.execute(f, plan)(qstate, qparams, x)"
+        plan.check_params(params, ahead=qstate, call=form)
         frozen = frozen_leaves(qparams)
         qstate = with_frozen(plan, stored, whole_widths(qstate), frozen)
         qstate = checked_qstate(plan, qstate)

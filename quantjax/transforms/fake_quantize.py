@@ -104,7 +104,8 @@ def fake_quantize(
     planned = {entry.site.name: entry for entry in plan.quantized}
 
     def prepared(qstate: QState, params: Any, inputs: Any, key: Key | None) -> _Prepared:
-        plan.check_params(params)
+        form = "qj.fake_quantize(f, plan)(qstate, params, x)"
+        plan.check_params(params, ahead=qstate, call=form)
         qstate = checked_qstate(plan, qstate, codes_stay_real=True)
         keys = site_keys(plan, key)
         qstate, params, inputs = together(qstate, params, inputs)

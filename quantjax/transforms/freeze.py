@@ -74,7 +74,7 @@ def freeze(plan: Plan, qstate: QState, params: Any, *, key: Key | None = None) -
     QTensor(int8[4x4], scale[1x4], float32)
     """
     check_plan(plan, verb="freeze")
-    plan.check_params(params)
+    plan.check_params(params, ahead=qstate, call="qj.freeze(plan, qstate, params)")
     qstate = checked_qstate(plan, qstate)
     uses: dict[str, list[StoredWeight]] = {}
     for weight in stored_weights(plan):

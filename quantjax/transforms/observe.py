@@ -120,7 +120,8 @@ def observe(
         state: State, params: Any, *inputs: Any, where: Bool[Array, "..."] | None = None
     ) -> tuple[Any, State]:
         check_given(f, inputs, verb="observe", where=where)
-        plan.check_params(params)
+        form = "qj.observe(f, plan)(state, params, x)"
+        plan.check_params(params, ahead=state, call=form)
         where = expect_mask(where)
         check_inputs(inputs, where)
         program = programs(params, *inputs)

@@ -123,3 +123,31 @@ def test_a_jitted_model_with_a_key_of_its_own_is_seen():
     plan, qstate = ready(qj.uniform_policy())
     with refused(errors.ArgumentError, "key= is the verb's own"):
         qj.fake_quantize(jax.jit(dropped), plan)(qstate, PARAMS, X, key=KEY)
+
+
+def test_parameters_in_the_place_of_what_comes_ahead_of_them_are_told_where_they_belong():
+    """Forgotten, or the wrong way round; "plan again" had the same error again."""
+    plan, qstate = ready(qj.uniform_policy())
+    state, frozen = qj.init(plan), qj.freeze(plan, qstate, PARAMS)
+    verbs = {
+        qj.fake_quantize: (qstate, PARAMS),
+        qj.execute: (qstate, frozen),
+        qj.compare: (qstate, PARAMS),
+        qj.observe: (state, PARAMS),
+    }
+    for verb, (ahead, params) in verbs.items():
+        call = f"qj.{verb.__name__}(f, plan)({'state' if verb is qj.observe else 'qstate'}, "
+        for given in ((PARAMS, ahead, X), (PARAMS, X)):
+            with refused(errors.ArgumentError, "one place too early", "parameter w", call):
+                verb(dropped, plan)(*given)
+        verb(dropped, plan)(ahead, params, X)
+    for function, ahead in (
+        (qj.calibrate, state),
+        (qj.freeze, qstate),
+        (qj.calibration_report, state),
+    ):
+        call = f"qj.{function.__name__}(plan, "
+        with refused(errors.ArgumentError, "one place too early", call):
+            function(plan, PARAMS, ahead)
+    with refused(errors.PlanMismatchError, "not the parameter tree", "plan again"):
+        qj.fake_quantize(dropped, plan)(qstate, {"v": PARAMS["w"]}, X)

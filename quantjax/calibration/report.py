@@ -172,7 +172,7 @@ def _seen(
     plan: Plan, state: State, params: Any, widths: Mapping[Role, Bits | None]
 ) -> Iterator[_Seen]:
     """All operands with a fixed range and a width."""
-    call = "qj.calibration_report(plan, state, params)"
+    call = "calibration_report(plan, state, params)"
     plan.check_params(params, ahead=state, call=call)
     check_used(plan, widths)
     leaves = leaves_by_path(params)

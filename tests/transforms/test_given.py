@@ -10,6 +10,7 @@ from numpy.testing import assert_array_equal
 
 import quantjax as qj
 from quantjax import errors, storage
+from quantjax.calibration import calibration_report
 from tests.models import normal
 from tests.refused import refused
 
@@ -144,9 +145,9 @@ def test_parameters_in_the_place_of_what_comes_ahead_of_them_are_told_where_they
     for function, ahead in (
         (qj.calibrate, state),
         (qj.freeze, qstate),
-        (qj.calibration_report, state),
+        (calibration_report, state),
     ):
-        call = f"qj.{function.__name__}(plan, "
+        call = f"{function.__name__}(plan, "
         with refused(errors.ArgumentError, "one place too early", call):
             function(plan, PARAMS, ahead)
     with refused(errors.PlanMismatchError, "not the parameter tree", "plan again"):

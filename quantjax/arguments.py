@@ -169,8 +169,9 @@ def why_unwritable(folder: Path, *, files: Sequence[str], folders: Sequence[str]
     ...     why_unwritable(new, files=["results.csv"], folders=[]), new.exists()
     ('', False)
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    made: list[Path] = []
     try:
+        made += (place for place in (folder, *folder.parents) if not place.exists())
         folder.mkdir(parents=True, exist_ok=True)
         for place in (folder, *(folder / name for name in folders)):
             if place.exists():

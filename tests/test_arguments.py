@@ -17,7 +17,7 @@ from flax import nnx
 
 import quantjax as qj
 from quantjax import errors
-from quantjax.arguments import expect, expect_function, expect_key
+from quantjax.arguments import expect, expect_function, expect_key, why_unwritable
 
 PARAMS = {"w": jnp.eye(4)}
 X = jnp.ones((2, 4))
@@ -306,3 +306,12 @@ def test_kinds_are_named() -> None:
     assert str(caught.value) == (
         "n is a str, and an int or float is needed\n  where: here\n  try:   n=1"
     )
+
+
+@pytest.mark.parametrize("parent", ["there", "not there"])
+def test_names_that_are_too_long_cannot_be_written(tmp_path, parent):
+    """Asking whether it exists was an error of its own, where the folder around it does."""
+    (tmp_path / "there").mkdir()
+    why = why_unwritable(tmp_path / parent / ("n" * 300), files=["a"], folders=["b"])
+    assert "too long" in why
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -36,7 +36,8 @@ def quantized_cache(
 
     Args:
       bits: the width in use, 1 to ``format.max_bits``; may be traced, and is kept in the store, so
-        that layers may be given widths each. None takes all bits of the format.
+        that layers may be given widths each. None takes all bits of the format. One bit has no 0:
+        positions that were not written read as 1, and are for a mask to hide.
       format: the codes; a container of 4, 2 or 1 bits is stored 2, 4 or 8 codes a byte.
 
     Raises:

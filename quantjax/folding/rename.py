@@ -83,7 +83,9 @@ def refolded(
 
     A kernel ``W k`` in steps of ``s`` is, with another factor ``k'``, the kernel ``W k'`` in steps
     of ``s |k' / k|`` for each channel: the codes are the same. Do this where the running statistics
-    moved after training, as by :func:`quantjax.training.reestimate`.
+    moved after training, as by :func:`quantjax.training.reestimate`. Where a product reads its
+    kernel in bfloat16, ``W k`` and ``W k'`` are rounded to it apart, and codes of 8 bits that lie
+    next to a tie differ by one.
 
         state = refolded(renamed(qstate, plan, own), own, norms, variables, moved)
         folded = qj.fold_batch_norm(moved, norms)

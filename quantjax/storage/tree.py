@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from quantjax import errors
@@ -145,13 +146,15 @@ def decode_tree(data: Json, leaf: LoadLeaf, *, extra: Sequence[Any] = (), at: st
             )
         stored = inner(body["stored"], f"{at}.stored")
         _check_codes(stored, format, packing, at)
-        return QTensor(
-            stored,
-            inner({QPARAMS: body[QPARAMS]}, at),
-            format,
-            decode_dtype(body["dtype"], f"{at}.dtype"),
-            packing,
-        )
+        dtype = decode_dtype(body["dtype"], f"{at}.dtype")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise errors.StorageError(
+                f"codes stand for {dtype.name} numbers",
+                where=f"{at}.dtype",
+                why="what is decoded is a float",
+                fix='"dtype": "float32", or what the tensor was',
+            )
+        return QTensor(stored, inner({QPARAMS: body[QPARAMS]}, at), format, dtype, packing)
     return leaf(data, at)
 
 

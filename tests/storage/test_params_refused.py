@@ -256,6 +256,7 @@ def saved(path):
         ('"stored"', '"store"', "keys format, dtype, packing, stored, qparams"),
         ('"shape": [64, 8]', f'"shape": [{10**30}]', "is no shape"),
         ('"shape": [64, 8]', f'"shape": [{2**62}, {2**62}]', "is no shape"),
+        ('"dtype": "float32"', '"dtype": "int8"', "codes stand for int8 numbers"),
         ('"dtype": "float32"', '"dtype": "object"', "no dtype is called 'object'"),
         ('"dtype": "float32"', '"dtype": "datetime64[s]"', "no dtype is called"),
         ('"signed": true', '"signed": false', "those of uint have 8 bits and are uint8"),

@@ -110,6 +110,18 @@ def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if rounded else x
 
 
+def settled(x: jax.Array) -> jax.Array:
+    """``x`` itself, of the values that bfloat16 has, for all that reads it.
+
+    A result that is read twice, ahead of a product and behind it, may be written out for the one
+    and computed anew for the other, with more digits.
+
+    >>> settled(jnp.bfloat16(1.5)).dtype.name
+    'bfloat16'
+    """
+    return narrowed(widened(x), jnp.bfloat16) if x.dtype == jnp.bfloat16 else x
+
+
 def wide(*dtypes: DTypeLike) -> DTypeLike:
     """float32, or float64 where one of them is.
 

@@ -13,6 +13,7 @@ from quantjax.interpreter.evaluate import (
     Evaluated,
     Handler,
     Outcome,
+    Settle,
     Visit,
     evaluate,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Program",
     "ProgramCache",
     "Role",
+    "Settle",
     "Site",
     "SiteStatus",
     "Visit",

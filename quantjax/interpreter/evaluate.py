@@ -13,9 +13,9 @@ from jax.extend import core as jex_core
 from jax.sharding import get_abstract_mesh
 
 from quantjax import errors
-from quantjax._compat import bind_equation, bind_in_context, equation_context
+from quantjax._compat import bind_equation, bind_in_context, equation_context, is_jit
 from quantjax.interpreter.containers import Carried, Outputs, container_of, rebuild
-from quantjax.interpreter.moves import moved_back, moved_forth
+from quantjax.interpreter.moves import is_move, moved_back, moved_forth
 from quantjax.interpreter.product import Product, product_of
 from quantjax.interpreter.sites import Added, Location, Site
 from quantjax.interpreter.sums import summed
@@ -62,6 +62,10 @@ class Outcome(NamedTuple):
 
 
 Handler = Callable[[Visit], Outcome]
+
+
+Settle = Callable[[jax.Array], jax.Array]
+"""What a result becomes for all that reads it: the same in every program that computes it."""
 
 
 class Addition(NamedTuple):
@@ -114,6 +118,7 @@ def evaluate(
     *arguments: Any,
     collect: bool = False,
     additions: Additions | None = None,
+    settle: Settle | None = None,
 ) -> Evaluated:
     """Run ``program`` with the products named in ``handled`` computed by ``handler``.
 
@@ -125,12 +130,15 @@ def evaluate(
       arguments: those of the traced function, ``(params, *inputs)``.
       collect: whether the handler returns records.
       additions: how sums of handled products and their biases are computed; None leaves them.
+      settle: applied to what equations compute that no handler does; see :data:`Settle`.
     """
     active = {loc: site for loc, site in program.sites.items() if site.name in handled}
     names = handled & additions.names if additions is not None else frozenset()
     after = {loc: added for loc, added in program.additions.items() if added.site.name in names}
     added_by = additions.handler if additions is not None else None
-    walk = _Walk((handler, added_by), active, after, program.stacked, collect=collect)
+    walk = _Walk(
+        (handler, added_by), active, after, program.stacked, collect=collect, settle=settle
+    )
     carried = Carried(*placed(tuple(carried.only(handled)), mesh_of(arguments)))
     outputs = walk.run(program.jaxpr, (), carried, jax.tree.leaves(arguments))
     result = jax.tree.unflatten(program.out_tree, outputs.arrays)
@@ -178,9 +186,11 @@ class _Walk:
         stacked: Mapping[str, tuple[Location, ...]],
         *,
         collect: bool,
+        settle: Settle | None,
     ) -> None:
         self._handler, self._add_handler = handlers
         self._sites, self._collect = sites, collect
+        self._settle = settle
         self._additions = additions
         inside: dict[Location, set[str]] = collections.defaultdict(set)
         for location, site in sites.items():
@@ -227,7 +237,7 @@ class _Walk:
                 name = added.site.name
                 earlier = _Earlier(states.get(name), kept[name])
                 outcome = self._add(eqn, added, operands, carried, earlier)
-                outputs = [outcome.out]
+                outputs = [outcome.out if self._settle is None else self._settle(outcome.out)]
                 if name in carried.states:
                     states[name] = outcome.state
                 if self._collect and outcome.record is not None:
@@ -238,12 +248,22 @@ class _Walk:
                 states.update(inner.states)
                 records.update(inner.records)
             else:
-                outputs = bind_equation(eqn, *operands)
+                outputs = self._bind(eqn, here, operands)
             env.update(zip(eqn.outvars, outputs, strict=True))
             for var in last_use.get(index, ()):
                 env.pop(var, None)
         result = [a.val if isinstance(a, jex_core.Literal) else env[a] for a in jaxpr.outvars]
         return Outputs(result, states, records)
+
+    def _bind(self, eqn: jex_core.JaxprEqn, here: Location, operands: Sequence[Any]) -> list[Any]:
+        """An equation that no handler computes, settled one by one inside of jitted functions."""
+        if self._settle is None or is_move(eqn):
+            return bind_equation(eqn, *operands)
+        if is_jit(eqn):
+            return list(self._rebuild(eqn, here, NOTHING, operands).arrays)
+        pairs = zip(eqn.outvars, bind_equation(eqn, *operands), strict=True)
+        is_array = jax.core.ShapedArray  # and no reference to one
+        return [self._settle(out) if isinstance(v.aval, is_array) else out for v, out in pairs]
 
     def _handle(
         self, site: Site, product: Product, operands: Sequence[Any], carried: Carried
@@ -306,9 +326,9 @@ class _Walk:
             return rebuild(
                 container,
                 run,
-                carried.only(self._inside[location]),
+                carried.only(self._inside.get(location, frozenset())),
                 operands,
-                self._stacked[location],
+                self._stacked.get(location, frozenset()),
                 collect=self._collect,
             )
 

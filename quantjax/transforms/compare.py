@@ -30,6 +30,7 @@ from quantjax.transforms.fake_quantize import quantized_product, site_values
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
 from quantjax.transforms.qstate import checked_qstate
+from quantjax.transforms.settle import settle_of
 from quantjax.transforms.sites import check_arguments, check_given, check_program
 from quantjax.transforms.steps import layers_first, over_steps
 
@@ -214,6 +215,7 @@ def compare(f: Function, plan: Plan) -> Callable[..., Report]:
                 *inputs,
                 collect=True,
                 additions=additions_of(planned, addition),
+                settle=settle_of(program),
             ).records
             for handler, addition in pairs
         ]

@@ -51,6 +51,7 @@ from quantjax.transforms.calibrate import QState
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
 from quantjax.transforms.qstate import checked_qstate
+from quantjax.transforms.settle import settle_of
 from quantjax.transforms.sites import check_arguments, check_given, check_program
 from quantjax.transforms.steps import over_steps
 from quantjax.transforms.stored import (
@@ -145,9 +146,8 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
         keys = site_keys(not_frozen(plan, stored, frozen), key)
         values = _values(plan, program, stored, qstate, frozen, params, keys)
         carried, additions = Carried(values, keys), additions_of(planned, addition)
-        return evaluate(
-            program, handler, frozenset(planned), carried, params, *inputs, additions=additions
-        ).result
+        run = partial(evaluate, additions=additions, settle=settle_of(program))
+        return run(program, handler, frozenset(planned), carried, params, *inputs).result
 
     return executing
 

@@ -50,6 +50,7 @@ from quantjax.transforms.observe import (
     with_output,
 )
 from quantjax.transforms.qstate import checked_qstate
+from quantjax.transforms.settle import settle_of
 from quantjax.transforms.sites import check_arguments, check_given, check_program
 from quantjax.transforms.steps import over_steps
 
@@ -125,9 +126,8 @@ def fake_quantize(
             return added(planned[met.site.name], met, met.value.qparams, met.state)
 
         carried, additions = Carried(values, keys), additions_of(planned, addition)
-        return evaluate(
-            program, handler, frozenset(planned), carried, *given, additions=additions
-        ).result
+        run = partial(evaluate, additions=additions, settle=settle_of(program))
+        return run(program, handler, frozenset(planned), carried, *given).result
 
     def observing(
         qstate: QState,
@@ -161,9 +161,8 @@ def fake_quantize(
         seen = planned_statistics(plan, init(plan) if state is None else state)
         watched = {name: _Watched(keys.get(name), seen.get(name, {})) for name in planned}
         carried, additions = Carried(values, watched, mask), additions_of(planned, addition)
-        result, after, _ = evaluate(
-            program, handler, frozenset(planned), carried, *given, additions=additions
-        )
+        run = partial(evaluate, additions=additions, settle=settle_of(program))
+        result, after, _ = run(program, handler, frozenset(planned), carried, *given)
         found = {name: after[name].statistics for name in seen}
         check_statistics(found)
         return result, found

@@ -24,6 +24,7 @@ def drawn(*shape: int) -> jax.Array:
 PARAMS = {"a": drawn(32, 32) / 4, "w": drawn(32, 10) / 4}
 WIDE = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), PARAMS)
 IMAGES, ROWS = drawn(256, 4, 32), drawn(256, 32)
+MANY = drawn(8192, 32)  # as many as XLA fuses otherwise on a CPU than it does few
 
 
 def averaged(params, x):
@@ -58,6 +59,37 @@ def gated(params, x):
     return (jax.nn.relu(h) * jax.nn.sigmoid(h)) @ params["w"]
 
 
+def normed(x):
+    away = x - x.mean(-1, keepdims=True)
+    return away * jax.lax.rsqrt((away * away).mean(-1, keepdims=True) + 1e-3)
+
+
+def read_twice(params, x):
+    """A sum that a product reads, and what is computed of the product's result."""
+    y = x + x @ params["a"]
+    return (y + jax.nn.softmax(y @ params["a"], -1)) @ params["w"]
+
+
+def normed_behind(params, x):
+    """A residual whose norm stands behind the product, as in Swin v2 and Gemma 2."""
+    y = x + jax.nn.gelu(x @ params["a"])
+    return (y + normed(y @ params["a"])) @ params["w"]
+
+
+def normed_ahead(params, x):
+    y = x + jax.nn.gelu(normed(x) @ params["a"])
+    return y + normed(y) @ params["a"]
+
+
+def in_layers(params, x):
+    """The same inside a scan, and inside a function that is jitted."""
+
+    def layer(h, _):
+        return jax.jit(normed_ahead)(params, h), None
+
+    return jax.lax.scan(layer, x, None, length=2)[0] @ params["w"]
+
+
 MODELS = {
     "averaged": (averaged, PARAMS, IMAGES),
     "hidden, averaged": (hidden_and_averaged, PARAMS, IMAGES),
@@ -66,6 +98,10 @@ MODELS = {
     "summed": (summed, PARAMS, IMAGES),
     "residual": (residual, PARAMS, ROWS),
     "gated": (gated, PARAMS, ROWS),
+    "read twice": (read_twice, PARAMS, MANY),
+    "normed behind": (normed_behind, PARAMS, MANY),
+    "normed ahead": (normed_ahead, PARAMS, MANY),
+    "in layers": (in_layers, PARAMS, MANY),
 }
 POLICIES = {
     "W8A8": qj.uniform_policy(),
@@ -89,6 +125,12 @@ def test_executed_is_simulated_jitted_or_not(name, policy):
     simulated = jax.jit(simulate)(qstate, params, x)
     executed = jax.jit(execute)(qstate, frozen, x)
     assert_same_bits(executed, simulated)
+
+    def around(params):
+        y = simulate(qstate, params, x)
+        return y.astype(jnp.float32).sum(), y
+
+    assert_same_bits(jax.jit(jax.value_and_grad(around, has_aux=True))(params)[0][1], simulated)
     if policy != "weights":  # of which a product is in float, and its sums in any order
         assert_same_bits(simulated, simulate(qstate, params, x))
 

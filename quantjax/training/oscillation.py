@@ -211,7 +211,8 @@ def _start(weight: StoredWeight, value: jax.Array) -> Followed:
 def _specs(value: jax.Array, found: tuple[Followed, jax.Array]) -> tuple[Followed, Any]:
     """How what :func:`_step` returns is split: as the parameter is, but for the width."""
     like = spec_of(value)
-    return Followed(*(like for _ in found[0][:-1]), bits=REPLICATED), like
+    like_it = found[0]._replace(**dict.fromkeys(Followed._fields, like))
+    return like_it._replace(bits=REPLICATED), like
 
 
 def _step(

@@ -91,8 +91,9 @@ def observe(
     """``observe(f, plan)(state, params, *inputs, where=None) -> (f(params, *inputs), state)``.
 
     Runs the model in float, bit for bit as it is, and updates the statistics of every operand whose
-    range is fixed. Works under ``jit``, ``scan`` and ``vmap``. Compiled with some thousand rows, XLA
-    may compute a residual sum once that it computes twice in the model alone: last places differ.
+    range is fixed. Works under ``jit``, ``scan`` and ``vmap``. Compiled with some thousand rows,
+    XLA may compute a residual sum once that it computes twice in the model alone: last places
+    differ.
 
     A batch that is spread over devices: under ``jit`` with sharded inputs, nothing has to be done.
     Inside ``shard_map``, give ``axis_name``, and each device has the statistics of the whole batch.

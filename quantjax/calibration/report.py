@@ -172,8 +172,7 @@ def _seen(
     plan: Plan, state: State, params: Any, widths: Mapping[Role, Bits | None]
 ) -> Iterator[_Seen]:
     """All operands with a fixed range and a width."""
-    call = "calibration_report(plan, state, params)"
-    plan.check_params(params, ahead=state, call=call)
+    plan.check_params(params, ahead=state, call="calibration_report(plan, state, params)")
     check_used(plan, widths)
     leaves = leaves_by_path(params)
     for entry in plan.quantized:

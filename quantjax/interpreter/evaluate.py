@@ -122,7 +122,8 @@ def evaluate(
 ) -> Evaluated:
     """Run ``program`` with the products named in ``handled`` computed by ``handler``.
 
-    All else is bound as it was traced; a container that holds no handled site is bound whole.
+    All else is bound as it was traced; a container that holds no handled site is bound whole, but
+    for jitted functions where results are settled, whose equations are bound one by one.
 
     Args:
       carried: values, states and what is shared. A stacked site (``Site.steps``) has a leading axis

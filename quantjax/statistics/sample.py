@@ -52,7 +52,7 @@ def of_tensor(x: Float[Array, "..."], scale_shape: tuple[int, ...]) -> Held:
     [[[1.0, 3.0], [2.0, 4.0]]]
     """
     half = x.dtype in (jnp.bfloat16, jnp.float16)
-    values, some = groups_last(x if half else widened(x), scale_shape)
+    values, some = groups_last(x if half else x.astype(jnp.float32), scale_shape)
     counted = some & jnp.isfinite(values)
     return Held(jnp.where(counted, values, jnp.zeros_like(values)), counted)
 

@@ -208,11 +208,11 @@ def _start(weight: StoredWeight, value: jax.Array) -> Followed:
     )
 
 
-def _specs(value: jax.Array, found: tuple[Followed, jax.Array]) -> tuple[Followed, Any]:
+def _specs(value: jax.Array, found: Any) -> tuple[Followed, Any]:
     """How what :func:`_step` returns is split: as the parameter is, but for the width."""
+    del found
     like = spec_of(value)
-    like_it = found[0]._replace(**dict.fromkeys(Followed._fields, like))
-    return like_it._replace(bits=REPLICATED), like
+    return Followed(like, like, like, like, like, bits=REPLICATED), like
 
 
 def _step(

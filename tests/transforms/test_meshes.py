@@ -1,17 +1,20 @@
-"""On a mesh with explicit axes, what all verbs return is what they return on one device."""
+"""On a mesh with explicit axes, verbs, losses and optimizers do what they do on one device."""
+
+import functools
 
 import pytest
 
 from tests.devices import report_of
-from tests.transforms.on_a_mesh import CASES
+from tests.training import on_a_mesh as training
+from tests.transforms import on_a_mesh as verbs
 
+CASES = {name: program.__name__ for program in (verbs, training) for name in program.CASES}
 
-@pytest.fixture(scope="module")
-def report():
-    """What the program of eight devices prints; it stops at the first case that does not hold."""
-    return report_of("tests.transforms.on_a_mesh")
+report = functools.cache(report_of)
+"""What a program of eight devices prints; it stops at the first case that does not hold."""
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mesh_has_the_results_of_one_device(report, name):
-    assert f"{name} holds" in report.splitlines(), report
+def test_a_mesh_has_the_results_of_one_device(name):
+    said = report(CASES[name])
+    assert f"{name} holds" in said.splitlines(), said

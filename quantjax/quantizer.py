@@ -316,6 +316,10 @@ def activation_quantizer(
     Without ``bits``, 8, or the width of a format's container that has no 8. A format without a zero
     point is symmetric.
 
+    Sharp edges: symmetric codes are -128 to 127, so that a largest value that is positive has no
+    level, nor a gradient by :data:`CLIPPED`: in a live range, one of every token or group.
+    ``format=integer(max_bits=8, narrow=True)`` has both ends; at two bits three levels, not four.
+
     Raises:
       QuantizerError: a fixed range by a rule that needs the tensor itself; parts that contradict
         one another.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from quantjax.arguments import expect
-from quantjax.formats import E4M3FN, MXFP4, NVFP4, Format
+from quantjax.formats import E4M3FN, MXFP4, NVFP4, Format, integer
 from quantjax.granularity import PerChannel, PerGroup, PerTensor, PerToken, Remainder
 from quantjax.interpreter import Op
 from quantjax.policy import Policy, Scheme, rule, uniform_policy
@@ -33,13 +33,19 @@ def w8a8() -> Policy:
 def w8a8_dynamic() -> Policy:
     """int8 weights by output channel, int8 activations by token, each range that of the token.
 
+    Activations have the codes -127 to 127: in two's complement the largest value of every token
+    would have no level, and no gradient where the program is trained.
+
     >>> print(w8a8_dynamic())
-    weighted: w=int8/channel a=int8/token/live
+    weighted: w=int8/channel a=int-narrow8/token/live
 
     Source: Dettmers et al., LLM.int8(), 2022, section 2 (vector-wise quantization).
     """
     activations = activation_quantizer(
-        bits=8, symmetric=True, granularity=PerToken(), range=RangeMode.LIVE
+        format=integer(max_bits=8, narrow=True),
+        symmetric=True,
+        granularity=PerToken(),
+        range=RangeMode.LIVE,
     )
     return _everywhere(Scheme(weights=weight_quantizer(bits=8), activations=activations))
 

@@ -62,7 +62,8 @@ def _counted(places: jax.Array, weights: jax.Array, span: jax.Array, bins: int) 
     some = jnp.where(span > 0.0, span, 1.0)
     index = jnp.floor(divide_by_scale(places, some) * bins).astype(jnp.int32)
     index = jnp.clip(index, 0, bins - 1)
-    return jnp.zeros(bins, jnp.float32).at[index].add(weights)
+    # By integers: ones that are added in float32 are lost beyond 2^24.
+    return jnp.zeros(bins, jnp.uint32).at[index].add(weights.astype(jnp.uint32)).astype(jnp.float32)
 
 
 def _tails(histogram: Histogram, places: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -161,3 +161,18 @@ def test_sawb_has_the_levels_that_its_coefficients_are_for(bits):
         return float(jnp.mean((qj.fake_quantize(f, plan)(qstate, {"w": w}, jnp.eye(200)) - w) ** 2))
 
     assert error(weights) <= 1.02 * error(best)
+
+
+def test_live_ranges_of_tokens_leave_each_entry_its_gradient():
+    """The largest entry of a token has a level of its own, so that nothing is clipped."""
+    f = lambda p, x: jax.nn.gelu(x @ p["a"]) @ p["b"]  # noqa: E731
+    params, x = {"a": normal(0, 16, 24), "b": normal(1, 24, 8)}, normal(2, 32, 16)
+    plan = forms(qj.presets.w8a8_dynamic(), f, params, x)
+    qstate = qj.calibrate(plan, {}, params)
+
+    def of(g, *given):
+        return jax.jit(jax.grad(lambda x: jnp.sum(g(*given, x) ** 2)))(x)
+
+    got, want = of(qj.fake_quantize(f, plan), qstate, params), of(f, params)
+    assert not jnp.any(got == 0.0)
+    assert jnp.vdot(got, want) > 0.999 * jnp.linalg.norm(got) * jnp.linalg.norm(want)

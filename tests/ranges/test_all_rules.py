@@ -36,7 +36,7 @@ WIDTHS = jnp.float32([2, 3, 4, 8])
 
 
 def close(got: Range, want: Range) -> None:
-    """Up to last places, which another fusion may leave; they decide between no two ranges."""
+    """Up to last places, which another fusion may leave; here they decide between no two ranges."""
     assert_allclose(got.low, want.low, rtol=1e-6, atol=1e-7)
     assert_allclose(got.high, want.high, rtol=1e-6, atol=1e-7)
     assert_array_equal(*np.broadcast_arrays(got.calibrated, want.calibrated))

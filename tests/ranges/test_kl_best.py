@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantjax.ranges.kl_best import TOGETHER, best_of
+from quantjax.ranges.rebin import magnitude_counts
+from quantjax.statistics import of_tensor
 
 CLIPS = 23
 VALUES = st.lists(
@@ -61,3 +63,17 @@ def test_one_alone_is_not_looked_at_again():
 @pytest.mark.parametrize("enough", [np.inf, 0.0, np.nan])
 def test_where_there_is_no_candidate_it_is_the_last(enough):
     assert best(np.zeros(CLIPS), np.full(CLIPS, np.inf), enough) == CLIPS - 1
+
+
+def test_bins_of_held_tensors_hold_more_than_float32_counts():
+    """One by one, float32 counts to 2^24."""
+    x = jnp.zeros(2**24 + 9).at[0].set(1.0)
+
+    @jax.jit
+    def counts(x):
+        group = jax.tree.map(
+            lambda leaf: leaf[0] if leaf.ndim else leaf, of_tensor(x, (1,), with_values=True)
+        )
+        return magnitude_counts(group, 4)
+
+    assert counts(x).tolist() == [2**24 + 8, 0.0, 0.0, 1.0]

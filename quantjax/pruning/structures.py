@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from quantjax import errors
@@ -29,6 +30,9 @@ class Scope(enum.Enum):
 EXACT = 1 << 24
 """Counts up to here are float32 numbers."""
 
+COMPARED = 16
+"""Neighbours of which all pairs are compared, where more are sorted."""
+
 
 def kept(scores: Float[Array, "... n"], sparsity: float | jax.Array) -> Bool[Array, "... n"]:
     """True for all but the ``round(sparsity · n)`` lowest along the last axis, by rank.
@@ -44,6 +48,18 @@ def _above(scores: jax.Array, number: int | jax.Array) -> jax.Array:
     order = jnp.argsort(scores, axis=-1, stable=True)
     ranks = jnp.argsort(order, axis=-1)
     return ranks >= jnp.asarray(number, ranks.dtype)
+
+
+@functools.partial(jax.jit, inline=True, static_argnames="axis")
+def _above_neighbours(scores: jax.Array, number: int | jax.Array, *, axis: int) -> jax.Array:
+    """The same along a short axis, by comparing all pairs where they lie: sorts are slow."""
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    place = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
+    below = jnp.zeros(scores.shape, jnp.int32)
+    for n in range(scores.shape[axis]):
+        one = lax.slice_in_dim(scores, n, n + 1, axis=axis)
+        below += ((one < scores) | ((one == scores) & (n < place))).astype(jnp.int32)
+    return below >= jnp.asarray(number, jnp.int32)
 
 
 def _gone(sparsity: float | jax.Array, number: int) -> int | jax.Array:
@@ -143,10 +159,16 @@ class NOfM(Structure):
                 why="the axis is no multiple of the groups, or not there",
                 fix="select= without this kernel, another axis or another M",
             )
-        last = jnp.moveaxis(scores, self.axis, -1)
+        axis, shape = self.axis % scores.ndim, scores.shape
+        if self.m <= COMPARED:
+            apart = shape[axis] // self.m, self.m
+            groups = scores.reshape(*shape[:axis], *apart, *shape[axis + 1 :])
+            stays = _above_neighbours(groups, _gone(sparsity, self.m), axis=axis + 1)
+            return stays.reshape(shape)
+        last = jnp.moveaxis(scores, axis, -1)
         groups = last.reshape(*last.shape[:-1], last.shape[-1] // self.m, self.m)
         stays = kept(groups, sparsity).reshape(last.shape)
-        return jnp.moveaxis(stays, -1, self.axis)
+        return jnp.moveaxis(stays, -1, axis)
 
     def check(self, sparsity: jax.Array | float) -> None:
         """Of ``M`` weights a whole number goes."""

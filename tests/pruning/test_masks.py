@@ -89,6 +89,21 @@ def test_every_group_keeps_as_many(seed, m, kept):
         assert (np.where(groups, -np.inf, scores).max(-1) <= lowest_kept).all()
 
 
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("m", [2, 4, 16, 32])
+def test_of_equal_neighbours_the_first_go_compared_or_sorted(m, axis):
+    """Few neighbours are compared with one another, many are sorted; NaN goes first."""
+    draw = np.random.default_rng(m)
+    scores = np.float32(draw.integers(-2, 3, size=(32, 64, 32)))
+    scores[draw.uniform(size=scores.shape) < 0.1] = np.nan
+    order = np.moveaxis(np.where(np.isnan(scores), -np.inf, scores), axis, -1)
+    groups = order.reshape(*order.shape[:-1], -1, m)
+    ranks = np.argsort(np.argsort(groups, axis=-1, kind="stable"), axis=-1)
+    want = np.moveaxis((ranks >= m // 2).reshape(order.shape), -1, axis)
+    assert_array_equal(NOfM(m, axis=axis).mask(jnp.asarray(scores), 0.5, "here"), want)
+    assert NOfM(m, axis=axis).mask(jnp.ones((0, m, m)), 0.5, "here").shape == (0, m, m)
+
+
 def test_masks_are_nested_and_a_grid_is_one_program():
     case = models.cnn()
     traced = []

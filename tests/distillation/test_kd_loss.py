@@ -261,3 +261,26 @@ def test_an_empty_batch_is_a_float32_zero():
         empty = qj.kd_loss(jnp.zeros((0, 3), jnp.float32), jnp.zeros((0, 3), jnp.float32))
     assert empty.dtype == jnp.float32
     assert float(empty) == 0.0
+
+
+@pytest.mark.parametrize("apart", [3.0, 0.01], ids=["far", "near"])
+@pytest.mark.parametrize("temperature", [0.7, 4.0])
+def test_second_derivatives_are_those_of_the_softmax(temperature, apart):
+    """``diag(q) - q qᵀ`` of each example, over the number of examples."""
+    student, teacher, _ = drawn(0, 3, 5)
+    teacher = student + apart * teacher
+    found = jax.hessian(lambda s: qj.kd_loss(s, teacher, temperature=temperature, alpha=1.0))(
+        jnp.asarray(student)
+    )
+    q = np.asarray(jax.nn.softmax(student / temperature))
+    for first in range(3):
+        for second in range(3):
+            own = np.diag(q[first]) - np.outer(q[first], q[first])
+            want = own / 3 if first == second else np.zeros((5, 5))
+            assert_allclose(found[first, :, second], want, atol=1e-6)
+
+
+def test_a_gradient_keeps_few_arrays_of_the_size_of_logits():
+    logits = jax.ShapeDtypeStruct((16, 8192), jnp.float32)
+    program = jax.jit(jax.grad(qj.kd_loss)).lower(logits, logits).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 7 * 4 * logits.size

@@ -29,7 +29,7 @@ _UNTRACEABLE = (
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
 )
-COMPARED = 16  # up to so many levels, comparing with each is faster than searching
+COMPARED = 64  # up to so many levels, comparing with each is faster than searching
 # The resolution of float32 just below 2, where the coordinate of a value is rounded.
 _STEP = 2.0**-23
 

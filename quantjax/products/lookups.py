@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -39,10 +41,20 @@ def quantized_rows(
 
 
 def decoded_rows(
-    product: Product, codes: jax.Array, zero_point: jax.Array, scale: jax.Array
+    product: Product,
+    codes: jax.Array,
+    zero_point: jax.Array,
+    scale: jax.Array,
+    decode: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Float[Array, "..."]:
-    """``(codes - zero_point) · scale`` of the rows alone, where the table is codes already."""
-    values = rows(product, codes).astype(jnp.float32) - rows_of_scale(product, zero_point)
+    """``(codes - zero_point) · scale`` of the rows alone, where the table is codes already.
+
+    Args:
+      decode: from codes to levels, where they are no integers.
+    """
+    taken = rows(product, codes)
+    levels = taken.astype(jnp.float32) if decode is None else decode(taken)
+    values = levels - rows_of_scale(product, zero_point)
     found = narrowed(times(values, rows_of_scale(product, scale)), product.out.dtype)
     stated = product.params.get("fill_value")
     outside = jnp.full(found.shape, jnp.nan if stated is None else stated, found.dtype)

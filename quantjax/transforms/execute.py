@@ -12,12 +12,9 @@ import numpy as np
 
 from quantjax import errors
 from quantjax._compat import concrete, varying_like
-from quantjax.affine import QParams, has_codes
-from quantjax.arithmetic import Arithmetic
+from quantjax.affine import QParams
 from quantjax.data_free import dequantize_params
-from quantjax.formats import Format
-from quantjax.granularity import expand
-from quantjax.integers import IntegerOperand, int8_codes, integer_product, shift_of
+from quantjax.integers import integer_product, shift_of
 from quantjax.interpreter import (
     Addition,
     Carried,
@@ -35,7 +32,6 @@ from quantjax.layout import codes_in_product
 from quantjax.meshes import automatic, first_as, together
 from quantjax.planning import Plan
 from quantjax.products import (
-    Coded,
     Execution,
     decoded_rows,
     in_float,
@@ -43,11 +39,17 @@ from quantjax.products import (
     quantized_rows,
 )
 from quantjax.qtensor import QTensor
-from quantjax.quantizer import Quantizer
-from quantjax.simulation import centered_codes, prepare
 from quantjax.site_plan import OperandPlan, SitePlan, resized
 from quantjax.transforms.after import Sums, added, additions_of, bits_of, finish, sums_of
 from quantjax.transforms.calibrate import QState
+from quantjax.transforms.executed_codes import (
+    Codes,
+    encoded,
+    in_float_codes,
+    integer_operand,
+    levels_at_product,
+    not_differentiable,
+)
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
 from quantjax.transforms.qstate import checked_qstate
@@ -161,17 +163,6 @@ def _sums(entry: SitePlan, visit: Visit, executed: Executed) -> Sums | None:
     return sums_of(entry, visit.product, (left.scale, right.scale), bits)
 
 
-class Codes(NamedTuple):
-    """One operand of a product: ``operand ≈ (codes - zero_point) · scale``; of any dtype.
-
-    Where codes are no integers, their levels stand for them.
-    """
-
-    codes: jax.Array
-    zero_point: jax.Array
-    scale: jax.Array
-
-
 class ExecutionValue(NamedTuple):
     """What a planned site needs: QParams by operand, and its weight where that is coded already."""
 
@@ -202,7 +193,7 @@ def executed_product(planned: SitePlan, visit: Visit) -> Executed:
         if operand.quantizer is None:
             found[side] = None
         elif operand.is_weight and value.weight is not None:
-            found[side] = varying_like(value.weight, raw[side])
+            found[side] = varying_like(value.weight, raw[side]).decoded()
         else:
             qparams = live_qparams(operand, raw[side], value.qparams[operand.key])
             found[side] = encoded(raw[side], qparams, operand.quantizer, keys.sides[side])
@@ -219,7 +210,9 @@ def _looked_up(entry: SitePlan, visit: Visit, keys: SiteKeys) -> Executed:
         arithmetic = for_every_entry(operand.quantizer).arithmetic
         rows = quantized_rows(visit.product, visit.lhs, qparams, arithmetic, keys.sides[0])
     else:
-        rows = decoded_rows(visit.product, *varying_like(codes, visit.lhs))
+        table = varying_like(codes, visit.lhs)
+        decode = table.levels.of if table.levels else None
+        rows = decoded_rows(visit.product, table.codes, table.zero_point, table.scale, decode)
     return Executed(rows, (codes, None), keys.after)
 
 
@@ -239,73 +232,14 @@ def _multiplied(
             assert codes is not None
             assert quantizer is not None
             if jnp.issubdtype(codes.codes.dtype, jnp.floating):
-                codes = codes._replace(codes=_not_differentiable(entry.site.name, codes.codes))
+                codes = codes._replace(codes=not_differentiable(entry.site.name, codes.codes))
             integers.append(integer_operand(codes, quantizer))
         return integer_product(product, *integers)
     sides = [
-        in_float(x) if codes is None else _in_float_codes(codes)
+        in_float(x) if codes is None else in_float_codes(codes)
         for x, codes in zip(raw, operands, strict=True)
     ]
     return multiply(product, raw, sides[0], sides[1], entry.sizing)
-
-
-def encoded(x: jax.Array, qparams: QParams, quantizer: Quantizer, key: Key | None) -> Codes:
-    """The codes of a tensor that comes in float, as floats."""
-    return _encoded(for_every_entry(quantizer).arithmetic, x, qparams, key)
-
-
-@partial(jax.jit, static_argnums=0, inline=True)  # one program where it is called eagerly
-def _encoded(arithmetic: Arithmetic, x: jax.Array, qparams: QParams, key: Key | None) -> Codes:
-    x, qparams = prepare(x, qparams, arithmetic)
-    zero_point = jnp.round(jnp.asarray(qparams.zero_point, jnp.float32))
-    centered = centered_codes(x, qparams, arithmetic, key)
-    centered = jnp.where(jnp.isnan(centered), 0.0, centered)
-    scale = jnp.where(has_codes(qparams), arithmetic.usable_scale(qparams), jnp.nan)
-    return Codes(centered + expand(zero_point, x.shape), zero_point, scale)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _not_differentiable(site: str, codes: jax.Array) -> jax.Array:
-    """Codes on their way to int8, behind which every gradient would be 0 without a word."""
-    del site
-    return codes
-
-
-@_not_differentiable.defjvp
-def _not_differentiable_jvp(site: str, primals: Any, tangents: Any) -> Any:
-    raise errors.FreezeError(
-        "integer products have no derivative",
-        where=f"qj.execute, site {site}",
-        why="codes are whole numbers; behind them every gradient would be 0",
-        fix="qj.fake_quantize(f, plan)(qstate, qj.dequantize_params(qparams), x), which has the "
-        "same codes, or jax.lax.stop_gradient(x) for what is fixed",
-    )
-
-
-def integer_operand(codes: Codes, quantizer: Quantizer) -> IntegerOperand:
-    """Codes in int8; the scale is NaN where int8 does not hold the zero point."""
-    return _in_int8(quantizer.format, codes, is_symmetric=quantizer.symmetric)
-
-
-@partial(jax.jit, static_argnums=0, static_argnames="is_symmetric", inline=True)
-def _in_int8(format: Format, codes: Codes, *, is_symmetric: bool) -> IntegerOperand:
-    shift = shift_of(format)
-    values = codes.codes
-    if jnp.issubdtype(values.dtype, jnp.floating):
-        values = (values - float(shift)).astype(jnp.int8)
-    else:
-        values = int8_codes(values, format)
-    zero_point = codes.zero_point - float(shift)
-    if is_symmetric and not shift:
-        return IntegerOperand(values, None, jnp.where(zero_point == 0, codes.scale, jnp.nan))
-    usable = (zero_point >= -128) & (zero_point <= 127)
-    factor = jnp.where(usable, codes.scale, jnp.nan)
-    return IntegerOperand(values, zero_point.astype(jnp.int32), factor)
-
-
-def _in_float_codes(codes: Codes) -> Coded:
-    values = codes.codes.astype(jnp.float32)
-    return Coded(values - expand(codes.zero_point, values.shape), codes.scale)
 
 
 def _values(
@@ -322,15 +256,18 @@ def _values(
     values: dict[str, ExecutionValue] = {}
     for entry in plan.quantized:
         name, ready = entry.site.name, None
+        is_shared = name in program.repeated and not entry.site.op.is_lookup  # by steps of a loop
         for operand in entry.quantized:
             if not operand.is_weight:
                 continue
             qparams = qstate[name][operand.key]
             if name in stored and stored[name].path in frozen:
                 tensor = frozen[stored[name].path]
-                codes = codes_in_product(tensor.levels(), stored[name].moves)
-                ready = Codes(codes, jnp.round(qparams.zero_point), qparams.scale)
-            elif name in program.repeated and not entry.site.op.is_lookup:
+                levels = None if is_shared else levels_at_product(tensor, entry.site.steps)
+                held = tensor.levels() if levels is None else tensor.codes
+                codes = codes_in_product(held, stored[name].moves)
+                ready = Codes(codes, jnp.round(qparams.zero_point), qparams.scale, levels)
+            elif is_shared:
                 weight = evaluate_origin(program.weights[name], leaves)
                 code = over_steps(partial(_encoded_weight, operand), entry.site.steps)
                 given = weight, qparams, keys.get(name)

@@ -18,7 +18,8 @@ from quantjax.interpreter import Carried, Op, Outcome, Product, Visit, evaluate,
 from quantjax.planning import Plan
 from quantjax.products import Execution, coded, in_float
 from quantjax.site_plan import OperandPlan, SitePlan
-from quantjax.transforms.execute import _values, executed_product, integer_operand
+from quantjax.transforms.execute import _values, executed_product
+from quantjax.transforms.executed_codes import integer_operand
 from quantjax.transforms.fake_quantize import live_qparams, quantized_product, site_values
 from quantjax.transforms.stored import frozen_leaves, stored_weights, with_frozen
 from tests.models import Case

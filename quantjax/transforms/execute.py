@@ -81,7 +81,10 @@ def execute(f: Function, plan: Plan) -> Callable[..., Any]:
     is computed as the model has it. Codes and sums equal those of ``qj.fake_quantize``.
 
     Args (of the returned function):
-      qstate: from ``qj.calibrate``. Of a frozen weight, the QParams in ``qparams`` are used.
+      qstate: from ``qj.calibrate``. Of a frozen weight, the QParams in ``qparams`` are used; those
+        that it holds are compared with them, under ``jit`` in every call, all scales of a table for
+        one token (int4 in groups of 32, 32000 x 512: 1.0 ms, 0.13 without). They may be left out:
+        ``{site: {"activation": operands["activation"]} for site, operands in qstate.items()}``.
       qparams: from ``qj.freeze``; leaves that are still floats are encoded when it runs.
 
     Raises (of the returned function):

@@ -100,3 +100,15 @@ def test_no_floats_of_all_layers_or_rows_lie_in_memory(case, name):
     program = jax.jit(qj.execute(f, plan)).lower(qstate, frozen, x).compile()
     memory = program.memory_analysis().temp_size_in_bytes
     assert memory < 0.75 * params.nbytes
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scales_of_frozen_weights_may_be_left_out_of_a_qstate(bits):
+    """They are in the frozen tree; those of a qstate are compared with them in every call."""
+    f, params, x = CASES["stacked"]
+    plan = qj.plan(qj.uniform_policy(weight_bits=bits), qj.sites(f, params, x))
+    _, state = jax.jit(qj.observe(f, plan))(qj.init(plan), params, x)
+    qstate = qj.calibrate(plan, state, params)
+    frozen, execute = qj.freeze(plan, qstate, params), jax.jit(qj.execute(f, plan))
+    rest = {name: {"activation": own["activation"]} for name, own in qstate.items()}
+    assert_same_bits(execute(rest, frozen, x), execute(qstate, frozen, x))

@@ -28,7 +28,6 @@ from quantjax.interpreter import (
     leaves_by_path,
 )
 from quantjax.interpreter.trace import Function
-from quantjax.layout import codes_in_product
 from quantjax.meshes import automatic, first_as, together
 from quantjax.planning import Plan
 from quantjax.products import (
@@ -47,8 +46,8 @@ from quantjax.transforms.executed_codes import (
     encoded,
     in_float_codes,
     integer_operand,
-    levels_at_product,
     not_differentiable,
+    stored_codes,
 )
 from quantjax.transforms.keys import Key, SiteKeys, next_keys, site_keys
 from quantjax.transforms.live import live_qparams
@@ -196,7 +195,7 @@ def executed_product(planned: SitePlan, visit: Visit) -> Executed:
         if operand.quantizer is None:
             found[side] = None
         elif operand.is_weight and value.weight is not None:
-            found[side] = varying_like(value.weight, raw[side]).decoded()
+            found[side] = varying_like(value.weight, raw[side]).read()
         else:
             qparams = live_qparams(operand, raw[side], value.qparams[operand.key])
             found[side] = encoded(raw[side], qparams, operand.quantizer, keys.sides[side])
@@ -214,7 +213,7 @@ def _looked_up(entry: SitePlan, visit: Visit, keys: SiteKeys) -> Executed:
         rows = quantized_rows(visit.product, visit.lhs, qparams, arithmetic, keys.sides[0])
     else:
         table = varying_like(codes, visit.lhs)
-        decode = table.levels.of if table.levels else None
+        decode = table.reading.of if table.reading else None
         rows = decoded_rows(visit.product, table.codes, table.zero_point, table.scale, decode)
     return Executed(rows, (codes, None), keys.after)
 
@@ -266,10 +265,8 @@ def _values(
             qparams = qstate[name][operand.key]
             if name in stored and stored[name].path in frozen:
                 tensor = frozen[stored[name].path]
-                levels = None if is_shared else levels_at_product(tensor, entry.site.steps)
-                held = tensor.levels() if levels is None else tensor.codes
-                codes = codes_in_product(held, stored[name].moves)
-                ready = Codes(codes, jnp.round(qparams.zero_point), qparams.scale, levels)
+                codes, reading = stored_codes(stored[name], tensor, is_shared=is_shared)
+                ready = Codes(codes, jnp.round(qparams.zero_point), qparams.scale, reading)
             elif is_shared:
                 weight = evaluate_origin(program.weights[name], leaves)
                 code = over_steps(partial(_encoded_weight, operand), entry.site.steps)

@@ -16,71 +16,97 @@ from quantjax.arithmetic import Arithmetic
 from quantjax.formats import Format, Theta
 from quantjax.granularity import expand
 from quantjax.integers import IntegerOperand, int8_codes, shift_of
+from quantjax.layout import STEP, codes_in_product
+from quantjax.packing import Packing, unpack
 from quantjax.products import Coded
 from quantjax.qtensor import QTensor
 from quantjax.quantizer import Quantizer
 from quantjax.simulation import centered_codes, prepare
 from quantjax.transforms.keys import Key
-from quantjax.transforms.stored import for_every_entry
+from quantjax.transforms.stored import StoredWeight, for_every_entry
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["bits", "theta"], meta_fields=["format"]
+    jax.tree_util.register_dataclass,
+    data_fields=["parameters"],
+    meta_fields=["packing", "format"],
 )
 @dataclasses.dataclass(frozen=True)
-class Levels:
-    """What the codes of one tensor stand for, where it is decoded at its product.
+class Reading:
+    """What is left to do with stored codes at their product.
 
-    Ahead of a scan that would be done for all layers, and for all rows of a table of which a lookup
+    Ahead of a scan it would be done for all layers, and for all rows of a table of which a lookup
     reads some: XLA moves no gather of levels behind another.
+
+    Attributes:
+      packing: of codes that share bytes still.
+      format: of codes that are no integers, and have to become levels.
+      parameters: the width and theta by which they do.
     """
 
-    format: Format
-    bits: jax.Array
-    theta: Theta
+    packing: Packing | None
+    format: Format | None
+    parameters: tuple[jax.Array, Theta] | None
 
-    def of(self, codes: jax.Array) -> jax.Array:
-        """The level of each code, float32."""
-        return self.format.decode(codes, self.bits, self.theta)
+    def of(self, stored: jax.Array) -> jax.Array:
+        """The integers, or the level of each code in float32."""
+        codes = stored if self.packing is None else unpack(stored, self.packing)
+        if self.format is None or self.parameters is None:
+            return codes
+        return self.format.decode(codes, *self.parameters)
 
 
 class Codes(NamedTuple):
     """One operand of a product: ``operand ≈ (codes - zero_point) · scale``; of any dtype.
 
-    Where codes are no integers, their levels stand for them, or ``levels`` says what they are.
+    Where codes are no integers, their levels stand for them; ``reading`` says how they are found.
     """
 
     codes: jax.Array
     zero_point: jax.Array
     scale: jax.Array
-    levels: Levels | None = None
+    reading: Reading | None = None
 
-    def decoded(self) -> Codes:
-        """With levels in place of codes that are no integers."""
-        if self.levels is None:
+    def read(self) -> Codes:
+        """With integers or levels for what was stored."""
+        if self.reading is None:
             return self
-        return self._replace(codes=self.levels.of(self.codes), levels=None)
+        return self._replace(codes=self.reading.of(self.codes), reading=None)
 
 
-def levels_at_product(tensor: QTensor, steps: Sequence[int]) -> Levels | None:
-    """None where codes are integers, or where what decodes them differs by group.
+def stored_codes(
+    weight: StoredWeight, tensor: QTensor, *, is_shared: bool
+) -> tuple[jax.Array, Reading | None]:
+    """A frozen weight as it lies at its product, and what has to be done there.
 
     Args:
-      steps: how many layers are stacked, for each of which there is a width.
+      is_shared: whether the steps of a loop share it, so that all is done ahead.
     """
-    format, (bits, theta) = tensor.format, (tensor.qparams.bits, tensor.qparams.theta)
+    site, moves = weight.entry.site, weight.moves
+    are_integers = tensor.format.largest_centered_code(symmetric=True) is not None
+    if is_shared or not (are_integers or _is_decoded_alike(tensor, site.steps)):
+        return codes_in_product(tensor.levels(), moves), None
+    stays = bool(site.steps) and all(move.neutral or move.name == STEP for move in moves)
+    packing = tensor.packing if stays and not site.op.is_lookup else None
+    held = codes_in_product(tensor.codes if packing is None else tensor.stored, moves)
+    if not are_integers:
+        parameters = tensor.qparams.bits, tensor.qparams.theta
+        return held, Reading(packing, tensor.format, parameters)
+    return held, None if packing is None else Reading(packing, None, None)
+
+
+def _is_decoded_alike(tensor: QTensor, steps: Sequence[int]) -> bool:
+    """Whether a width and theta decode all codes of a layer, and no group has its own."""
     by_group: list[jax.Array] = []
 
     def noted(array: jax.Array) -> jax.Array:
         by_group.append(array)
         return array
 
-    format.map_groups(theta, noted)
-    if format.largest_centered_code(symmetric=True) is not None or by_group:
-        return None
+    bits, theta = tensor.qparams.bits, tensor.qparams.theta
+    tensor.format.map_groups(theta, noted)
     leading = {jnp.shape(leaf)[: len(steps)] for leaf in jax.tree.leaves(theta)}
-    of_layers = jnp.shape(bits) == tuple(steps) and leading <= {tuple(steps)}
-    return Levels(format, bits, theta) if of_layers else None
+    return not by_group and jnp.shape(bits) == tuple(steps) and leading <= {tuple(steps)}
 
 
 def encoded(x: jax.Array, qparams: QParams, quantizer: Quantizer, key: Key | None) -> Codes:

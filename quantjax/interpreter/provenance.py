@@ -22,6 +22,7 @@ from jax.extend import core as jex_core
 from quantjax import errors
 from quantjax._compat import bind_equation
 from quantjax.interpreter.draws import brings_numbers
+from quantjax.meshes import mesh_of, placed
 
 NEUTRAL_MOVES = frozenset(
     {
@@ -328,10 +329,9 @@ def _are_same(cases: Sequence[Origin]) -> bool:
 def evaluate_origin(origin: Origin, leaves: Mapping[str, Any]) -> jax.Array:
     """Recompute a value from the parameters; shared steps of the recipe run once.
 
-    Returns:
-      The value, with a leading axis for each of ``origin.loops``.
+    It has a leading axis for each of ``origin.loops``, and lies on the parameters' mesh.
     """
-    return _over_loops(origin, origin.loops, leaves, {})
+    return placed(_over_loops(origin, origin.loops, leaves, {}), mesh_of(leaves))
 
 
 def _over_loops(

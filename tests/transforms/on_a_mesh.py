@@ -283,6 +283,13 @@ def parts_of_a_program_may_have_automatic_axes() -> None:
     report = jax.jit(qj.compare(f, plan))(qstate, spread, rows)
     alone = jax.jit(qj.compare(f, plan))(qstate, params, tokens)
     np.testing.assert_allclose(report["w"].sqnr, alone["w"].sqnr, rtol=1e-4)
+    groups = qj.Scheme(weights=WEIGHT(bits=4, granularity=qj.PerGroup(4)))
+    plan = qj.plan(qj.Policy([qj.rule(qj.everything(), groups)]), qj.sites(f, params, tokens))
+    qstate = calibrated(plan, {}, params)
+    agree(calibrated(plan, {}, spread), qstate)
+    frozen = qj.pack_params(qj.freeze(plan, qstate, spread))
+    want = jax.jit(qj.execute(f, plan))(qstate, qj.freeze(plan, qstate, params), tokens)
+    agree(jax.jit(qj.execute(f, plan))(qstate, frozen, rows), want)
 
 
 def masks_and_losses_are_those_of_one_device() -> None:

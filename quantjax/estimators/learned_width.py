@@ -20,7 +20,9 @@ _NEEDS = frozenset({Need.FIXED_RANGE, Need.INTEGERS, Need.NO_ZERO_POINT})
 def _transform(x: jax.Array, qparams: QParams, own: Parameters, format: Format) -> jax.Array:
     widest = qparams._replace(bits=jnp.full_like(qparams.bits, float(format.max_bits)))
     held = qparams.scale * highest(format, widest)  # what the container has codes for
-    return clipped_to(x, jnp.minimum(own["clip"], held), format)
+    # No minimum, whose gradient is divided between the two where they start: at the same number.
+    clip = jnp.where(own["clip"] > held, held, own["clip"])
+    return clipped_to(x, clip, format)
 
 
 def _clipped(x: jax.Array, qparams: QParams, own: Parameters, format: Format) -> jax.Array:

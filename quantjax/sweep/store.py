@@ -75,14 +75,14 @@ class ResultStore:
         try:
             # Cut ahead of decoding: an interrupt may leave a part of a letter.
             complete = data[: self._end(data)].decode("utf-8-sig")
-        except UnicodeDecodeError as error:
+            lines = [line for line in csv.reader(io.StringIO(complete, newline="")) if line]
+        except (UnicodeDecodeError, csv.Error) as error:
             raise errors.SweepError(
-                "this is no text file",
+                "this is no text file of results",
                 where=self.path.name,
                 why=str(error),
                 fix="move the file away, or choose another output folder",
             ) from None
-        lines = [line for line in csv.reader(io.StringIO(complete, newline="")) if line]
         if lines and tuple(lines[0]) != Row._fields:
             raise self._foreign(f"columns {lines[0][:4]}...")
         return [

@@ -145,3 +145,20 @@ def test_lsq_lets_a_nan_through_and_does_not_hide_it():
     to_x, to_scale = jax.grad(y, (0, 1))(x, one)
     assert to_x.tolist() == [1, 1]
     assert jnp.isnan(to_scale)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_a_clip_that_starts_at_the_container_has_its_own_gradient(bits):
+    """Outside of the range: the sign, and for the scale what rounding adds to ``clip / d``."""
+    learned, format = estimators.DIFFERENTIABLE_QUANTIZATION, qj.integer(max_bits=8)
+    start = qj.QParams(jnp.float32(0.01), jnp.float32(0.0), jnp.float32(bits))
+    theta = learned.started(start, format).theta
+
+    def total(scale, theta):
+        x = jnp.array([5.0, -5.0, 5.0])
+        y = qj.fake_quant(x, scale, bits=bits, format=format, theta=theta, estimator=learned)
+        return jnp.sum(y)
+
+    of_scale, of_theta = jax.grad(total, (0, 1))(start.scale, theta)
+    assert abs(float(of_scale)) < 1e-3
+    assert float(of_theta["clip"]) == 1.0

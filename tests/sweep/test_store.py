@@ -71,9 +71,12 @@ def test_empty_lines_and_the_mark_of_an_editor_are_no_rows(store):
     assert store.rows() == ROWS
 
 
-def test_a_file_that_is_no_text_raises(store):
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00\n", b"a" * 200_000 + b"\n"], ids=["bytes", "field"]
+)
+def test_a_file_that_is_no_text_or_has_endless_fields_raises(store, content):
     store.path.parent.mkdir()
-    store.path.write_bytes(b"\xff\xfe\x00\n")
+    store.path.write_bytes(content)
     with pytest.raises(errors.SweepError, match="no text file"):
         store.rows()
 

@@ -110,8 +110,7 @@ def _share(share: jax.Array, loss: jax.Array) -> jax.Array:
     return share * jnp.where((share == 0.0) & ~jnp.isfinite(loss), 0.0, loss)
 
 
-@jax.custom_jvp
-def _divergence(teacher: jax.Array, student: jax.Array, t: jax.Array) -> jax.Array:
+def _kl(teacher: jax.Array, student: jax.Array, t: jax.Array) -> jax.Array:
     """``T² KL(softmax(teacher/T) ‖ softmax(student/T))`` along the last axis, exact near zero.
 
     ``Σ p (e^-d - 1 + d)`` with ``d = log p - log q``: the sum of terms that are not negative,
@@ -129,6 +128,9 @@ def _divergence(teacher: jax.Array, student: jax.Array, t: jax.Array) -> jax.Arr
     far = jnp.where(near, 0.0, q - p + p * large)
     square = jnp.minimum(t, _LARGEST) ** 2  # beyond it nothing is far
     return jnp.sum(jnp.where(near, p * series, square * far), axis=-1)
+
+
+_divergence = jax.custom_jvp(_kl)
 
 
 @functools.partial(_divergence.defjvp, symbolic_zeros=True)
@@ -149,7 +151,7 @@ def _divergence_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         close = p * jnp.expm1(-jnp.where(near, gap, 0.0))
         moved += jnp.sum(t * jnp.where(near, close, q - p) * along, axis=-1)
     if not isinstance(of_t, SymbolicZero):
-        by_t = functools.partial(_divergence.fun, teacher, student)
+        by_t = functools.partial(_kl, teacher, student)
         moved += jax.jvp(by_t, (t,), (of_t,))[1]
     return out, moved
 

@@ -45,15 +45,15 @@ def decoded_rows(
     codes: jax.Array,
     zero_point: jax.Array,
     scale: jax.Array,
-    decode: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    read: Callable[[jax.Array], jax.Array],
 ) -> Float[Array, "..."]:
     """``(codes - zero_point) · scale`` of the rows alone, where the table is codes already.
 
     Args:
-      decode: from codes to levels, where they are no integers.
+      read: from codes to their levels.
     """
-    taken = rows(product, codes)
-    levels = taken.astype(jnp.float32) if decode is None else decode(taken)
+    levels = read(rows(product, codes)).astype(jnp.float32)
     values = levels - rows_of_scale(product, zero_point)
     found = narrowed(times(values, rows_of_scale(product, scale)), product.out.dtype)
     stated = product.params.get("fill_value")

@@ -213,8 +213,8 @@ def _looked_up(entry: SitePlan, visit: Visit, keys: SiteKeys) -> Executed:
         rows = quantized_rows(visit.product, visit.lhs, qparams, arithmetic, keys.sides[0])
     else:
         table = varying_like(codes, visit.lhs)
-        decode = table.reading.of if table.reading else None
-        rows = decoded_rows(visit.product, table.codes, table.zero_point, table.scale, decode)
+        read = table.reading.of
+        rows = decoded_rows(visit.product, table.codes, table.zero_point, table.scale, read=read)
     return Executed(rows, (codes, None), keys.after)
 
 

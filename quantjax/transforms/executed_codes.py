@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from quantjax import errors
 from quantjax.affine import QParams, has_codes
 from quantjax.arithmetic import Arithmetic
-from quantjax.formats import Format, Theta
+from quantjax.formats import Format
 from quantjax.granularity import expand
 from quantjax.integers import IntegerOperand, int8_codes, shift_of
 from quantjax.layout import STEP, codes_in_product
@@ -33,7 +33,7 @@ from quantjax.transforms.stored import StoredWeight, for_every_entry
 )
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What is left to do with stored codes at their product.
+    """What is left to do with stored codes at their product; nothing by default.
 
     Ahead of a scan it would be done for all layers, and for all rows of a table of which a lookup
     reads some: XLA moves no gather of levels behind another.
@@ -44,16 +44,14 @@ class Reading:
       parameters: the width and theta by which they do.
     """
 
-    packing: Packing | None
-    format: Format | None
-    parameters: tuple[jax.Array, Theta] | None
+    packing: Packing | None = None
+    format: Format | None = None
+    parameters: tuple[Any, ...] = ()
 
     def of(self, stored: jax.Array) -> jax.Array:
         """The integers, or the level of each code in float32."""
         codes = stored if self.packing is None else unpack(stored, self.packing)
-        if self.format is None or self.parameters is None:
-            return codes
-        return self.format.decode(codes, *self.parameters)
+        return codes if self.format is None else self.format.decode(codes, *self.parameters)
 
 
 class Codes(NamedTuple):
@@ -65,18 +63,16 @@ class Codes(NamedTuple):
     codes: jax.Array
     zero_point: jax.Array
     scale: jax.Array
-    reading: Reading | None = None
+    reading: Reading = Reading()
 
     def read(self) -> Codes:
         """With integers or levels for what was stored."""
-        if self.reading is None:
-            return self
-        return self._replace(codes=self.reading.of(self.codes), reading=None)
+        return self._replace(codes=self.reading.of(self.codes), reading=Reading())
 
 
 def stored_codes(
     weight: StoredWeight, tensor: QTensor, *, is_shared: bool
-) -> tuple[jax.Array, Reading | None]:
+) -> tuple[jax.Array, Reading]:
     """A frozen weight as it lies at its product, and what has to be done there.
 
     Args:
@@ -85,14 +81,13 @@ def stored_codes(
     site, moves = weight.entry.site, weight.moves
     are_integers = tensor.format.largest_centered_code(symmetric=True) is not None
     if is_shared or not (are_integers or _is_decoded_alike(tensor, site.steps)):
-        return codes_in_product(tensor.levels(), moves), None
+        return codes_in_product(tensor.levels(), moves), Reading()
     stays = bool(site.steps) and all(move.neutral or move.name == STEP for move in moves)
     packing = tensor.packing if stays and not site.op.is_lookup else None
     held = codes_in_product(tensor.codes if packing is None else tensor.stored, moves)
-    if not are_integers:
-        parameters = tensor.qparams.bits, tensor.qparams.theta
-        return held, Reading(packing, tensor.format, parameters)
-    return held, None if packing is None else Reading(packing, None, None)
+    if are_integers:
+        return held, Reading(packing)
+    return held, Reading(packing, tensor.format, (tensor.qparams.bits, tensor.qparams.theta))
 
 
 def _is_decoded_alike(tensor: QTensor, steps: Sequence[int]) -> bool:
@@ -164,5 +159,6 @@ def _in_int8(format: Format, codes: Codes, *, is_symmetric: bool) -> IntegerOper
 
 
 def in_float_codes(codes: Codes) -> Coded:
+    """Centered, as floats."""
     values = codes.codes.astype(jnp.float32)
     return Coded(values - expand(codes.zero_point, values.shape), codes.scale)
